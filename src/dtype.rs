@@ -1,0 +1,60 @@
+//! Element formats and their exact sizes, and the sizes of the packed panel layout.
+//! What a format means in numbers of bytes; never how it is computed with (machine/).
+
+use serde::{Deserialize, Serialize};
+
+/// Elements in one 4-bit group: they share an fp16 scale and an fp16 minimum.
+pub const Q4_GROUP: usize = 64;
+/// Bytes of one 4-bit group: 64 nibbles, scale, minimum = 4.5 bits an element.
+pub const Q4_GROUP_BYTES: usize = Q4_GROUP / 2 + 4;
+/// Output rows in one panel of the packed layout.
+pub const PANEL_ROWS: usize = 64;
+
+/// How an element is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    F32,
+    F16,
+    Bf16,
+    Q4,
+}
+
+impl Dtype {
+    pub const ALL: [Dtype; 4] = [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::Q4];
+
+    pub fn name(self) -> &'static str {
+        ["f32", "f16", "bf16", "q4"][self as usize]
+    }
+
+    /// Bytes of `elements` consecutive elements of one row. A started 4-bit group counts whole.
+    pub fn row_bytes(self, elements: usize) -> u64 {
+        match self {
+            Dtype::F32 => 4 * elements as u64,
+            Dtype::F16 | Dtype::Bf16 => 2 * elements as u64,
+            Dtype::Q4 => (elements.div_ceil(Q4_GROUP) * Q4_GROUP_BYTES) as u64,
+        }
+    }
+
+    /// Bytes of one panel of 64 output rows over `inputs` inputs (rows beyond the matrix are zero).
+    pub fn panel_bytes(self, inputs: usize) -> u64 {
+        PANEL_ROWS as u64 * self.row_bytes(inputs)
+    }
+}
+
+/// Panels that hold `rows` output rows.
+pub fn panels(rows: usize) -> usize {
+    rows.div_ceil(PANEL_ROWS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn four_bit_takes_four_and_a_half_bits() {
+        assert_eq!(Dtype::Q4.row_bytes(768) * 8, 768 * 9 / 2);
+        assert_eq!(Dtype::Q4.row_bytes(65), 72);
+        assert_eq!(Dtype::F16.panel_bytes(768), 64 * 768 * 2);
+    }
+}
