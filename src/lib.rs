@@ -6,3 +6,6 @@
 pub mod dtype;
 pub mod tier;
 pub mod units;
+
+// Floor 1: facts
+pub mod profile;

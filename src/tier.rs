@@ -53,8 +53,14 @@ impl Lane {
     ];
 
     pub fn name(self) -> &'static str {
-        ["disk_to_cpu", "cpu_to_disk", "cpu_to_gpu", "gpu_to_cpu", "gpu_compute", "cpu_compute"]
-            [self as usize]
+        [
+            "disk_to_cpu",
+            "cpu_to_disk",
+            "cpu_to_gpu",
+            "gpu_to_cpu",
+            "gpu_compute",
+            "cpu_compute",
+        ][self as usize]
     }
 }
 

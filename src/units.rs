@@ -43,7 +43,8 @@ pub const PAGE_BYTES: u64 = 4096;
 pub fn parse_bytes(text: &str) -> Result<u64, UnitError> {
     let text = text.trim();
     let unit = UNITS.iter().find(|(name, _)| {
-        text.len() > name.len() && text[text.len() - name.len()..].eq_ignore_ascii_case(name)
+        text.len() > name.len()
+            && text[text.len() - name.len()..].eq_ignore_ascii_case(name)
             && text.is_char_boundary(text.len() - name.len())
     });
     let Some((name, scale)) = unit else {
@@ -53,7 +54,9 @@ pub fn parse_bytes(text: &str) -> Result<u64, UnitError> {
         });
     };
     let number = text[..text.len() - name.len()].trim();
-    let value: f64 = number.parse().map_err(|_| UnitError::NotASize(text.to_owned()))?;
+    let value: f64 = number
+        .parse()
+        .map_err(|_| UnitError::NotASize(text.to_owned()))?;
     if !value.is_finite() || value < 0.0 {
         return Err(UnitError::NotASize(text.to_owned()));
     }
@@ -66,8 +69,13 @@ pub fn parse_bytes(text: &str) -> Result<u64, UnitError> {
 
 /// Reads "3.5GB/s" into bytes per second.
 pub fn parse_rate(text: &str) -> Result<f64, UnitError> {
-    let size = text.trim().strip_suffix("/s").ok_or_else(|| UnitError::NotARate(text.to_owned()))?;
-    parse_bytes(size).map(|bytes| bytes as f64).map_err(|_| UnitError::NotARate(text.to_owned()))
+    let size = text
+        .trim()
+        .strip_suffix("/s")
+        .ok_or_else(|| UnitError::NotARate(text.to_owned()))?;
+    parse_bytes(size)
+        .map(|bytes| bytes as f64)
+        .map_err(|_| UnitError::NotARate(text.to_owned()))
 }
 
 /// "1.50 GiB", "12 KiB", "0 B".

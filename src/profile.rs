@@ -1,0 +1,283 @@
+//! What one machine can do, as data: rates measured by `probe` or taken from datasheets.
+//! Totals only: what is free is read at every plan and exec (machine/os). Parsing and checking live
+//! here; measuring (probe/) and pricing (cost/) do not.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use thiserror::Error;
+
+/// Why a profile could not be used.
+#[derive(Debug, Error)]
+pub enum ProfileError {
+    #[error("profile: {0}")]
+    Toml(#[from] toml::de::Error),
+    #[error("profile: schema {0} is not known to this version (it reads schema 1)")]
+    Schema(u32),
+    #[error("profile: {key} must be {rule}, but is {value}")]
+    Value {
+        key: String,
+        rule: &'static str,
+        value: String,
+    },
+}
+
+/// The rates and totals of one machine (schema.md, profiles/NAME.toml).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HardwareProfile {
+    pub schema: u32,
+    pub machine: MachineKey,
+    pub memory: MemoryTotals,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuFacts>,
+    pub links: Links,
+    pub cpu: CpuFacts,
+    /// What a lane keeps of its rate while another runs: "cpu_compute+disk_to_cpu" = [first, second].
+    #[serde(default)]
+    pub contention: BTreeMap<String, [f64; 2]>,
+    /// Multipliers per term, written only by `calibrate`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub calibration: BTreeMap<String, f64>,
+}
+
+/// What must match for a profile to be reused.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineKey {
+    pub name: String,
+    pub date: String,
+    pub command: String,
+    /// "measured", "datasheet", or a sentence per key where sources are mixed.
+    pub provenance: String,
+    pub cpu: String,
+    pub threads: usize,
+    /// Revision of loadmaster's CPU kernels that were measured.
+    pub kernels: String,
+    pub disk: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryTotals {
+    pub cpu_total_bytes: u64,
+    pub page_locked_limit_bytes: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GpuFacts {
+    pub name: String,
+    pub total_bytes: u64,
+    /// Device memory that the context, libraries and modules take.
+    pub context_bytes: u64,
+    pub copy_bytes_per_s: f64,
+    pub launch_s: f64,
+    #[serde(default)]
+    pub gemm: BTreeMap<String, GemmCurve>,
+    #[serde(default)]
+    pub attention: BTreeMap<String, AttentionRates>,
+    /// Bytes of 4-bit data (de)quantised per second, by direction; absent when nothing lossy was probed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantise: Option<QuantiseRates>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Links {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_to_gpu: Option<GpuLink>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_to_cpu: Option<GpuLink>,
+    pub disk_to_cpu: DiskLink,
+    pub cpu_to_disk: DiskWriteLink,
+}
+
+/// A link between DRAM and GPU: one floor and a curve of (block bytes, bytes per second).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GpuLink {
+    pub latency_s: f64,
+    pub pinned: Vec<(u64, f64)>,
+    pub unpinned: Vec<(u64, f64)>,
+    /// What each direction keeps of its rate while both run, in percent.
+    pub both_directions_pct: f64,
+}
+
+/// One disk figure: (block bytes, depth, bytes per second, spread in percent of the median).
+pub type DiskPoint = (u64, u32, f64, f64);
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskLink {
+    pub latency_s: f64,
+    /// True where direct I/O was refused and buffered I/O with drop-behind was measured instead.
+    #[serde(default)]
+    pub buffered: bool,
+    pub direct: Vec<DiskPoint>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskWriteLink {
+    pub latency_s: f64,
+    #[serde(default)]
+    pub buffered: bool,
+    pub fresh: Vec<DiskPoint>,
+    pub overwrite: Vec<DiskPoint>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpuFacts {
+    pub dram_read_bytes_per_s: f64,
+    pub dram_copy_bytes_per_s: f64,
+    /// Seconds to start one compute operation on all threads.
+    #[serde(default)]
+    pub launch_s: f64,
+    /// Bytes of activations that row-wise operations (norms, residual adds) pass per second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rowwise_bytes_per_s: Option<f64>,
+    pub gemm: BTreeMap<String, GemmCurve>,
+    pub attention: BTreeMap<String, AttentionRates>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantise: Option<QuantiseRates>,
+}
+
+/// GEMM seconds over a grid: (rows M, inputs, outputs, seconds).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GemmCurve {
+    pub points: Vec<(usize, usize, usize, f64)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttentionRates {
+    /// KV bytes read per second by one-token attention.
+    pub decode_bytes_per_s: f64,
+    /// FLOP per second of prompt attention (4 · queries · keys · hidden, causal half counted).
+    pub prefill_flop_per_s: f64,
+}
+
+/// Source bytes quantised or KV bytes appended per second.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuantiseRates {
+    /// fp16 weight bytes turned into 4 bits per second (packing).
+    pub pack_bytes_per_s: f64,
+    /// fp32 K and V values turned into 4 bits, values' bytes per second.
+    pub append_bytes_per_s: f64,
+}
+
+impl HardwareProfile {
+    /// Parses and checks a profile. Errors name the key and the rule it breaks.
+    pub fn from_toml(text: &str) -> Result<Self, ProfileError> {
+        let profile: HardwareProfile = toml::from_str(text)?;
+        if profile.schema != 1 {
+            return Err(ProfileError::Schema(profile.schema));
+        }
+        profile.check()?;
+        Ok(profile)
+    }
+
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("a profile is plain data")
+    }
+
+    /// Every figure that something is divided by is positive and finite; every table has a point.
+    fn check(&self) -> Result<(), ProfileError> {
+        let mut rates = vec![
+            (
+                "cpu.dram_read_bytes_per_s".to_owned(),
+                self.cpu.dram_read_bytes_per_s,
+            ),
+            (
+                "cpu.dram_copy_bytes_per_s".to_owned(),
+                self.cpu.dram_copy_bytes_per_s,
+            ),
+            ("machine.threads".to_owned(), self.machine.threads as f64),
+            (
+                "memory.cpu_total_bytes".to_owned(),
+                self.memory.cpu_total_bytes as f64,
+            ),
+        ];
+        let write = &self.links.cpu_to_disk;
+        for (key, points) in [
+            ("links.disk_to_cpu.direct", &self.links.disk_to_cpu.direct),
+            ("links.cpu_to_disk.fresh", &write.fresh),
+            ("links.cpu_to_disk.overwrite", &write.overwrite),
+        ] {
+            need_point(key, points.len())?;
+            rates.extend(points.iter().map(|p| (key.to_owned(), p.2)));
+        }
+        collect_compute("cpu", &self.cpu.gemm, &self.cpu.attention, &mut rates)?;
+        if let Some(gpu) = &self.gpu {
+            collect_compute("gpu", &gpu.gemm, &gpu.attention, &mut rates)?;
+            rates.push(("gpu.total_bytes".to_owned(), gpu.total_bytes as f64));
+        }
+        for (name, link) in [
+            ("cpu_to_gpu", &self.links.cpu_to_gpu),
+            ("gpu_to_cpu", &self.links.gpu_to_cpu),
+        ] {
+            for point in link.iter().flat_map(|l| l.pinned.iter().chain(&l.unpinned)) {
+                rates.push((format!("links.{name}"), point.1));
+            }
+        }
+        rates.extend(
+            self.calibration
+                .iter()
+                .map(|(k, v)| (format!("calibration.{k}"), *v)),
+        );
+        for (pair, keeps) in &self.contention {
+            rates.extend(
+                keeps
+                    .iter()
+                    .map(|keep| (format!("contention.{pair}"), *keep)),
+            );
+        }
+        rates
+            .into_iter()
+            .try_for_each(|(key, value)| need_positive(key, value))
+    }
+}
+
+type Rates = Vec<(String, f64)>;
+
+fn collect_compute(
+    device: &str,
+    gemm: &BTreeMap<String, GemmCurve>,
+    attention: &BTreeMap<String, AttentionRates>,
+    rates: &mut Rates,
+) -> Result<(), ProfileError> {
+    for (format, curve) in gemm {
+        let key = format!("{device}.gemm.{format}");
+        need_point(&key, curve.points.len())?;
+        rates.extend(curve.points.iter().map(|p| (key.clone(), p.3)));
+    }
+    for (format, a) in attention {
+        let key = format!("{device}.attention.{format}");
+        rates.push((key.clone(), a.decode_bytes_per_s));
+        rates.push((key, a.prefill_flop_per_s));
+    }
+    Ok(())
+}
+
+fn need_point(key: &str, points: usize) -> Result<(), ProfileError> {
+    let error = || ProfileError::Value {
+        key: key.to_owned(),
+        rule: "a table of at least one point",
+        value: "empty".into(),
+    };
+    (points > 0).then_some(()).ok_or_else(error)
+}
+
+fn need_positive(key: String, value: f64) -> Result<(), ProfileError> {
+    if value.is_finite() && value > 0.0 {
+        return Ok(());
+    }
+    Err(ProfileError::Value {
+        key,
+        rule: "positive",
+        value: value.to_string(),
+    })
+}
