@@ -8,4 +8,5 @@ pub mod tier;
 pub mod units;
 
 // Floor 1: facts
+pub mod model;
 pub mod profile;
