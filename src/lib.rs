@@ -10,3 +10,9 @@ pub mod units;
 // Floor 1: facts
 pub mod model;
 pub mod profile;
+pub mod workload;
+
+// Floor 2: judgement
+pub mod cost;
+pub mod placement;
+pub mod policy;

@@ -42,11 +42,14 @@ pub const PAGE_BYTES: u64 = 4096;
 /// Reads "16GiB", "512 MiB", "1.5GB". A bare number is an error that suggests the unit.
 pub fn parse_bytes(text: &str) -> Result<u64, UnitError> {
     let text = text.trim();
-    let unit = UNITS.iter().find(|(name, _)| {
-        text.len() > name.len()
-            && text[text.len() - name.len()..].eq_ignore_ascii_case(name)
-            && text.is_char_boundary(text.len() - name.len())
-    });
+    let ends_with = |name: &str| {
+        let tail = text
+            .len()
+            .checked_sub(name.len())
+            .and_then(|at| text.get(at..));
+        tail.is_some_and(|tail| tail.eq_ignore_ascii_case(name))
+    };
+    let unit = UNITS.iter().find(|(name, _)| ends_with(name));
     let Some((name, scale)) = unit else {
         return Err(match text.parse::<f64>() {
             Ok(_) => UnitError::NoUnit(text.to_owned()),

@@ -1,0 +1,545 @@
+//! Every byte that a run will hold, per tier, as a list of named buffers. The planner prices plans
+//! with it and the engine allocates exactly this list, once; nothing else may allocate.
+
+use crate::dtype::Dtype;
+use crate::model::{MatrixKind, ModelSpec};
+use crate::placement::{Placement, WeightHome};
+use crate::policy::{DeviceKind, Policy};
+use crate::tier::{PerTier, Tier};
+use crate::units::{MIB, PAGE_BYTES, round_up};
+use crate::workload::Workload;
+use std::collections::BTreeMap;
+
+/// Prompts are read in pieces of at most this many tokens, so that workspace does not grow with them.
+pub const CHUNK_ROWS_MAX: usize = 512;
+/// A streamed piece of a matrix is at most this large (at least one panel).
+pub const STREAM_CHUNK_BYTES: u64 = 32 * MIB;
+/// How far reading may run ahead of computing, beyond what must be there at once.
+const RUN_AHEAD_BYTES: u64 = 192 * MIB;
+/// Buffers start at this alignment, for direct I/O and huge pages.
+pub const BUFFER_ALIGN: u64 = PAGE_BYTES;
+/// Bytes of one hidden value in a run.
+pub const HIDDEN_VALUE_BYTES: u64 = 4;
+
+/// What a buffer is for. One buffer of a kind per tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Buffer {
+    /// Norms, biases, positions.
+    Smalls,
+    /// Weight panels at home.
+    Weights,
+    /// Keys and values at home.
+    Cache,
+    /// Hidden states at home.
+    Hidden,
+    /// Streamed weight panels on their way.
+    Ring,
+    /// Rows of the token table that are at home elsewhere.
+    EmbeddingStage,
+    /// Keys and values at home elsewhere, for two batches.
+    CacheStage,
+    /// Hidden states at home elsewhere, for two batches.
+    HiddenStage,
+    /// chunk × hidden: normalised input of a product.
+    Normed,
+    /// chunk × 3 hidden.
+    Qkv,
+    /// chunk × hidden.
+    Attended,
+    /// chunk × ffn.
+    Ffn,
+    /// chunk × hidden: a product before it joins the residual.
+    Product,
+    /// chunk × embed_width, for models with projections.
+    Embedded,
+    /// slots × hidden: last positions, normalised, for the head.
+    HeadRows,
+    /// slots × embed_width, for models with projections.
+    HeadProjected,
+    /// slots × vocabulary.
+    Logits,
+    /// Inputs of products that the CPU computes for a GPU.
+    SideRows,
+    /// Their results.
+    SideProducts,
+}
+
+impl Buffer {
+    fn class(self) -> Class {
+        match self {
+            Buffer::Smalls | Buffer::Weights => Class::Weights,
+            Buffer::Cache => Class::Cache,
+            Buffer::Hidden => Class::Activations,
+            _ => Class::Buffers,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Class {
+    Weights,
+    Cache,
+    Activations,
+    Buffers,
+}
+
+/// Sizes of one block, from the workload's lengths and the batch shape.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockShape {
+    /// Tokens of cache that fit per tier, all slots together.
+    pub kv_tokens: PerTier<u64>,
+    /// The same for the largest batch alone.
+    pub batch_kv_tokens: PerTier<u64>,
+    /// Hidden rows that fit per tier.
+    pub hidden_rows: PerTier<u64>,
+    pub batch_hidden_rows: PerTier<u64>,
+    /// Rows of one batch in one step.
+    pub batch_rows: u64,
+    pub chunk_rows: u64,
+    pub slots: u64,
+    /// Slots per tier of the cache.
+    pub cache_slots: PerTier<u64>,
+}
+
+impl BlockShape {
+    /// Mean lengths times slots, but never less than the longest line needs.
+    pub fn new(workload: &Workload, policy: &Policy, placement: &Placement) -> Self {
+        let lines = workload.prompts().max(1) as u64;
+        let kv_total: u64 = workload.lines.iter().map(|l| l.kv_tokens()).sum();
+        let kv = Lengths {
+            total: kv_total,
+            lines,
+            longest: workload.kv_tokens_max(),
+        };
+        let longest = workload.prompt_tokens_max() as u64;
+        let prompt = Lengths {
+            total: workload.prompt_tokens(),
+            lines,
+            longest,
+        };
+        let cache_slots = count(&placement.cache_tiers);
+        let hidden_slots = count(&placement.hidden_tiers);
+        let batch_rows = prompt.for_slots(policy.gpu_batch_size as u64);
+        BlockShape {
+            kv_tokens: kv.per_tier(&cache_slots),
+            batch_kv_tokens: kv.per_tier(&largest_batch(&placement.cache_tiers, policy)),
+            hidden_rows: prompt.per_tier(&hidden_slots),
+            batch_hidden_rows: prompt.per_tier(&largest_batch(&placement.hidden_tiers, policy)),
+            batch_rows,
+            chunk_rows: batch_rows.min(CHUNK_ROWS_MAX as u64),
+            slots: policy.slots() as u64,
+            cache_slots,
+        }
+    }
+
+    /// True where one layer's weights meet more than one product each: several batches or chunks.
+    pub fn weights_reused(&self, policy: &Policy) -> bool {
+        policy.num_gpu_batches > 1 || self.batch_rows > self.chunk_rows
+    }
+}
+
+struct Lengths {
+    total: u64,
+    lines: u64,
+    longest: u64,
+}
+
+impl Lengths {
+    fn for_slots(&self, slots: u64) -> u64 {
+        if slots == 0 {
+            0
+        } else {
+            (self.total * slots).div_ceil(self.lines).max(self.longest)
+        }
+    }
+
+    fn per_tier(&self, slots: &PerTier<u64>) -> PerTier<u64> {
+        PerTier {
+            gpu: self.for_slots(slots.gpu),
+            cpu: self.for_slots(slots.cpu),
+            disk: self.for_slots(slots.disk),
+        }
+    }
+}
+
+fn count(tiers: &[Tier]) -> PerTier<u64> {
+    let mut slots = PerTier::default();
+    tiers.iter().for_each(|&t| slots[t] += 1);
+    slots
+}
+
+fn largest_batch(tiers: &[Tier], policy: &Policy) -> PerTier<u64> {
+    let mut most = PerTier::default();
+    for batch in tiers.chunks(policy.gpu_batch_size) {
+        let slots = count(batch);
+        Tier::ALL
+            .into_iter()
+            .for_each(|t| most[t] = slots[t].max(most[t]));
+    }
+    most
+}
+
+/// What a run holds beside its arenas.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct HostBytes {
+    /// Program text, heap, stacks, tokenizer, line window.
+    pub process_bytes: u64,
+    /// GPU context and libraries, on the device.
+    pub gpu_context_bytes: u64,
+}
+
+/// All buffers of a run and what lies on disk.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Footprint {
+    buffers: PerTier<BTreeMap<Buffer, u64>>,
+    pub process: PerTier<u64>,
+    /// Whole packed store on disk, and this run's spill files.
+    pub store_bytes: u64,
+    pub spill_cache_bytes: u64,
+    pub spill_hidden_bytes: u64,
+    /// Of the store, what this placement reads from disk in every pass.
+    pub disk_weights_bytes: u64,
+}
+
+/// What a footprint is computed from.
+#[derive(Clone, Copy)]
+pub struct FootprintInput<'a> {
+    pub model: &'a ModelSpec,
+    pub policy: &'a Policy,
+    pub placement: &'a Placement,
+    pub block: &'a BlockShape,
+    pub device: DeviceKind,
+    pub host: HostBytes,
+}
+
+impl Footprint {
+    pub fn new(input: &FootprintInput) -> Self {
+        let (model, policy, block) = (input.model, input.policy, input.block);
+        let record = model.kv_record_bytes(policy.kv_format());
+        let per_layer = block.kv_tokens.disk * record + block.cache_slots.disk * PAGE_BYTES;
+        let mut footprint = Footprint {
+            buffers: PerTier::default(),
+            process: PerTier {
+                gpu: input.host.gpu_context_bytes,
+                cpu: input.host.process_bytes,
+                disk: 0,
+            },
+            store_bytes: model.weights_bytes(policy.compress_weight)
+                + PAGE_BYTES * input.placement.matrices.len() as u64,
+            spill_cache_bytes: model.layers as u64 * round_up(per_layer, PAGE_BYTES),
+            spill_hidden_bytes: round_up(
+                block.hidden_rows.disk * model.hidden as u64 * HIDDEN_VALUE_BYTES,
+                PAGE_BYTES,
+            ) + policy_slots_on_disk(input.placement) * PAGE_BYTES,
+            disk_weights_bytes: input.placement.weight_bytes(WeightHome::DiskShip)
+                + input.placement.weight_bytes(WeightHome::DiskCompute),
+        };
+        footprint.add_homes(input, record);
+        footprint.add_rings(input);
+        footprint.add_stages(input, record);
+        footprint.add_workspace(input);
+        if input.device.has_gpu() {
+            footprint.add_cpu_side(input);
+        }
+        let arenas: u64 = footprint.buffers.cpu.values().sum();
+        footprint.process.cpu += arenas / 512; // page tables: 8 bytes for each 4 KiB page
+        footprint
+    }
+
+    /// Bytes of one buffer; 0 where a run has none.
+    pub fn buffer(&self, tier: Tier, buffer: Buffer) -> u64 {
+        self.buffers[tier].get(&buffer).copied().unwrap_or(0)
+    }
+
+    /// All buffers of one tier's arena in layout order.
+    pub fn arena(&self, tier: Tier) -> impl Iterator<Item = (Buffer, u64)> + '_ {
+        self.buffers[tier].iter().map(|(&b, &bytes)| (b, bytes))
+    }
+
+    pub fn arena_bytes(&self, tier: Tier) -> u64 {
+        self.buffers[tier].values().sum()
+    }
+
+    /// All that a tier must hold: arena and process for memory, store and spill for the disk.
+    pub fn total(&self, tier: Tier) -> u64 {
+        let on_disk = match tier {
+            Tier::Disk => self.store_bytes + self.spill_cache_bytes + self.spill_hidden_bytes,
+            _ => 0,
+        };
+        self.arena_bytes(tier) + self.process[tier] + on_disk
+    }
+
+    fn class_bytes(&self, tier: Tier, class: Class) -> u64 {
+        self.buffers[tier]
+            .iter()
+            .filter(|(b, _)| b.class() == class)
+            .map(|(_, bytes)| bytes)
+            .sum()
+    }
+
+    pub fn weights_bytes(&self, tier: Tier) -> u64 {
+        if tier == Tier::Disk {
+            self.disk_weights_bytes
+        } else {
+            self.class_bytes(tier, Class::Weights)
+        }
+    }
+
+    pub fn cache_bytes(&self, tier: Tier) -> u64 {
+        if tier == Tier::Disk {
+            self.spill_cache_bytes
+        } else {
+            self.class_bytes(tier, Class::Cache)
+        }
+    }
+
+    pub fn activations_bytes(&self, tier: Tier) -> u64 {
+        if tier == Tier::Disk {
+            self.spill_hidden_bytes
+        } else {
+            self.class_bytes(tier, Class::Activations)
+        }
+    }
+
+    pub fn buffers_bytes(&self, tier: Tier) -> u64 {
+        self.class_bytes(tier, Class::Buffers)
+    }
+
+    fn put(&mut self, tier: Tier, buffer: Buffer, bytes: u64) {
+        if bytes > 0 {
+            *self.buffers[tier].entry(buffer).or_default() += round_up(bytes, BUFFER_ALIGN);
+        }
+    }
+
+    fn add_homes(&mut self, input: &FootprintInput, record_bytes: u64) {
+        let layers = input.model.layers as u64;
+        let row = input.model.hidden as u64 * HIDDEN_VALUE_BYTES;
+        self.put(
+            compute_tier(input.device),
+            Buffer::Smalls,
+            input.placement.smalls_bytes + 64 * 16 * (layers + 2),
+        );
+        for home in [WeightHome::Gpu, WeightHome::CpuShip, WeightHome::CpuCompute] {
+            self.put(
+                home.tier(),
+                Buffer::Weights,
+                input.placement.weight_bytes(home),
+            );
+        }
+        for tier in [Tier::Gpu, Tier::Cpu] {
+            self.put(
+                tier,
+                Buffer::Cache,
+                layers * input.block.kv_tokens[tier] * record_bytes,
+            );
+            self.put(tier, Buffer::Hidden, input.block.hidden_rows[tier] * row);
+        }
+    }
+
+    fn add_rings(&mut self, input: &FootprintInput) {
+        let reused = input.block.weights_reused(input.policy);
+        let from_disk = [WeightHome::DiskShip, WeightHome::DiskCompute];
+        self.put(
+            Tier::Cpu,
+            Buffer::Ring,
+            ring_bytes(input.placement, &from_disk, reused),
+        );
+        let shipped = [WeightHome::CpuShip, WeightHome::DiskShip];
+        self.put(
+            Tier::Gpu,
+            Buffer::Ring,
+            ring_bytes(input.placement, &shipped, reused),
+        );
+        let stage = embedding_stage_bytes(input.placement, input.device);
+        self.put(compute_tier(input.device), Buffer::EmbeddingStage, stage);
+        if input.device.has_gpu() {
+            self.put(Tier::Cpu, Buffer::EmbeddingStage, stage);
+        }
+    }
+
+    fn add_stages(&mut self, input: &FootprintInput, record_bytes: u64) {
+        let (block, gpu) = (input.block, input.device.has_gpu());
+        let on_cpu = !gpu || input.policy.cpu_cache_compute;
+        let slack = 2 * PAGE_BYTES * input.policy.gpu_batch_size as u64;
+        let disk_tokens = block.batch_kv_tokens.disk;
+        if disk_tokens > 0 {
+            self.put(
+                Tier::Cpu,
+                Buffer::CacheStage,
+                2 * (disk_tokens * record_bytes + slack),
+            );
+        }
+        let visiting = disk_tokens + block.batch_kv_tokens.cpu;
+        if gpu && !on_cpu && visiting > 0 {
+            self.put(
+                Tier::Gpu,
+                Buffer::CacheStage,
+                2 * (visiting * record_bytes + slack),
+            );
+        }
+        let row = input.model.hidden as u64 * HIDDEN_VALUE_BYTES;
+        let disk_rows = block.batch_hidden_rows.disk;
+        if disk_rows > 0 {
+            self.put(
+                Tier::Cpu,
+                Buffer::HiddenStage,
+                2 * (disk_rows * row + slack),
+            );
+        }
+        let rows = disk_rows + block.batch_hidden_rows.cpu;
+        if gpu && rows > 0 {
+            self.put(Tier::Gpu, Buffer::HiddenStage, 2 * rows * row);
+        }
+    }
+
+    fn add_workspace(&mut self, input: &FootprintInput) {
+        let (m, block, tier) = (input.model, input.block, compute_tier(input.device));
+        let rows = |count: u64, width: usize| count * width as u64 * HIDDEN_VALUE_BYTES;
+        let chunk = block.chunk_rows;
+        self.put(tier, Buffer::Normed, rows(chunk, m.hidden));
+        self.put(tier, Buffer::Qkv, rows(chunk, 3 * m.hidden));
+        self.put(tier, Buffer::Attended, rows(chunk, m.hidden));
+        self.put(tier, Buffer::Ffn, rows(chunk, m.ffn));
+        self.put(tier, Buffer::Product, rows(chunk, m.hidden));
+        self.put(tier, Buffer::HeadRows, rows(block.slots, m.hidden));
+        self.put(tier, Buffer::Logits, rows(block.slots, m.vocab));
+        if m.embed_width != m.hidden {
+            self.put(tier, Buffer::Embedded, rows(chunk, m.embed_width));
+            self.put(
+                tier,
+                Buffer::HeadProjected,
+                rows(block.slots, m.embed_width),
+            );
+        }
+    }
+
+    /// DRAM buffers beside a GPU: rows that the CPU multiplies or attends for it, logits for sampling.
+    fn add_cpu_side(&mut self, input: &FootprintInput) {
+        let (m, block, policy) = (input.model, input.block, input.policy);
+        let rows = |count: u64, width: usize| count * width as u64 * HIDDEN_VALUE_BYTES;
+        let w = &policy.shares.weights;
+        if w.cpu_compute > 0.0 || w.disk_compute > 0.0 {
+            let widest = m.ffn.max(m.hidden);
+            let head = rows(block.slots, m.hidden.max(m.embed_width));
+            self.put(
+                Tier::Cpu,
+                Buffer::SideRows,
+                rows(block.chunk_rows, widest).max(head),
+            );
+            let products = rows(block.chunk_rows, m.ffn.max(3 * m.hidden));
+            self.put(
+                Tier::Cpu,
+                Buffer::SideProducts,
+                products.max(rows(block.slots, m.vocab)),
+            );
+        }
+        let away = block.kv_tokens.cpu + block.kv_tokens.disk > 0;
+        if policy.cpu_cache_compute && away {
+            self.put(Tier::Cpu, Buffer::Qkv, rows(block.chunk_rows, 3 * m.hidden));
+            self.put(
+                Tier::Cpu,
+                Buffer::Attended,
+                rows(block.chunk_rows, m.hidden),
+            );
+        }
+        self.put(Tier::Cpu, Buffer::Logits, rows(block.slots, m.vocab));
+    }
+}
+
+/// The tier whose memory the computing device works in.
+pub fn compute_tier(device: DeviceKind) -> Tier {
+    if device.has_gpu() {
+        Tier::Gpu
+    } else {
+        Tier::Cpu
+    }
+}
+
+/// Panels of one streamed chunk of a matrix.
+pub fn chunk_panels(panel_bytes: u64) -> usize {
+    (STREAM_CHUNK_BYTES / panel_bytes).max(1) as usize
+}
+
+/// Bytes that one chunk takes in the ring: rounded out to whole pages for direct I/O.
+pub fn chunk_slot_bytes(panels: usize, panel_bytes: u64) -> u64 {
+    round_up(panels as u64 * panel_bytes + PAGE_BYTES, PAGE_BYTES)
+}
+
+/// Ring of streamed panels. Where a layer's panels meet several products, all of the layer's must be
+/// there at once; otherwise two chunks are enough. Either way reading may run ahead.
+fn ring_bytes(placement: &Placement, homes: &[WeightHome], reused: bool) -> u64 {
+    let mut stages: BTreeMap<usize, u64> = BTreeMap::new();
+    let mut largest_chunk = 0;
+    for (i, matrix) in placement.matrices.iter().enumerate() {
+        if matrix.kind == MatrixKind::Embedding {
+            continue;
+        }
+        for &home in homes {
+            for chunk in chunks_of(placement.splits[i].count(home), placement.panel_bytes[i]) {
+                largest_chunk = largest_chunk.max(chunk);
+                *stages.entry(matrix.stage).or_default() += chunk;
+            }
+        }
+    }
+    let head = placement.matrices.last().map_or(0, |m| m.stage);
+    let is_layer = |stage: &usize| *stage != head;
+    let layer = stages
+        .iter()
+        .filter(|(s, _)| is_layer(s))
+        .map(|(_, &b)| b)
+        .max()
+        .unwrap_or(0);
+    let at_once = if reused {
+        layer.max(largest_chunk)
+    } else {
+        largest_chunk
+    };
+    let ahead = layer
+        .max(largest_chunk)
+        .min(RUN_AHEAD_BYTES)
+        .max(largest_chunk);
+    at_once + ahead + largest_chunk
+}
+
+fn chunks_of(panels: usize, panel_bytes: u64) -> impl Iterator<Item = u64> {
+    let most = chunk_panels(panel_bytes);
+    (0..panels)
+        .step_by(most)
+        .map(move |first| chunk_slot_bytes(most.min(panels - first), panel_bytes))
+}
+
+/// Room for the token table's rows that are not on the compute device: two pieces of a few panels.
+fn embedding_stage_bytes(placement: &Placement, device: DeviceKind) -> u64 {
+    let table = placement
+        .matrices
+        .iter()
+        .position(|m| m.kind == MatrixKind::Embedding);
+    let index = table.unwrap_or(placement.matrices.len() - 1);
+    let resident = if device.has_gpu() {
+        placement.splits[index].count(WeightHome::Gpu)
+    } else {
+        placement.splits[index].count(WeightHome::CpuCompute)
+    };
+    let away = placement.matrices[index].panels() - resident;
+    if away == 0 {
+        0
+    } else {
+        2 * embedding_piece_bytes(placement.panel_bytes[index])
+    }
+}
+
+/// Half of the embedding stage: whole panels up to 4 MiB, at least one.
+pub fn embedding_piece_bytes(panel_bytes: u64) -> u64 {
+    chunk_slot_bytes((4 * MIB / panel_bytes).max(1) as usize, panel_bytes)
+}
+
+fn policy_slots_on_disk(placement: &Placement) -> u64 {
+    placement
+        .hidden_tiers
+        .iter()
+        .filter(|&&t| t == Tier::Disk)
+        .count() as u64
+}
+
+/// Format of the hidden state.
+pub const HIDDEN_FORMAT: Dtype = Dtype::F32;

@@ -1,0 +1,4 @@
+//! What a policy costs: bytes per tier (footprint) and seconds per lane.
+
+pub mod figures;
+pub mod footprint;

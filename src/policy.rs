@@ -1,0 +1,230 @@
+//! The decision: the eleven shares, the batch shape and the switches, checked against a model and a
+//! device. How a share becomes rows and sequences is placement.rs; what it costs is cost/.
+
+use crate::dtype::Dtype;
+use crate::tier::PerTier;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// Which machine computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// The CPU computes; there is no Gpu tier.
+    Cpu,
+    /// A Gpu tier that DRAM plays, for tests.
+    Host,
+    /// A real GPU.
+    Cuda,
+}
+
+impl DeviceKind {
+    pub fn has_gpu(self) -> bool {
+        self != DeviceKind::Cpu
+    }
+}
+
+/// Fractions of the weights: at home on the GPU, and for DRAM and disk whether they are shipped to
+/// the compute device or multiplied on the CPU. Without a GPU everything counts as computed in place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WeightShares {
+    pub gpu: f64,
+    pub cpu_ship: f64,
+    pub cpu_compute: f64,
+    pub disk_ship: f64,
+    pub disk_compute: f64,
+}
+
+impl WeightShares {
+    pub fn as_array(&self) -> [f64; 5] {
+        [
+            self.gpu,
+            self.cpu_ship,
+            self.cpu_compute,
+            self.disk_ship,
+            self.disk_compute,
+        ]
+    }
+
+    pub fn from_array(a: [f64; 5]) -> Self {
+        WeightShares {
+            gpu: a[0],
+            cpu_ship: a[1],
+            cpu_compute: a[2],
+            disk_ship: a[3],
+            disk_compute: a[4],
+        }
+    }
+
+    pub fn cpu(&self) -> f64 {
+        self.cpu_ship + self.cpu_compute
+    }
+
+    pub fn disk(&self) -> f64 {
+        self.disk_ship + self.disk_compute
+    }
+}
+
+/// The eleven shares, each group summing to one.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Shares {
+    pub weights: WeightShares,
+    pub cache: PerTier<f64>,
+    pub activations: PerTier<f64>,
+}
+
+impl Shares {
+    /// FlexLLMGen's six percentages `wg wc cg cc hg hc` (disk is the rest), with the given part of the
+    /// weights outside the GPU multiplied where they lie (1 without a GPU).
+    pub fn from_percent(percent: [f64; 6], cpu_compute_share: f64) -> Result<Shares, PolicyError> {
+        let [wg, wc, cg, cc, hg, hc] = percent.map(|p| p / 100.0);
+        for (pair, gpu, cpu) in [
+            ("weights", wg, wc),
+            ("cache", cg, cc),
+            ("activations", hg, hc),
+        ] {
+            let in_range = |x: f64| (0.0..=1.0 + 1e-9).contains(&x);
+            if !in_range(gpu) || !in_range(cpu) || gpu + cpu > 1.0 + 1e-9 {
+                return Err(PolicyError::Percent {
+                    pair,
+                    gpu: gpu * 100.0,
+                    cpu: cpu * 100.0,
+                });
+            }
+        }
+        let rest = |gpu: f64, cpu: f64| (1.0 - gpu - cpu).max(0.0);
+        let wd = rest(wg, wc);
+        let part = cpu_compute_share.clamp(0.0, 1.0);
+        let split = |x: f64| (x * (1.0 - part), x * part);
+        let ((cpu_ship, cpu_compute), (disk_ship, disk_compute)) = (split(wc), split(wd));
+        Ok(Shares {
+            weights: WeightShares {
+                gpu: wg,
+                cpu_ship,
+                cpu_compute,
+                disk_ship,
+                disk_compute,
+            },
+            cache: PerTier {
+                gpu: cg,
+                cpu: cc,
+                disk: rest(cg, cc),
+            },
+            activations: PerTier {
+                gpu: hg,
+                cpu: hc,
+                disk: rest(hg, hc),
+            },
+        })
+    }
+
+    /// The six percentages.
+    pub fn percent(&self) -> [f64; 6] {
+        let w = &self.weights;
+        [
+            w.gpu,
+            w.cpu(),
+            self.cache.gpu,
+            self.cache.cpu,
+            self.activations.gpu,
+            self.activations.cpu,
+        ]
+        .map(|x| 100.0 * x)
+    }
+}
+
+/// How activations are multiplied. `Exact` keeps fp32 products and sums.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    #[default]
+    Exact,
+}
+
+/// Everything that `exec` needs to know about how to run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Policy {
+    pub shares: Shares,
+    /// Sequences that compute together.
+    pub gpu_batch_size: usize,
+    /// Batches that share one pass over the weights.
+    pub num_gpu_batches: usize,
+    pub pin_weight: bool,
+    pub compress_weight: bool,
+    pub compress_cache: bool,
+    /// Attention over the cache's DRAM share on the CPU (always so without a GPU).
+    pub cpu_cache_compute: bool,
+    pub overlap: bool,
+    pub compute: Compute,
+    /// F16 or F32; with `compress_cache` the cache is q4 all the same.
+    pub kv: Dtype,
+    pub threads: usize,
+}
+
+impl Policy {
+    /// Sequences of one block.
+    pub fn slots(&self) -> usize {
+        self.gpu_batch_size * self.num_gpu_batches
+    }
+
+    pub fn kv_format(&self) -> Dtype {
+        if self.compress_cache {
+            Dtype::Q4
+        } else {
+            self.kv
+        }
+    }
+
+    /// A policy that this device can carry out, or why not and what would be the nearest legal one.
+    pub fn check(&self, device: DeviceKind) -> Result<(), PolicyError> {
+        if self.gpu_batch_size == 0 || self.num_gpu_batches == 0 {
+            return Err(PolicyError::EmptyBatch);
+        }
+        let s = &self.shares;
+        if device.has_gpu() {
+            return Ok(());
+        }
+        let [wg, wc, cg, cc, hg, hc] = s.percent();
+        if wg > 0.0 || cg > 0.0 || hg > 0.0 {
+            let nearest = [0.0, wg + wc, 0.0, cg + cc, 0.0, hg + hc];
+            return Err(PolicyError::NoGpu {
+                nearest: show_percent(nearest),
+            });
+        }
+        if s.weights.cpu_ship > 1e-9 || s.weights.disk_ship > 1e-9 {
+            return Err(PolicyError::NothingToShipTo);
+        }
+        Ok(())
+    }
+}
+
+/// "0 100 0 100 0 100", with decimals only where there are some.
+pub fn show_percent(percent: [f64; 6]) -> String {
+    percent
+        .map(|p| format!("{}", (p * 100.0).round() / 100.0))
+        .join(" ")
+}
+
+/// Why a policy cannot be.
+#[derive(Debug, Error, PartialEq)]
+pub enum PolicyError {
+    #[error(
+        "--percent: the {pair} shares {gpu} and {cpu} must each lie in 0..100 and sum to at most 100 (the rest goes to disk)"
+    )]
+    Percent {
+        pair: &'static str,
+        gpu: f64,
+        cpu: f64,
+    },
+    #[error("--gpu-batch-size and --num-gpu-batches must be at least 1")]
+    EmptyBatch,
+    #[error(
+        "this machine has no GPU, so the first, third and fifth percentage must be 0; the nearest plan here is --percent {nearest}"
+    )]
+    NoGpu { nearest: String },
+    #[error("without a GPU nothing can be shipped to one: --cpu-compute-share is 100 here")]
+    NothingToShipTo,
+}

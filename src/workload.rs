@@ -1,0 +1,71 @@
+//! Lengths and counts of what is to be generated. Never the text itself.
+
+use serde::{Deserialize, Serialize};
+
+/// One line of work: a prompt's length and how many tokens may follow it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LineLength {
+    pub prompt_tokens: u32,
+    pub gen_tokens: u32,
+}
+
+impl LineLength {
+    /// Tokens whose keys and values are kept: the last generated one is never attended to.
+    pub fn kv_tokens(&self) -> u64 {
+        (self.prompt_tokens + self.gen_tokens.saturating_sub(1)) as u64
+    }
+}
+
+/// All lines in input order.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Workload {
+    pub lines: Vec<LineLength>,
+}
+
+impl Workload {
+    /// `prompts` equal lines.
+    pub fn uniform(prompts: usize, prompt_tokens: u32, gen_tokens: u32) -> Self {
+        Workload {
+            lines: vec![
+                LineLength {
+                    prompt_tokens,
+                    gen_tokens
+                };
+                prompts
+            ],
+        }
+    }
+
+    pub fn prompts(&self) -> usize {
+        self.lines.len()
+    }
+
+    pub fn prompt_tokens(&self) -> u64 {
+        self.lines.iter().map(|l| l.prompt_tokens as u64).sum()
+    }
+
+    pub fn prompt_tokens_max(&self) -> u32 {
+        self.lines
+            .iter()
+            .map(|l| l.prompt_tokens)
+            .max()
+            .unwrap_or(0)
+    }
+
+    pub fn gen_tokens(&self) -> u64 {
+        self.lines.iter().map(|l| l.gen_tokens as u64).sum()
+    }
+
+    pub fn gen_tokens_max(&self) -> u32 {
+        self.lines.iter().map(|l| l.gen_tokens).max().unwrap_or(0)
+    }
+
+    /// Cached tokens of the longest line.
+    pub fn kv_tokens_max(&self) -> u64 {
+        self.lines
+            .iter()
+            .map(LineLength::kv_tokens)
+            .max()
+            .unwrap_or(0)
+    }
+}
