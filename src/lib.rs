@@ -16,3 +16,6 @@ pub mod workload;
 pub mod cost;
 pub mod placement;
 pub mod policy;
+
+// Floor 4: hands
+pub mod machine;
