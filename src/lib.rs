@@ -19,3 +19,6 @@ pub mod policy;
 
 // Floor 4: hands
 pub mod machine;
+
+// Floor 5: work
+pub mod engine;

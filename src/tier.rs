@@ -90,7 +90,7 @@ pub enum Phase {
 }
 
 /// One value per tier.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PerTier<T> {
     pub gpu: T,
@@ -120,7 +120,7 @@ impl<T> IndexMut<Tier> for PerTier<T> {
 }
 
 /// One value per lane.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PerLane<T> {
     pub disk_to_cpu: T,

@@ -1,7 +1,6 @@
 //! Every byte that a run will hold, per tier, as a list of named buffers. The planner prices plans
 //! with it and the engine allocates exactly this list, once; nothing else may allocate.
 
-use crate::dtype::Dtype;
 use crate::model::{MatrixKind, ModelSpec};
 use crate::placement::{Placement, WeightHome};
 use crate::policy::{DeviceKind, Policy};
@@ -379,16 +378,24 @@ impl Footprint {
         }
         let row = input.model.hidden as u64 * HIDDEN_VALUE_BYTES;
         let disk_rows = block.batch_hidden_rows.disk;
-        if disk_rows > 0 {
+        let items = input.policy.gpu_batch_size as u64;
+        if disk_rows > 0 && gpu {
             self.put(
                 Tier::Cpu,
                 Buffer::HiddenStage,
                 2 * (disk_rows * row + slack),
             );
+        } else if disk_rows > 0 {
+            let step = page_step_bytes(row);
+            self.put(
+                Tier::Cpu,
+                Buffer::HiddenStage,
+                2 * (disk_rows * row + (items + 2) * step),
+            );
         }
         let rows = disk_rows + block.batch_hidden_rows.cpu;
         if gpu && rows > 0 {
-            self.put(Tier::Gpu, Buffer::HiddenStage, 2 * rows * row);
+            self.put(Tier::Gpu, Buffer::HiddenStage, 2 * (rows + 2) * row);
         }
     }
 
@@ -419,6 +426,11 @@ impl Footprint {
         let rows = |count: u64, width: usize| count * width as u64 * HIDDEN_VALUE_BYTES;
         let w = &policy.shares.weights;
         if w.cpu_compute > 0.0 || w.disk_compute > 0.0 {
+            self.put(
+                Tier::Cpu,
+                Buffer::Smalls,
+                input.placement.smalls_bytes + 64 * 16 * (m.layers as u64 + 2),
+            );
             let widest = m.ffn.max(m.hidden);
             let head = rows(block.slots, m.hidden.max(m.embed_width));
             self.put(
@@ -444,6 +456,16 @@ impl Footprint {
         }
         self.put(Tier::Cpu, Buffer::Logits, rows(block.slots, m.vocab));
     }
+}
+
+/// Bytes after which hidden rows start at a page again: visiting rows that are read from disk in place
+/// begin at such a step.
+pub fn page_step_bytes(row_bytes: u64) -> u64 {
+    let (mut a, mut b) = (row_bytes, PAGE_BYTES);
+    while b > 0 {
+        (a, b) = (b, a % b);
+    }
+    row_bytes / a * PAGE_BYTES
 }
 
 /// The tier whose memory the computing device works in.
@@ -540,6 +562,3 @@ fn policy_slots_on_disk(placement: &Placement) -> u64 {
         .filter(|&&t| t == Tier::Disk)
         .count() as u64
 }
-
-/// Format of the hidden state.
-pub const HIDDEN_FORMAT: Dtype = Dtype::F32;

@@ -1,0 +1,214 @@
+//! The state that all six tasks share: the machine, where things lie, and what has to be waited for.
+//! The tasks themselves are in forward.rs (compute), visits.rs (cache and hidden state) and weights.rs.
+
+use super::cache::CachePool;
+use super::layout::{HiddenSpace, Layout};
+use super::schedule::{Schedule, Task, TaskKind};
+use super::step::{Step, StepRules};
+use super::visits::Visits;
+use super::weights::{StreamInput, WeightStream};
+use crate::cost::footprint::{BlockShape, Buffer, Footprint, HIDDEN_VALUE_BYTES, compute_tier};
+use crate::machine::ops::{Compute, FileId, HiddenRows, Op, Table};
+use crate::machine::{Fence, Fences, Machine, MachineError};
+use crate::model::{MatrixKind, ModelSpec, POSITION_OFFSET, SmallKind};
+use crate::placement::Placement;
+use crate::policy::{DeviceKind, Policy};
+use crate::tier::{Lane, Tier};
+use std::sync::Arc;
+
+/// Files of a run, as the machine knows them.
+#[derive(Clone, Copy, Debug)]
+pub struct RunFiles {
+    pub store: FileId,
+    pub cache: FileId,
+    pub hidden: FileId,
+}
+
+/// A run's fixed facts.
+#[derive(Clone)]
+pub struct RunFacts {
+    pub model: ModelSpec,
+    pub policy: Policy,
+    pub placement: Placement,
+    pub block: BlockShape,
+    pub footprint: Footprint,
+    pub device: DeviceKind,
+    /// Offset of each matrix in the store file.
+    pub matrix_offsets: Vec<u64>,
+    pub files: RunFiles,
+}
+
+/// The engine between two passes.
+pub struct Core<'m> {
+    pub machine: &'m mut dyn Machine,
+    pub facts: RunFacts,
+    pub layout: Layout,
+    pub hidden: HiddenSpace,
+    pub stream: WeightStream,
+    pub pool: CachePool,
+    pub visits: Visits,
+    pub compute: Tier,
+    pub lane: Lane,
+    /// What the next operation on the compute lane has to come after.
+    pub join: Fences,
+    /// Newest operation on the compute lane.
+    pub last: Fence,
+    /// Last users of the buffers through which the CPU helps a GPU.
+    pub side_done: Fences,
+    pub embedding_done: [Fences; 2],
+    pub embedding_half: usize,
+    pub pass: u64,
+    /// 0, 1, 2, ...: rows of contiguous buffers.
+    pub identity: Arc<[u32]>,
+}
+
+impl<'m> Core<'m> {
+    pub fn new(machine: &'m mut dyn Machine, facts: RunFacts) -> Self {
+        let layout = Layout::new(&facts.model, &facts.placement, &facts.footprint);
+        let row_bytes = facts.model.hidden as u64 * HIDDEN_VALUE_BYTES;
+        let compute = compute_tier(facts.device);
+        let lane = if compute == Tier::Gpu {
+            Lane::GpuCompute
+        } else {
+            Lane::CpuCompute
+        };
+        let stream = WeightStream::new(&StreamInput {
+            placement: &facts.placement,
+            layout: &layout,
+            device: facts.device,
+            matrix_offsets: &facts.matrix_offsets,
+            store: facts.files.store,
+            pinned: facts.policy.pin_weight,
+        });
+        let record = facts.model.kv_record_bytes(facts.policy.kv_format());
+        Core {
+            machine,
+            hidden: HiddenSpace::new(&layout, facts.device, row_bytes),
+            stream,
+            pool: CachePool::new(&facts.block, record),
+            visits: Visits::new(facts.model.stages(), facts.policy.num_gpu_batches),
+            compute,
+            lane,
+            join: Fences::none(),
+            last: Fence { lane, number: 0 },
+            side_done: Fences::none(),
+            embedding_done: [Fences::none(); 2],
+            embedding_half: 0,
+            pass: 0,
+            identity: (0..facts.block.chunk_rows as u32).collect(),
+            layout,
+            facts,
+        }
+    }
+
+    pub fn step_rules(&self) -> StepRules {
+        StepRules {
+            gpu_batch_size: self.facts.policy.gpu_batch_size,
+            batches: self.facts.policy.num_gpu_batches,
+            chunk_rows: self.facts.block.chunk_rows as usize,
+            compute: self.compute,
+            hidden_tiers: self.facts.placement.hidden_tiers.clone(),
+            hidden_row_bytes: self.hidden.row_bytes,
+            stage_rows: self.hidden.stage_rows,
+            step_rows: self.hidden.step_rows,
+            position_offset: POSITION_OFFSET,
+        }
+    }
+
+    /// One pass over all stages: submits every task of the schedule; with overlap off, waits for each.
+    /// Returns what has to be waited for before the logits can be read.
+    pub fn run_pass(&mut self, step: &Step) -> Result<Fences, MachineError> {
+        self.machine.set_phase(step.phase);
+        let schedule = Schedule {
+            stages: self.facts.model.stages(),
+            batches: self.facts.policy.num_gpu_batches,
+        };
+        for task in schedule.pass() {
+            self.run_task(step, task);
+            if !self.facts.policy.overlap {
+                let all = self.machine.submitted();
+                self.machine.wait(&all)?;
+            }
+        }
+        self.pass += 1;
+        Ok(self.join.join(&self.last.into()))
+    }
+
+    fn run_task(&mut self, step: &Step, task: Task) {
+        let batch = &step.batches[task.batch];
+        match task.kind {
+            TaskKind::LoadWeight => self.load_weight(task),
+            _ if batch.rows == 0 && !self.is_last_compute(task) => {}
+            TaskKind::LoadCache => self.load_cache(batch, task),
+            TaskKind::LoadHidden => self.load_hidden(batch, task),
+            TaskKind::Compute => self.compute_task(step, task),
+            TaskKind::StoreCache => self.store_cache(batch, task),
+            TaskKind::StoreHidden => self.store_hidden(batch, task),
+        }
+    }
+
+    /// The head's products come with the last batch, even when that one is empty.
+    fn is_last_compute(&self, task: Task) -> bool {
+        let last = task.batch + 1 == self.facts.policy.num_gpu_batches;
+        task.kind == TaskKind::Compute && last
+    }
+
+    fn load_weight(&mut self, task: Task) {
+        if self.stream.is_empty() {
+            return;
+        }
+        let pass = self.pass + task.next_pass as u64;
+        let part = (task.batch, self.facts.policy.num_gpu_batches);
+        self.stream.prefetch(self.machine, (pass, task.stage), part);
+        if task.next_pass {
+            self.stream.prefetch(self.machine, (pass, 1), part);
+        }
+    }
+
+    /// Submits to the compute lane, after everything that was joined.
+    pub fn submit(&mut self, compute: Compute) -> Fence {
+        let after = std::mem::take(&mut self.join);
+        self.last = self.machine.submit(self.lane, Op::Compute(compute), &after);
+        self.last
+    }
+
+    /// What must be done before another lane may read what the compute lane made so far.
+    pub fn made(&self) -> Fences {
+        self.join.join(&self.last.into())
+    }
+
+    pub fn buffer(&self, buffer: Buffer) -> u64 {
+        self.layout.buffer(self.compute, buffer).offset
+    }
+
+    pub fn small(&self, kind: SmallKind, stage: usize) -> Option<u64> {
+        self.layout.small(self.compute, kind, stage)
+    }
+
+    pub fn matrix(&self, kind: MatrixKind, stage: usize) -> Option<usize> {
+        let same = |m: &crate::model::Matrix| m.kind == kind && m.stage == stage;
+        self.facts.placement.matrices.iter().position(same)
+    }
+
+    /// Hidden rows of part of a batch.
+    pub fn hidden_rows(&self, rows: Table) -> HiddenRows {
+        HiddenRows {
+            base: self.hidden.base,
+            rows,
+            width: self.facts.model.hidden,
+        }
+    }
+
+    /// Rows 0..count of a contiguous buffer.
+    pub fn plain_rows(&self, base: u64, count: usize, width: usize) -> HiddenRows {
+        HiddenRows {
+            base,
+            rows: Table {
+                entries: self.identity.clone(),
+                first: 0,
+                len: count,
+            },
+            width,
+        }
+    }
+}

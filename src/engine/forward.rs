@@ -1,0 +1,318 @@
+//! One layer over machine operations: embedding, attention, feed-forward, head (facts: OPTForCausalLM).
+//! Every product is cut by where its rows live; the results do not depend on the cut.
+
+use super::core::Core;
+use super::product::Product;
+use super::schedule::Task;
+use super::step::{BatchStep, Step, overlap};
+use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES};
+use crate::machine::ops::{Affine, Attention, Compute, Copy2d, KvItem, Op, Table};
+use crate::model::{Activation, MatrixKind, SmallKind};
+use crate::tier::{Lane, Tier};
+use std::ops::Range;
+
+impl Core<'_> {
+    /// compute(i, j, k): all of the batch's rows through one stage.
+    pub fn compute_task(&mut self, step: &Step, task: Task) {
+        let batch = &step.batches[task.batch];
+        if task.stage == 0 {
+            self.begin_hidden_visit(batch, task);
+        }
+        let half = self.visits.hidden_half(task.batch);
+        let ready = self.visits.take_hidden_ready(task.batch);
+        self.join = self.join.join(&ready);
+        if task.stage == self.facts.model.head_stage() {
+            return self.head(step, task.batch, half);
+        }
+        for (index, chunk) in batch.chunks.iter().enumerate() {
+            let rows = batch.hidden[half].part(chunk.start, chunk.len());
+            let last = self.is_last_batch(step, task.batch) && index + 1 == batch.chunks.len();
+            let part = Part {
+                stage: task.stage,
+                batch: task.batch,
+                chunk: chunk.clone(),
+                rows,
+                last,
+            };
+            match task.stage {
+                0 => self.embed(batch, &part),
+                _ => self.layer(batch, &part),
+            }
+        }
+    }
+
+    /// True when no later batch of this pass has rows: its products are the last users of the stage's weights.
+    fn is_last_batch(&self, step: &Step, batch: usize) -> bool {
+        step.batches[batch + 1..].iter().all(|b| b.rows == 0)
+    }
+
+    fn embed(&mut self, batch: &BatchStep, part: &Part) {
+        let ids = Table::whole(batch.ids.clone()).part(part.chunk.start, part.chunk.len());
+        let model = &self.facts.model;
+        let (hidden, width) = (model.hidden, model.embed_width);
+        let to = self.hidden_rows(part.rows.clone());
+        if width == hidden {
+            self.lookup(&ids, &to);
+        } else {
+            let embedded = self.buffer(Buffer::Embedded);
+            let rows = self.plain_rows(embedded, ids.len, width);
+            self.lookup(&ids, &rows);
+            let product = self.buffer(Buffer::Product);
+            self.product(&part.product(MatrixKind::ProjectIn, (embedded, product)));
+            self.submit(Compute::Scatter {
+                to: to.clone(),
+                y: product,
+            });
+        }
+        let model = &self.facts.model;
+        let table_rows = model.positions + crate::model::POSITION_OFFSET;
+        let format = model.dtype;
+        let Some(table) = self.small(SmallKind::Positions, 0) else {
+            return;
+        };
+        let indices =
+            Table::whole(batch.positions.clone()).part(part.chunk.start, part.chunk.len());
+        self.submit(Compute::AddPositions {
+            table,
+            table_rows,
+            format,
+            indices,
+            to,
+        });
+    }
+
+    /// x += Attn(LN1(x)); x += W2·act(W1·LN2(x)), or with the norms after the sums.
+    fn layer(&mut self, batch: &BatchStep, part: &Part) {
+        let [normed, qkv, attended, ffn, product] = [
+            Buffer::Normed,
+            Buffer::Qkv,
+            Buffer::Attended,
+            Buffer::Ffn,
+            Buffer::Product,
+        ]
+        .map(|b| self.buffer(b));
+        let attention_norm = self.affine(
+            SmallKind::AttentionNormWeight,
+            SmallKind::AttentionNormBias,
+            part.stage,
+        );
+        let ffn_norm = self.affine(SmallKind::FfnNormWeight, SmallKind::FfnNormBias, part.stage);
+        let activation = Some(self.facts.model.activation);
+        self.norm_before(part, attention_norm, normed);
+        self.product(
+            &part
+                .product(MatrixKind::Qkv, (normed, qkv))
+                .bias(SmallKind::QkvBias),
+        );
+        self.attention(batch, part);
+        self.product(
+            &part
+                .product(MatrixKind::AttentionOut, (attended, product))
+                .bias(SmallKind::AttentionOutBias),
+        );
+        self.add_back(part, attention_norm, product);
+        self.norm_before(part, ffn_norm, normed);
+        self.product(
+            &part
+                .product(MatrixKind::Fc1, (normed, ffn))
+                .bias(SmallKind::Fc1Bias)
+                .activation(activation),
+        );
+        self.product(
+            &part
+                .product(MatrixKind::Fc2, (ffn, product))
+                .bias(SmallKind::Fc2Bias),
+        );
+        self.add_back(part, ffn_norm, product);
+    }
+
+    fn affine(&self, weight: SmallKind, bias: SmallKind, stage: usize) -> Affine {
+        Affine {
+            weight: self.small(weight, stage),
+            bias: self.small(bias, stage),
+        }
+    }
+
+    fn norm_before(&mut self, part: &Part, affine: Affine, out: u64) {
+        let from = self.hidden_rows(part.rows.clone());
+        let op = match self.facts.model.pre_norm {
+            true => Compute::Norm { from, affine, out },
+            false => Compute::Gather { from, out },
+        };
+        self.submit(op);
+    }
+
+    fn add_back(&mut self, part: &Part, affine: Affine, y: u64) {
+        let to = self.hidden_rows(part.rows.clone());
+        self.submit(Compute::AddRows { to: to.clone(), y });
+        if !self.facts.model.pre_norm {
+            self.submit(Compute::NormInPlace { rows: to, affine });
+        }
+    }
+
+    /// Appends the chunk's keys and values and attends, each item where its cache is reachable.
+    fn attention(&mut self, batch: &BatchStep, part: &Part) {
+        let (mut here, mut beside) = (Vec::new(), Vec::new());
+        for (index, item) in batch.items.iter().enumerate() {
+            let Some((first_row, rows, done)) = overlap(item, &part.chunk) else {
+                continue;
+            };
+            let (tier, kv) = self.cache_place(item, part.stage, (part.batch, index));
+            let entry = KvItem {
+                first_row,
+                rows,
+                past: item.past + done,
+                decode: item.decode,
+                kv,
+            };
+            if tier == self.compute {
+                here.push(entry)
+            } else {
+                beside.push(entry)
+            }
+        }
+        let ready = self.visits.cache_ready(part.stage, part.batch);
+        if !beside.is_empty() {
+            self.attend_beside(part, beside, ready);
+        }
+        if !here.is_empty() {
+            self.join = self.join.join(&ready);
+            let attention = self.attention_op(self.compute, here);
+            self.submit(Compute::Append(attention.clone()));
+            let done = self.submit(Compute::Attend(attention));
+            self.visits.cache_used(part.stage, part.batch, done);
+        }
+    }
+
+    fn attention_op(&self, tier: Tier, items: Vec<KvItem>) -> Attention {
+        Attention {
+            qkv: self.layout.buffer(tier, Buffer::Qkv).offset,
+            heads: self.facts.model.heads,
+            hidden: self.facts.model.hidden,
+            format: self.facts.policy.kv_format(),
+            items: items.into(),
+            out: self.layout.buffer(tier, Buffer::Attended).offset,
+        }
+    }
+
+    /// Attention on the CPU for a GPU: q, k, v rows down, attended rows up. Joined before the next product.
+    fn attend_beside(&mut self, part: &Part, items: Vec<KvItem>, ready: crate::machine::Fences) {
+        let row = self.facts.model.hidden as u64 * HIDDEN_VALUE_BYTES;
+        let attention = self.attention_op(Tier::Cpu, items);
+        let rows_of = |width: u64, from: u64, to: u64| -> Vec<Copy2d> {
+            let span = |i: &KvItem| (i.first_row as u64 * width, i.rows as u64 * width);
+            attention
+                .items
+                .iter()
+                .map(span)
+                .map(|(at, bytes)| Copy2d::flat(from + at, to + at, bytes))
+                .collect()
+        };
+        let down = Op::Copy {
+            pinned: true,
+            pieces: rows_of(3 * row, self.buffer(Buffer::Qkv), attention.qkv),
+        };
+        let up = Op::Copy {
+            pinned: true,
+            pieces: rows_of(row, attention.out, self.buffer(Buffer::Attended)),
+        };
+        let arrived = self
+            .machine
+            .submit(Lane::GpuToCpu, down, &self.made().join(&self.side_done));
+        let append = Op::Compute(Compute::Append(attention.clone()));
+        self.machine
+            .submit(Lane::CpuCompute, append, &ready.with(arrived));
+        let after = self.side_done;
+        let attended = self.machine.submit(
+            Lane::CpuCompute,
+            Op::Compute(Compute::Attend(attention)),
+            &after,
+        );
+        self.visits.cache_used(part.stage, part.batch, attended);
+        let back = self
+            .machine
+            .submit(Lane::CpuToGpu, up, &self.made().with(attended));
+        self.side_done.add(attended);
+        self.side_done.add(back);
+        self.join.add(back);
+    }
+
+    /// Last rows normalised; after the last batch the logits of all sequences in one product.
+    fn head(&mut self, step: &Step, batch_index: usize, half: usize) {
+        let batch = &step.batches[batch_index];
+        let row = self.facts.model.hidden as u64 * HIDDEN_VALUE_BYTES;
+        let heads = self.buffer(Buffer::HeadRows);
+        if !batch.items.is_empty() {
+            let last_row =
+                |i: &super::step::StepItem| batch.hidden[half].as_slice()[i.first_row + i.rows - 1];
+            let entries = batch.items.iter().map(last_row).collect();
+            let from = self.hidden_rows(Table::whole(entries));
+            let out = heads + batch.head_first as u64 * row;
+            let stage = self.facts.model.head_stage();
+            let affine = self.affine(SmallKind::FinalNormWeight, SmallKind::FinalNormBias, stage);
+            self.submit(match self.facts.model.has_final_norm() {
+                true => Compute::Norm { from, affine, out },
+                false => Compute::Gather { from, out },
+            });
+        }
+        self.visits.end_hidden_visit(batch_index, self.last);
+        if batch_index + 1 == step.batches.len() {
+            self.logits(step.active.len(), heads);
+        }
+    }
+
+    fn logits(&mut self, m: usize, heads: u64) {
+        let stage = self.facts.model.head_stage();
+        let all = Part {
+            stage,
+            batch: 0,
+            chunk: 0..m,
+            rows: Table::whole(self.identity.clone()).part(0, 0),
+            last: true,
+        };
+        let mut x = heads;
+        if self.matrix(MatrixKind::ProjectOut, stage).is_some() {
+            let projected = self.buffer(Buffer::HeadProjected);
+            self.product(&all.product(MatrixKind::ProjectOut, (x, projected)));
+            x = projected;
+        }
+        let logits = self.buffer(Buffer::Logits);
+        self.product(&all.product(MatrixKind::Head, (x, logits)));
+        if self.compute == Tier::Gpu {
+            let bytes = (m * self.facts.model.vocab) as u64 * HIDDEN_VALUE_BYTES;
+            let to = self.layout.buffer(Tier::Cpu, Buffer::Logits).offset;
+            let down = Op::Copy {
+                pinned: true,
+                pieces: vec![Copy2d::flat(logits, to, bytes)],
+            };
+            let down = self.machine.submit(Lane::GpuToCpu, down, &self.made());
+            self.join.add(down);
+        }
+    }
+}
+
+/// A chunk of one batch on its way through one stage.
+pub struct Part {
+    pub stage: usize,
+    pub batch: usize,
+    pub chunk: Range<usize>,
+    pub rows: Table,
+    /// Nothing after this chunk uses the stage's weights in this pass.
+    pub last: bool,
+}
+
+impl Part {
+    fn product(&self, kind: MatrixKind, (x, out): (u64, u64)) -> Product {
+        let (stage, m, last_use) = (self.stage, self.chunk.len(), self.last);
+        Product {
+            kind,
+            stage,
+            x,
+            out,
+            m,
+            bias: None,
+            activation: None::<Activation>,
+            last_use,
+        }
+    }
+}

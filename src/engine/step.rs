@@ -1,0 +1,206 @@
+//! One pass's rows: which sequences take part, which rows of each batch are theirs, how the batches are
+//! cut into chunks, and where each row's hidden state is at home. Pure bookkeeping.
+
+use super::cache::CacheHome;
+use crate::machine::ops::Table;
+use crate::tier::{PerTier, Phase, Tier};
+use crate::units::{PAGE_BYTES, round_up};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A line while it is being generated.
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    /// Index of its input line.
+    pub line: usize,
+    /// Prompt and generated tokens.
+    pub tokens: Vec<u32>,
+    pub prompt_tokens: usize,
+    pub max_tokens: usize,
+    /// Tokens whose keys and values are in the cache.
+    pub cached: usize,
+    pub slot: usize,
+    pub cache: CacheHome,
+}
+
+impl Sequence {
+    pub fn generated(&self) -> usize {
+        self.tokens.len() - self.prompt_tokens
+    }
+
+    /// Rows of the next pass: the whole prompt first, then the newest token.
+    pub fn next_rows(&self) -> usize {
+        self.tokens.len() - self.cached
+    }
+}
+
+/// Rows of one sequence in a batch's step.
+#[derive(Clone, Debug)]
+pub struct StepItem {
+    pub slot: usize,
+    pub first_row: usize,
+    pub rows: usize,
+    pub past: usize,
+    pub decode: bool,
+    pub cache: CacheHome,
+    pub hidden: HiddenHome,
+}
+
+/// Where an item's rows rest between layers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HiddenHome {
+    pub tier: Tier,
+    /// First row in the tier's buffer, or byte offset in the spill file.
+    pub at: u64,
+}
+
+/// One batch's part of a step.
+#[derive(Clone, Debug)]
+pub struct BatchStep {
+    pub items: Vec<StepItem>,
+    pub rows: usize,
+    pub ids: Arc<[u32]>,
+    pub positions: Arc<[u32]>,
+    /// Row table on the compute device, for each half of the visiting rows' buffer.
+    pub hidden: [Table; 2],
+    pub chunks: Vec<Range<usize>>,
+    /// Head rows of earlier batches.
+    pub head_first: usize,
+}
+
+/// One pass over the stages.
+#[derive(Clone, Debug)]
+pub struct Step {
+    pub batches: Vec<BatchStep>,
+    /// Slots in the order of their head rows.
+    pub active: Vec<usize>,
+    pub phase: Phase,
+}
+
+/// What building a step needs to know of the run.
+#[derive(Clone, Debug)]
+pub struct StepRules {
+    pub gpu_batch_size: usize,
+    pub batches: usize,
+    pub chunk_rows: usize,
+    pub compute: Tier,
+    pub hidden_tiers: Vec<Tier>,
+    pub hidden_row_bytes: u64,
+    /// First visiting row of each half, counted from the hidden base.
+    pub stage_rows: [u32; 2],
+    pub step_rows: u32,
+    pub position_offset: usize,
+}
+
+impl Step {
+    /// All rows that the sequences in `slots` have next.
+    pub fn new(rules: &StepRules, slots: &[Option<Sequence>]) -> Step {
+        let mut next_home = PerTier::<u64>::default();
+        let mut active = Vec::new();
+        let mut batches = Vec::new();
+        for batch in 0..rules.batches {
+            let first = batch * rules.gpu_batch_size;
+            let last = (first + rules.gpu_batch_size).min(slots.len());
+            let members = slots[first..last].iter().flatten();
+            let head_first = active.len();
+            let sequences: Vec<&Sequence> = members.collect();
+            active.extend(sequences.iter().map(|s| s.slot));
+            batches.push(batch_step(rules, &sequences, (&mut next_home, head_first)));
+        }
+        let prompt_rows: usize = items(&batches).filter(|i| !i.decode).map(|i| i.rows).sum();
+        let decode_rows = items(&batches).filter(|i| i.decode).count();
+        let phase = if prompt_rows > decode_rows {
+            Phase::Prefill
+        } else {
+            Phase::Decode
+        };
+        Step {
+            batches,
+            active,
+            phase,
+        }
+    }
+}
+
+fn items(batches: &[BatchStep]) -> impl Iterator<Item = &StepItem> {
+    batches.iter().flat_map(|b| &b.items)
+}
+
+fn batch_step(
+    rules: &StepRules,
+    members: &[&Sequence],
+    (next_home, head_first): (&mut PerTier<u64>, usize),
+) -> BatchStep {
+    let mut items = Vec::with_capacity(members.len());
+    let (mut ids, mut positions) = (Vec::new(), Vec::new());
+    for sequence in members {
+        let (past, rows) = (sequence.cached, sequence.next_rows());
+        let tier = rules.hidden_tiers[sequence.slot];
+        items.push(StepItem {
+            slot: sequence.slot,
+            first_row: ids.len(),
+            rows,
+            past,
+            decode: past > 0 && sequence.generated() > 0,
+            cache: sequence.cache.clone(),
+            hidden: HiddenHome {
+                tier,
+                at: take_home(rules, next_home, (tier, rows as u64)),
+            },
+        });
+        ids.extend_from_slice(&sequence.tokens[past..]);
+        positions.extend((past..past + rows).map(|p| (p + rules.position_offset) as u32));
+    }
+    let rows = ids.len();
+    let chunks = (0..rows)
+        .step_by(rules.chunk_rows.max(1))
+        .map(|r| r..(r + rules.chunk_rows).min(rows))
+        .collect();
+    let hidden = [0, 1].map(|half| hidden_table(rules, &items, half));
+    BatchStep {
+        items,
+        rows,
+        ids: ids.into(),
+        positions: positions.into(),
+        hidden,
+        chunks,
+        head_first,
+    }
+}
+
+/// Homes are handed out anew in every step. On disk each item starts at a page.
+fn take_home(rules: &StepRules, next: &mut PerTier<u64>, (tier, rows): (Tier, u64)) -> u64 {
+    let at = next[tier];
+    next[tier] += match tier {
+        Tier::Disk => round_up(rows * rules.hidden_row_bytes, PAGE_BYTES),
+        _ => rows,
+    };
+    at
+}
+
+/// Row of each of the batch's rows on the compute device: at home there, or in the visiting half, items
+/// one after the other, each at a row step that keeps direct reads page-aligned.
+fn hidden_table(rules: &StepRules, items: &[StepItem], half: usize) -> Table {
+    let mut visiting = rules.stage_rows[half];
+    let mut entries = Vec::new();
+    for item in items {
+        let rows = item.rows as u32;
+        let first = if item.hidden.tier == rules.compute {
+            item.hidden.at as u32
+        } else {
+            visiting
+        };
+        if item.hidden.tier != rules.compute {
+            visiting += rows.next_multiple_of(rules.step_rows);
+        }
+        entries.extend(first..first + rows);
+    }
+    Table::whole(entries.into())
+}
+
+/// An item's rows inside a chunk: (row of the chunk, rows, row of the item).
+pub fn overlap(item: &StepItem, chunk: &Range<usize>) -> Option<(usize, usize, usize)> {
+    let first = item.first_row.max(chunk.start);
+    let last = (item.first_row + item.rows).min(chunk.end);
+    (first < last).then(|| (first - chunk.start, last - first, first - item.first_row))
+}

@@ -1,0 +1,455 @@
+//! The tasks that bring cache and hidden state to where they are computed with and back home:
+//! load_cache, store_cache, load_hidden, store_hidden. Two batches can visit at a time, in two halves
+//! of each stage buffer; half = parity of the step (stage · batches + batch).
+
+use super::cache::CacheHome;
+use super::core::Core;
+use super::layout::Place;
+use super::schedule::Task;
+use super::step::{BatchStep, StepItem};
+use crate::cost::footprint::Buffer;
+use crate::machine::ops::{Copy2d, FileSpan, KvPlace, KvSlots, Op};
+use crate::machine::{Fence, Fences};
+use crate::tier::{Lane, Tier};
+use crate::units::{PAGE_BYTES, round_up};
+use std::collections::HashMap;
+
+/// Where the visiting items of one (stage, batch) have their cache while they are computed with.
+#[derive(Clone, Debug, Default)]
+struct CacheVisit {
+    /// Per item: its place on the attention's tier; None for items that are at home there.
+    places: Vec<Option<KvPlace>>,
+    /// Per item at home on disk: its bytes in the Cpu stage.
+    staged: Vec<Option<u64>>,
+    ready: Fences,
+    used: Fences,
+}
+
+/// What is visiting, and when its room is free again.
+pub struct Visits {
+    batches: usize,
+    cache: HashMap<(usize, usize), CacheVisit>,
+    cache_free: [Fences; 2],
+    /// Per (stage, batch): when the last pass's new records are home.
+    cache_stored: Vec<Fences>,
+    hidden_free: [Fences; 2],
+    hidden_stored: Vec<Fences>,
+    hidden_ready: Vec<Fences>,
+    half_of_batch: Vec<usize>,
+}
+
+impl Visits {
+    pub fn new(stages: usize, batches: usize) -> Self {
+        Visits {
+            batches,
+            cache: HashMap::new(),
+            cache_free: [Fences::none(); 2],
+            cache_stored: vec![Fences::none(); stages * batches],
+            hidden_free: [Fences::none(); 2],
+            hidden_stored: vec![Fences::none(); batches],
+            hidden_ready: vec![Fences::none(); batches],
+            half_of_batch: vec![0; batches],
+        }
+    }
+
+    fn step(&self, stage: usize, batch: usize) -> usize {
+        stage * self.batches + batch
+    }
+
+    fn half(&self, stage: usize, batch: usize) -> usize {
+        self.step(stage, batch) % 2
+    }
+
+    pub fn cache_ready(&self, stage: usize, batch: usize) -> Fences {
+        self.cache
+            .get(&(stage, batch))
+            .map_or(Fences::none(), |visit| visit.ready)
+    }
+
+    /// Notes an operation that reads or writes the visiting cache.
+    pub fn cache_used(&mut self, stage: usize, batch: usize, by: Fence) {
+        if let Some(visit) = self.cache.get_mut(&(stage, batch)) {
+            visit.used.add(by);
+        }
+    }
+
+    pub fn hidden_half(&self, batch: usize) -> usize {
+        self.half_of_batch[batch]
+    }
+
+    pub fn take_hidden_ready(&mut self, batch: usize) -> Fences {
+        std::mem::take(&mut self.hidden_ready[batch])
+    }
+
+    /// The head leaves nothing to store: its visiting rows are free once read.
+    pub fn end_hidden_visit(&mut self, batch: usize, last: Fence) {
+        let half = self.half_of_batch[batch];
+        self.hidden_free[half].add(last);
+    }
+}
+
+/// Hands out one half of a stage buffer.
+struct HalfStage {
+    next: u64,
+    align: u64,
+}
+
+impl HalfStage {
+    fn new(place: Place, half: usize, align: u64) -> Self {
+        let half_bytes = place.bytes / 2 / PAGE_BYTES * PAGE_BYTES;
+        HalfStage {
+            next: place.offset + half as u64 * half_bytes,
+            align,
+        }
+    }
+
+    fn take(&mut self, bytes: u64) -> u64 {
+        let at = round_up(self.next, self.align);
+        self.next = at + bytes;
+        at
+    }
+}
+
+impl Core<'_> {
+    /// The tier on which an item's attention runs.
+    fn attention_tier(&self, home: Tier) -> Tier {
+        let beside = self.compute == Tier::Gpu && self.facts.policy.cpu_cache_compute;
+        if home != self.compute && beside {
+            Tier::Cpu
+        } else {
+            self.compute
+        }
+    }
+
+    fn record_bytes(&self) -> u64 {
+        self.facts
+            .model
+            .kv_record_bytes(self.facts.policy.kv_format())
+    }
+
+    /// Where attention finds an item's cache: at home, or visiting.
+    pub fn cache_place(
+        &self,
+        item: &StepItem,
+        stage: usize,
+        (batch, index): (usize, usize),
+    ) -> (Tier, KvPlace) {
+        let tier = self.attention_tier(item.cache.tier());
+        let visit = self
+            .visits
+            .cache
+            .get(&(stage, batch))
+            .and_then(|v| v.places[index].clone());
+        let place = visit.unwrap_or_else(|| self.home_place(item, stage));
+        (tier, place)
+    }
+
+    fn home_place(&self, item: &StepItem, stage: usize) -> KvPlace {
+        let CacheHome::Memory { tier, slots } = &item.cache else {
+            unreachable!("a sequence at home on disk visits for its attention");
+        };
+        let layer = self.pool.layer_bytes[*tier];
+        let base = self.layout.buffer(*tier, Buffer::Cache).offset + (stage as u64 - 1) * layer;
+        KvPlace {
+            base,
+            capacity: layer / self.record_bytes(),
+            slots: KvSlots::Table(slots.clone()),
+        }
+    }
+
+    /// load_cache(i, j, k): records of visiting items so far, from disk or across the link.
+    pub fn load_cache(&mut self, batch: &BatchStep, task: Task) {
+        let visiting = |i: &StepItem| self.attention_tier(i.cache.tier()) != i.cache.tier();
+        if !batch.items.iter().any(visiting) {
+            return;
+        }
+        let half = self.visits.half(task.stage, task.batch);
+        let free = self.visits.cache_free[half]
+            .join(&self.visits.cache_stored[self.visits.step(task.stage, task.batch)]);
+        let mut cpu = HalfStage::new(
+            self.layout.buffer(Tier::Cpu, Buffer::CacheStage),
+            half,
+            PAGE_BYTES,
+        );
+        let mut gpu = HalfStage::new(self.layout.buffer(Tier::Gpu, Buffer::CacheStage), half, 64);
+        let mut visit = CacheVisit {
+            ready: free,
+            ..CacheVisit::default()
+        };
+        let (mut reads, mut ups) = (Vec::new(), Vec::new());
+        for item in &batch.items {
+            let bytes = (item.past + item.rows) as u64 * self.record_bytes();
+            let past_bytes = item.past as u64 * self.record_bytes();
+            let tier = self.attention_tier(item.cache.tier());
+            let staged =
+                (item.cache.tier() == Tier::Disk).then(|| cpu.take(round_up(bytes, PAGE_BYTES)));
+            reads.extend(
+                staged.and_then(|at| self.spill_span(item, task.stage, (0, past_bytes, at))),
+            );
+            let place = (tier != item.cache.tier()).then(|| match tier {
+                Tier::Gpu => gpu.take(bytes),
+                _ => staged.unwrap_or_default(),
+            });
+            if let (Some(to), Tier::Gpu) = (place, tier) {
+                ups.extend(self.records_up(item, task.stage, (staged, to)));
+            }
+            visit.staged.push(staged);
+            let capacity = (item.past + item.rows) as u64;
+            visit.places.push(place.map(|base| KvPlace {
+                base,
+                capacity,
+                slots: KvSlots::Contiguous,
+            }));
+        }
+        self.submit_loads((reads, ups), &mut visit.ready);
+        self.visits.cache.insert((task.stage, task.batch), visit);
+    }
+
+    fn submit_loads(&mut self, (reads, ups): (Vec<FileSpan>, Vec<Copy2d>), ready: &mut Fences) {
+        if !reads.is_empty() {
+            let fence = self.machine.submit(Lane::DiskToCpu, Op::Read(reads), ready);
+            ready.add(fence);
+        }
+        if !ups.is_empty() {
+            let fence = self.machine.submit(
+                Lane::CpuToGpu,
+                Op::Copy {
+                    pinned: true,
+                    pieces: ups,
+                },
+                ready,
+            );
+            ready.add(fence);
+        }
+    }
+
+    /// Part [from, to) of an item's records in the spill file, rounded out to pages.
+    fn spill_span(
+        &self,
+        item: &StepItem,
+        stage: usize,
+        (from, to, staged): (u64, u64, u64),
+    ) -> Option<FileSpan> {
+        let CacheHome::Disk { offset, .. } = item.cache else {
+            return None;
+        };
+        let start = from / PAGE_BYTES * PAGE_BYTES;
+        let bytes = round_up(to - start, PAGE_BYTES);
+        let layer = (stage as u64 - 1) * self.pool.layer_bytes.disk;
+        let span = FileSpan {
+            file: self.facts.files.cache,
+            offset: layer + offset + start,
+            memory: staged + start,
+            bytes,
+        };
+        (to > from).then_some(span)
+    }
+
+    /// Records so far, from DRAM (at home, or just read from disk) to their visit on the GPU.
+    fn records_up(
+        &self,
+        item: &StepItem,
+        stage: usize,
+        (staged, to): (Option<u64>, u64),
+    ) -> Vec<Copy2d> {
+        let record = self.record_bytes();
+        if item.past == 0 {
+            return Vec::new();
+        }
+        match staged {
+            Some(from) => vec![Copy2d::flat(from, to, item.past as u64 * record)],
+            None => self
+                .home_runs(item, stage, 0..item.past)
+                .map(|(home, first, bytes)| Copy2d::flat(home, to + first as u64 * record, bytes))
+                .collect(),
+        }
+    }
+
+    /// Runs of neighbouring token slots: (offset at home, first token, bytes).
+    fn home_runs(
+        &self,
+        item: &StepItem,
+        stage: usize,
+        tokens: std::ops::Range<usize>,
+    ) -> impl Iterator<Item = (u64, usize, u64)> {
+        let record = self.record_bytes();
+        let place = self.home_place(item, stage);
+        let KvSlots::Table(slots) = place.slots else {
+            unreachable!("home slots are a table")
+        };
+        let mut runs: Vec<(u64, usize, u64)> = Vec::new();
+        for token in tokens {
+            let at = place.base + slots[token] as u64 * record;
+            match runs.last_mut() {
+                Some((home, _, bytes)) if *home + *bytes == at => *bytes += record,
+                _ => runs.push((at, token, record)),
+            }
+        }
+        runs.into_iter()
+    }
+
+    /// store_cache(i, j, k): new records of visiting items home.
+    pub fn store_cache(&mut self, batch: &BatchStep, task: Task) {
+        let Some(visit) = self.visits.cache.remove(&(task.stage, task.batch)) else {
+            return;
+        };
+        let record = self.record_bytes();
+        let (mut downs, mut writes) = (Vec::new(), Vec::new());
+        for (index, item) in batch.items.iter().enumerate() {
+            let Some(place) = &visit.places[index] else {
+                continue;
+            };
+            let (from, to) = (
+                item.past as u64 * record,
+                (item.past + item.rows) as u64 * record,
+            );
+            let on_gpu = self.attention_tier(item.cache.tier()) == Tier::Gpu;
+            if let Some(at) = visit.staged[index] {
+                if on_gpu {
+                    downs.push(Copy2d::flat(place.base + from, at + from, to - from));
+                }
+                writes.extend(self.spill_span(item, task.stage, (from, to, at)));
+            } else if on_gpu {
+                let runs = self.home_runs(item, task.stage, item.past..item.past + item.rows);
+                downs.extend(runs.map(|(home, first, bytes)| {
+                    Copy2d::flat(place.base + first as u64 * record, home, bytes)
+                }));
+            }
+        }
+        let done = self.submit_stores((downs, writes), visit.used);
+        let half = self.visits.half(task.stage, task.batch);
+        let step = self.visits.step(task.stage, task.batch);
+        self.visits.cache_free[half] = done;
+        self.visits.cache_stored[step] = done;
+    }
+
+    fn submit_stores(
+        &mut self,
+        (downs, writes): (Vec<Copy2d>, Vec<FileSpan>),
+        mut done: Fences,
+    ) -> Fences {
+        if !downs.is_empty() {
+            let fence = self.machine.submit(
+                Lane::GpuToCpu,
+                Op::Copy {
+                    pinned: true,
+                    pieces: downs,
+                },
+                &done,
+            );
+            done.add(fence);
+        }
+        if !writes.is_empty() {
+            let fence = self
+                .machine
+                .submit(Lane::CpuToDisk, Op::Write(writes), &done);
+            done.add(fence);
+        }
+        done
+    }
+
+    /// Stage 0 makes hidden rows: visiting ones are written into their half as soon as it is free.
+    pub fn begin_hidden_visit(&mut self, batch: &BatchStep, task: Task) {
+        let half = self.visits.half(task.stage, task.batch);
+        self.visits.half_of_batch[task.batch] = half;
+        if self.hidden_visitors(batch).next().is_some() {
+            self.visits.hidden_ready[task.batch] = self.visits.hidden_free[half];
+        }
+    }
+
+    fn hidden_visitors<'b>(
+        &self,
+        batch: &'b BatchStep,
+    ) -> impl Iterator<Item = &'b StepItem> + use<'b> {
+        let compute = self.compute;
+        batch
+            .items
+            .iter()
+            .filter(move |item| item.hidden.tier != compute)
+    }
+
+    /// load_hidden(i, j, k): rows that rest on another tier, into the half of this step.
+    pub fn load_hidden(&mut self, batch: &BatchStep, task: Task) {
+        let half = self.visits.half(task.stage, task.batch);
+        let pieces = self.hidden_pieces(batch, half);
+        if pieces.is_empty() {
+            self.visits.half_of_batch[task.batch] = half;
+            return;
+        }
+        let mut ready = self.visits.hidden_free[half].join(&self.visits.hidden_stored[task.batch]);
+        let reads = pieces.iter().filter_map(|p| p.file).collect();
+        let ups = pieces.iter().filter_map(|p| p.copy).collect();
+        self.submit_loads((reads, ups), &mut ready);
+        self.visits.hidden_ready[task.batch] = ready;
+        self.visits.half_of_batch[task.batch] = half;
+    }
+
+    /// store_hidden(i, j, k): the same rows back home.
+    pub fn store_hidden(&mut self, batch: &BatchStep, task: Task) {
+        let half = self.visits.half(task.stage, task.batch);
+        let pieces = self.hidden_pieces(batch, half);
+        if pieces.is_empty() {
+            return;
+        }
+        let writes = pieces.iter().filter_map(|p| p.file).collect();
+        let back = |c: Copy2d| Copy2d {
+            from: c.to,
+            to: c.from,
+            ..c
+        };
+        let downs = pieces.iter().filter_map(|p| p.copy.map(back)).collect();
+        let done = self.submit_stores((downs, writes), self.made());
+        self.visits.hidden_free[half] = done;
+        self.visits.hidden_stored[task.batch] = done;
+    }
+
+    /// Each visiting item's way: file to DRAM, and DRAM to the GPU where there is one.
+    fn hidden_pieces(&self, batch: &BatchStep, half: usize) -> Vec<HiddenPiece> {
+        let row_bytes = self.hidden.row_bytes;
+        let mut stage = HalfStage::new(
+            self.layout.buffer(Tier::Cpu, Buffer::HiddenStage),
+            half,
+            PAGE_BYTES,
+        );
+        let home = self.layout.buffer(Tier::Cpu, Buffer::Hidden).offset;
+        let piece = |item: &StepItem| {
+            let visiting = self
+                .hidden
+                .offset(batch.hidden[half].as_slice()[item.first_row]);
+            let bytes = item.rows as u64 * row_bytes;
+            let whole = round_up(bytes, PAGE_BYTES);
+            let span = |memory| FileSpan {
+                file: self.facts.files.hidden,
+                offset: item.hidden.at,
+                memory,
+                bytes: whole,
+            };
+            match (item.hidden.tier, self.compute) {
+                (Tier::Disk, Tier::Gpu) => {
+                    let memory = stage.take(whole);
+                    HiddenPiece {
+                        file: Some(span(memory)),
+                        copy: Some(Copy2d::flat(memory, visiting, bytes)),
+                    }
+                }
+                (Tier::Disk, _) => HiddenPiece {
+                    file: Some(span(visiting)),
+                    copy: None,
+                },
+                _ => {
+                    let from = home + item.hidden.at * row_bytes;
+                    HiddenPiece {
+                        file: None,
+                        copy: Some(Copy2d::flat(from, visiting, bytes)),
+                    }
+                }
+            }
+        };
+        self.hidden_visitors(batch).map(piece).collect()
+    }
+}
+
+struct HiddenPiece {
+    file: Option<FileSpan>,
+    copy: Option<Copy2d>,
+}

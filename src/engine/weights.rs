@@ -1,0 +1,278 @@
+//! Streamed weights: the cyclic list of panel chunks that visit the compute devices in each pass, and
+//! when each is read and shipped. Resident weights need nothing from here.
+
+use super::layout::Layout;
+use super::ring::{Grant, Ring};
+use crate::cost::footprint::{Buffer, chunk_panels, chunk_slot_bytes};
+use crate::machine::ops::{Copy2d, FileId, FileSpan, Op};
+use crate::machine::{Fence, Fences, Machine};
+use crate::model::MatrixKind;
+use crate::placement::{Placement, WeightHome};
+use crate::policy::DeviceKind;
+use crate::tier::{Lane, Tier};
+use crate::units::{PAGE_BYTES, round_up};
+use std::collections::VecDeque;
+
+/// A run of panels of one matrix that travels as one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Chunk {
+    pub matrix: usize,
+    pub home: WeightHome,
+    pub first_panel: usize,
+    pub panels: usize,
+}
+
+/// A chunk where it will be multiplied, and when it is there.
+#[derive(Clone, Copy, Debug)]
+pub struct Visitor {
+    pub tier: Tier,
+    pub offset: u64,
+    pub ready: Fence,
+    ticket: u64,
+}
+
+/// What the stream needs to know of the run.
+#[derive(Clone, Copy)]
+pub struct StreamInput<'a> {
+    pub placement: &'a Placement,
+    pub layout: &'a Layout,
+    pub device: DeviceKind,
+    /// Offset of each matrix in the store file.
+    pub matrix_offsets: &'a [u64],
+    pub store: FileId,
+    pub pinned: bool,
+}
+
+/// The chunks of all passes, numbered on and on; issued in order, as far ahead as the rings allow.
+pub struct WeightStream {
+    chunks: Vec<Chunk>,
+    /// First chunk of each stage, and one past the last.
+    stage_first: Vec<usize>,
+    panel_bytes: Vec<u64>,
+    matrix_offsets: Vec<u64>,
+    /// Per chunk: where it lies in DRAM, for chunks at home there.
+    dram: Vec<Option<u64>>,
+    device: DeviceKind,
+    store: FileId,
+    pinned: bool,
+    cpu_ring: Ring,
+    gpu_ring: Ring,
+    issued: u64,
+    /// Visitors not yet released, by number; the front is number `oldest`.
+    visitors: VecDeque<Option<Visitor>>,
+    oldest: u64,
+}
+
+impl WeightStream {
+    pub fn new(input: &StreamInput) -> Self {
+        let (chunks, stage_first) = list_chunks(input.placement, input.device);
+        let dram = chunks.iter().map(|c| dram_offset(input, c)).collect();
+        WeightStream {
+            dram,
+            chunks,
+            stage_first,
+            panel_bytes: input.placement.panel_bytes.clone(),
+            matrix_offsets: input.matrix_offsets.to_vec(),
+            device: input.device,
+            store: input.store,
+            pinned: input.pinned,
+            cpu_ring: Ring::new(input.layout.buffer(Tier::Cpu, Buffer::Ring)),
+            gpu_ring: Ring::new(input.layout.buffer(Tier::Gpu, Buffer::Ring)),
+            issued: 0,
+            visitors: VecDeque::new(),
+            oldest: 0,
+        }
+    }
+
+    /// Numbers of one stage's chunks in one pass.
+    pub fn stage(&self, pass: u64, stage: usize) -> std::ops::Range<u64> {
+        let start = pass * self.chunks.len() as u64;
+        start + self.stage_first[stage] as u64..start + self.stage_first[stage + 1] as u64
+    }
+
+    /// The chunks of one matrix, in order, with their numbers.
+    pub fn of_matrix(&self, pass: u64, stage: usize, matrix: usize) -> Vec<(u64, Chunk)> {
+        let numbers = self.stage(pass, stage);
+        let with_chunk = numbers.map(|n| (n, self.chunks[(n % self.chunks.len() as u64) as usize]));
+        with_chunk.filter(|(_, c)| c.matrix == matrix).collect()
+    }
+
+    /// Starts part `part` of `parts` of a stage's chunks, as far as there is room.
+    pub fn prefetch(
+        &mut self,
+        machine: &mut dyn Machine,
+        (pass, stage): (u64, usize),
+        (part, parts): (usize, usize),
+    ) {
+        let range = self.stage(pass, stage);
+        let count = range.end - range.start;
+        let until = range.start + (count * (part as u64 + 1)).div_ceil(parts as u64);
+        while self.issued < until && self.issue(machine) {}
+    }
+
+    /// The visitor of this number, started now at the latest.
+    pub fn visitor(&mut self, machine: &mut dyn Machine, number: u64) -> Visitor {
+        while self.issued <= number {
+            let started = self.issue(machine);
+            assert!(
+                started,
+                "the ring holds what one layer needs at once: footprint and stream disagree"
+            );
+        }
+        self.visitors[(number - self.oldest) as usize]
+            .expect("a visitor is released after its last use")
+    }
+
+    /// Gives a visitor's room back once `last` is done.
+    pub fn release(&mut self, number: u64, last: Fence) {
+        let slot = &mut self.visitors[(number - self.oldest) as usize];
+        if let Some(visitor) = slot.take() {
+            match visitor.tier {
+                Tier::Gpu => self.gpu_ring.release(visitor.ticket, last),
+                _ => self.cpu_ring.release(visitor.ticket, last),
+            }
+        }
+        while matches!(self.visitors.front(), Some(None)) {
+            self.visitors.pop_front();
+            self.oldest += 1;
+        }
+    }
+
+    /// Starts the next chunk. False when a ring has no room yet. A grant is only taken when all are there.
+    fn issue(&mut self, machine: &mut dyn Machine) -> bool {
+        let index = (self.issued % self.chunks.len() as u64) as usize;
+        let chunk = self.chunks[index];
+        let bytes = chunk.panels as u64 * self.panel_bytes[chunk.matrix];
+        let slot = chunk_slot_bytes(chunk.panels, self.panel_bytes[chunk.matrix]);
+        let started = match (chunk.home, self.dram[index]) {
+            (WeightHome::CpuShip, Some(from)) => self.ship_from_dram(machine, (from, bytes), slot),
+            _ => self.read(machine, &chunk, slot),
+        };
+        let Some(visitor) = started else { return false };
+        self.visitors.push_back(Some(visitor));
+        self.issued += 1;
+        true
+    }
+
+    fn ship_from_dram(
+        &mut self,
+        machine: &mut dyn Machine,
+        (from, bytes): (u64, u64),
+        slot: u64,
+    ) -> Option<Visitor> {
+        let grant = self.gpu_ring.grant(slot)?;
+        Some(self.ship(machine, (from, bytes), &grant, Fences::none()))
+    }
+
+    fn ship(
+        &self,
+        machine: &mut dyn Machine,
+        (from, bytes): (u64, u64),
+        to: &Grant,
+        after: Fences,
+    ) -> Visitor {
+        let op = Op::Copy {
+            pinned: self.pinned,
+            pieces: vec![Copy2d::flat(from, to.offset, bytes)],
+        };
+        let ready = machine.submit(Lane::CpuToGpu, op, &after.join(&to.after));
+        Visitor {
+            tier: Tier::Gpu,
+            offset: to.offset,
+            ready,
+            ticket: to.ticket,
+        }
+    }
+
+    /// Reads a chunk from disk, rounded out to pages; ships it on where the GPU multiplies it.
+    fn read(&mut self, machine: &mut dyn Machine, chunk: &Chunk, slot: u64) -> Option<Visitor> {
+        let ships = chunk.home == WeightHome::DiskShip && self.device.has_gpu();
+        let panel = self.panel_bytes[chunk.matrix];
+        let wanted = self.matrix_offsets[chunk.matrix] + chunk.first_panel as u64 * panel;
+        let bytes = chunk.panels as u64 * panel;
+        let start = wanted / PAGE_BYTES * PAGE_BYTES;
+        let gpu = if ships {
+            Some(self.gpu_ring.grant(slot)?)
+        } else {
+            None
+        };
+        let Some(cpu) = self.cpu_ring.grant(slot) else {
+            gpu.iter().for_each(|g| self.gpu_ring.undo(g));
+            return None;
+        };
+        let span = FileSpan {
+            file: self.store,
+            offset: start,
+            memory: cpu.offset,
+            bytes: round_up(wanted + bytes - start, PAGE_BYTES),
+        };
+        let read = machine.submit(Lane::DiskToCpu, Op::Read(vec![span]), &cpu.after);
+        let offset = cpu.offset + (wanted - start);
+        let Some(gpu) = gpu else {
+            return Some(Visitor {
+                tier: Tier::Cpu,
+                offset,
+                ready: read,
+                ticket: cpu.ticket,
+            });
+        };
+        let visitor = self.ship(machine, (offset, bytes), &gpu, read.into());
+        self.cpu_ring.release(cpu.ticket, visitor.ready);
+        Some(visitor)
+    }
+
+    /// True when nothing is streamed.
+    pub fn is_empty(&self) -> bool {
+        self.chunks.is_empty()
+    }
+}
+
+fn dram_offset(input: &StreamInput, chunk: &Chunk) -> Option<u64> {
+    let home = input.layout.home(chunk.matrix, chunk.home)?;
+    let before = chunk.first_panel - input.placement.splits[chunk.matrix].first(chunk.home);
+    Some(home + before as u64 * input.placement.panel_bytes[chunk.matrix])
+}
+
+/// Chunks in the order of use. An untied token table is looked up, not streamed.
+fn list_chunks(placement: &Placement, device: DeviceKind) -> (Vec<Chunk>, Vec<usize>) {
+    let stages = placement.matrices.last().map_or(0, |m| m.stage) + 1;
+    let homes: &[WeightHome] = match device.has_gpu() {
+        true => &[
+            WeightHome::CpuShip,
+            WeightHome::DiskShip,
+            WeightHome::DiskCompute,
+        ],
+        false => &[WeightHome::DiskShip, WeightHome::DiskCompute],
+    };
+    let (mut chunks, mut firsts) = (Vec::new(), Vec::new());
+    for stage in 0..stages {
+        firsts.push(chunks.len());
+        for (matrix, of) in placement.matrices.iter().enumerate() {
+            if of.stage == stage && of.kind != MatrixKind::Embedding {
+                homes
+                    .iter()
+                    .for_each(|&home| push_chunks(&mut chunks, placement, (matrix, home)));
+            }
+        }
+    }
+    firsts.push(chunks.len());
+    (chunks, firsts)
+}
+
+fn push_chunks(
+    chunks: &mut Vec<Chunk>,
+    placement: &Placement,
+    (matrix, home): (usize, WeightHome),
+) {
+    let split = &placement.splits[matrix];
+    let (first, count) = (split.first(home), split.count(home));
+    let most = chunk_panels(placement.panel_bytes[matrix]);
+    for start in (0..count).step_by(most) {
+        chunks.push(Chunk {
+            matrix,
+            home,
+            first_panel: first + start,
+            panels: most.min(count - start),
+        });
+    }
+}

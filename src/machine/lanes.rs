@@ -1,0 +1,262 @@
+//! One worker thread a lane, FIFO, with fences as counters of finished operations. Knows order and
+//! time only; what an operation does is its executor's.
+
+use super::ops::Op;
+use super::{Fence, Fences, MachineError};
+use crate::cost::figures::LaneFigures;
+use crate::tier::{Lane, PerLane, Phase};
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+/// Carries out one lane's operations, one at a time.
+pub trait Executor: Send {
+    fn run(&mut self, op: Op) -> Result<(), MachineError>;
+}
+
+/// How often a waiter looks before it sleeps: about 20 µs, less than a wake-up costs.
+const SPINS: u32 = 4000;
+
+struct Task {
+    op: Op,
+    after: Fences,
+    phase: Phase,
+    work_s: f64,
+}
+
+#[derive(Default)]
+struct Queue {
+    tasks: Mutex<(VecDeque<Task>, bool)>,
+    filled: Condvar,
+    length: AtomicU64,
+}
+
+/// Finished counts of all lanes, and the first failure.
+#[derive(Default)]
+struct Board {
+    finished: PerLane<AtomicU64>,
+    sleepers: Mutex<()>,
+    changed: Condvar,
+    failed: AtomicBool,
+    failure: Mutex<Option<MachineError>>,
+    log: Mutex<PerLane<LaneFigures>>,
+}
+
+impl Board {
+    fn reached(&self, fences: &Fences) -> bool {
+        let done = |&lane: &Lane| self.finished[lane].load(Ordering::Acquire) >= fences.mark(lane);
+        Lane::ALL.iter().all(done)
+    }
+
+    /// Spins a little, then sleeps until the fences are reached.
+    fn wait(&self, fences: &Fences) {
+        for _ in 0..SPINS {
+            if self.reached(fences) {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        let mut guard = lock(&self.sleepers);
+        while !self.reached(fences) {
+            guard = self
+                .changed
+                .wait(guard)
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+    }
+
+    fn finish(&self, lane: Lane, number: u64) {
+        let _guard = lock(&self.sleepers);
+        self.finished[lane].store(number, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    fn fail(&self, error: MachineError) {
+        lock(&self.failure).get_or_insert(error);
+        self.failed.store(true, Ordering::Release);
+    }
+}
+
+/// A panic elsewhere must not hide the first error, so a poisoned lock is used as it is.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// The lanes of one machine.
+pub struct Lanes {
+    board: Arc<Board>,
+    queues: PerLane<Option<Arc<Queue>>>,
+    submitted: PerLane<u64>,
+    workers: Vec<JoinHandle<()>>,
+    phase: Phase,
+    opened: Instant,
+}
+
+impl Lanes {
+    /// Starts a worker for each lane that has an executor.
+    pub fn start(executors: Vec<(Lane, Box<dyn Executor>)>) -> std::io::Result<Self> {
+        let board = Arc::new(Board::default());
+        let mut queues = PerLane::<Option<Arc<Queue>>>::default();
+        let mut workers = Vec::new();
+        for (lane, executor) in executors {
+            let queue = Arc::new(Queue::default());
+            queues[lane] = Some(queue.clone());
+            let board = board.clone();
+            let worker = std::thread::Builder::new().name(lane.name().into());
+            workers.push(worker.spawn(move || work(lane, executor, &queue, &board))?);
+        }
+        let (phase, opened) = (Phase::Prefill, Instant::now());
+        Ok(Lanes {
+            board,
+            queues,
+            submitted: PerLane::default(),
+            workers,
+            phase,
+            opened,
+        })
+    }
+
+    pub fn submit(&mut self, lane: Lane, op: Op, after: &Fences, work_s: f64) -> Fence {
+        self.submitted[lane] += 1;
+        let fence = Fence {
+            lane,
+            number: self.submitted[lane],
+        };
+        let Some(queue) = &self.queues[lane] else {
+            self.board
+                .fail(MachineError::Unsupported(format!("lane {}", lane.name())));
+            self.board.finish(lane, fence.number);
+            return fence;
+        };
+        let task = Task {
+            op,
+            after: *after,
+            phase: self.phase,
+            work_s,
+        };
+        lock(&queue.tasks).0.push_back(task);
+        queue.length.fetch_add(1, Ordering::Release);
+        queue.filled.notify_one();
+        fence
+    }
+
+    pub fn wait(&self, fences: &Fences) -> Result<(), MachineError> {
+        self.board.wait(fences);
+        match &*lock(&self.board.failure) {
+            Some(error) => Err(error.clone()),
+            None => Ok(()),
+        }
+    }
+
+    pub fn submitted(&self) -> Fences {
+        let all = Lane::ALL.map(|lane| Fence {
+            lane,
+            number: self.submitted[lane],
+        });
+        all.into_iter().fold(Fences::none(), Fences::with)
+    }
+
+    pub fn set_phase(&mut self, phase: Phase) {
+        self.phase = phase;
+    }
+
+    pub fn figures(&self) -> PerLane<LaneFigures> {
+        *lock(&self.board.log)
+    }
+
+    pub fn now_s(&self) -> f64 {
+        self.opened.elapsed().as_secs_f64()
+    }
+}
+
+impl Drop for Lanes {
+    /// Lets the queues run dry (a failed machine skips what is left), then joins the workers.
+    fn drop(&mut self) {
+        for queue in Lane::ALL
+            .iter()
+            .filter_map(|&lane| self.queues[lane].as_ref())
+        {
+            lock(&queue.tasks).1 = true;
+            queue.filled.notify_one();
+        }
+        self.workers
+            .drain(..)
+            .for_each(|worker| drop(worker.join()));
+    }
+}
+
+fn work(lane: Lane, mut executor: Box<dyn Executor>, queue: &Queue, board: &Board) {
+    let mut number = 0;
+    while let Some(task) = next(queue) {
+        board.wait(&task.after);
+        if !board.failed.load(Ordering::Acquire) {
+            run_one(lane, executor.as_mut(), task, board);
+        }
+        number += 1;
+        board.finish(lane, number);
+    }
+}
+
+/// The next task; None when the machine is being closed and the queue is empty.
+fn next(queue: &Queue) -> Option<Task> {
+    for _ in 0..SPINS {
+        if queue.length.load(Ordering::Acquire) > 0 {
+            break;
+        }
+        std::hint::spin_loop();
+    }
+    let mut tasks = lock(&queue.tasks);
+    loop {
+        if let Some(task) = tasks.0.pop_front() {
+            queue.length.fetch_sub(1, Ordering::Release);
+            return Some(task);
+        }
+        if tasks.1 {
+            return None;
+        }
+        tasks = queue
+            .filled
+            .wait(tasks)
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+    }
+}
+
+fn run_one(lane: Lane, executor: &mut dyn Executor, task: Task, board: &Board) {
+    let bytes = task.op.bytes();
+    let start = Instant::now();
+    let outcome = catch_unwind(AssertUnwindSafe(|| executor.run(task.op)));
+    let busy_s = start.elapsed().as_secs_f64();
+    match outcome {
+        Ok(Ok(())) => note(
+            &mut lock(&board.log)[lane],
+            task.phase,
+            (busy_s, task.work_s, bytes),
+        ),
+        Ok(Err(error)) => board.fail(error),
+        Err(panic) => board.fail(MachineError::Panic {
+            lane: lane.name(),
+            cause: message(&*panic),
+        }),
+    }
+}
+
+/// Adds one finished operation to its lane's figures.
+pub fn note(figures: &mut LaneFigures, phase: Phase, (busy_s, work_s, bytes): (f64, f64, u64)) {
+    match phase {
+        Phase::Prefill => figures.prefill_s += busy_s,
+        Phase::Decode => figures.decode_s += busy_s,
+    }
+    figures.work_s += work_s;
+    figures.bytes += bytes;
+}
+
+fn message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "panic".into())
+}

@@ -1,0 +1,237 @@
+//! What can be asked of a machine: reads, writes, copies and the arithmetic of one OPT layer, as plain
+//! data over offsets into the tiers' arenas. Says what is to be done; never does it.
+
+use crate::dtype::Dtype;
+use crate::model::Activation;
+use crate::tier::{Lane, Tier};
+use std::sync::Arc;
+
+/// Which open file an operation means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileId(pub usize);
+
+/// A stretch of a file and of the Cpu arena; all three figures are multiples of 4096.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FileSpan {
+    pub file: FileId,
+    pub offset: u64,
+    pub memory: u64,
+    pub bytes: u64,
+}
+
+/// A stretch of a file that need not be aligned, on its way to any tier's arena through a bounce buffer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoadSpan {
+    pub file: FileId,
+    pub offset: u64,
+    pub bytes: u64,
+    pub to: Tier,
+    pub memory: u64,
+}
+
+/// `rows` pieces of `row_bytes` from one arena to the other.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Copy2d {
+    pub from: u64,
+    pub from_stride: u64,
+    pub to: u64,
+    pub to_stride: u64,
+    pub row_bytes: u64,
+    pub rows: u64,
+}
+
+impl Copy2d {
+    pub fn flat(from: u64, to: u64, bytes: u64) -> Self {
+        Copy2d {
+            from,
+            from_stride: bytes,
+            to,
+            to_stride: bytes,
+            row_bytes: bytes,
+            rows: 1,
+        }
+    }
+}
+
+/// Part of a shared table of u32: one entry a row.
+#[derive(Clone, Debug)]
+pub struct Table {
+    pub entries: Arc<[u32]>,
+    pub first: usize,
+    pub len: usize,
+}
+
+impl Table {
+    pub fn whole(entries: Arc<[u32]>) -> Self {
+        Table {
+            len: entries.len(),
+            entries,
+            first: 0,
+        }
+    }
+
+    pub fn part(&self, first: usize, len: usize) -> Self {
+        Table {
+            entries: self.entries.clone(),
+            first: self.first + first,
+            len,
+        }
+    }
+
+    pub fn as_slice(&self) -> &[u32] {
+        &self.entries[self.first..self.first + self.len]
+    }
+}
+
+/// Rows of hidden values: entry r of `rows` is a row's index from `base`.
+#[derive(Clone, Debug)]
+pub struct HiddenRows {
+    pub base: u64,
+    pub rows: Table,
+    pub width: usize,
+}
+
+/// A learned scale and shift; absent for norms without them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Affine {
+    pub weight: Option<u64>,
+    pub bias: Option<u64>,
+}
+
+/// out[i, n] = act(Σ x[i, k] · w[n, k] + bias[n]) for n in 0..rows.
+#[derive(Clone, Debug)]
+pub struct Gemm {
+    pub x: u64,
+    pub x_stride: usize,
+    pub m: usize,
+    pub inputs: usize,
+    /// First panel of packed weights.
+    pub weights: u64,
+    pub format: Dtype,
+    pub rows: usize,
+    pub bias: Option<u64>,
+    pub activation: Option<Activation>,
+    pub out: u64,
+    pub out_stride: usize,
+}
+
+/// Where a sequence's KV records are: consecutive from the base, or one index a token.
+#[derive(Clone, Debug)]
+pub enum KvSlots {
+    Contiguous,
+    Table(Arc<[u32]>),
+}
+
+/// One sequence's cache in an arena. `capacity` records of `record_bytes` can be reached from `base`.
+#[derive(Clone, Debug)]
+pub struct KvPlace {
+    pub base: u64,
+    pub capacity: u64,
+    pub slots: KvSlots,
+}
+
+/// Rows of one sequence inside a chunk.
+#[derive(Clone, Debug)]
+pub struct KvItem {
+    pub first_row: usize,
+    pub rows: usize,
+    /// Tokens cached before the first of these rows.
+    pub past: usize,
+    pub decode: bool,
+    pub kv: KvPlace,
+}
+
+/// Appending and attending share their operands: q, k, v rows, and the sequences' caches.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    pub qkv: u64,
+    pub heads: usize,
+    pub hidden: usize,
+    pub format: Dtype,
+    pub items: Arc<[KvItem]>,
+    /// Attended rows, `hidden` wide, at the same row indices as the queries.
+    pub out: u64,
+}
+
+/// Arithmetic on one device.
+#[derive(Clone, Debug)]
+pub enum Compute {
+    Gemm(Gemm),
+    /// Token table rows (relative to the panel at `table`) into f32 rows.
+    Embed {
+        table: u64,
+        panels: usize,
+        format: Dtype,
+        ids: Table,
+        to: HiddenRows,
+    },
+    /// x[row] += positions[index]
+    AddPositions {
+        table: u64,
+        table_rows: usize,
+        format: Dtype,
+        indices: Table,
+        to: HiddenRows,
+    },
+    /// out (contiguous) = norm(x[row])
+    Norm {
+        from: HiddenRows,
+        affine: Affine,
+        out: u64,
+    },
+    /// x[row] = norm(x[row])
+    NormInPlace {
+        rows: HiddenRows,
+        affine: Affine,
+    },
+    /// out (contiguous) = x[row]
+    Gather {
+        from: HiddenRows,
+        out: u64,
+    },
+    /// x[row] = y (contiguous)
+    Scatter {
+        to: HiddenRows,
+        y: u64,
+    },
+    /// x[row] += y (contiguous)
+    AddRows {
+        to: HiddenRows,
+        y: u64,
+    },
+    /// Keys and values of the rows into the items' caches.
+    Append(Attention),
+    /// Softmax(q·k) · v over the items' caches.
+    Attend(Attention),
+}
+
+/// One task for one lane.
+#[derive(Clone, Debug)]
+pub enum Op {
+    Read(Vec<FileSpan>),
+    Write(Vec<FileSpan>),
+    Load(LoadSpan),
+    Copy { pinned: bool, pieces: Vec<Copy2d> },
+    Compute(Compute),
+}
+
+impl Op {
+    /// Bytes that the operation moves over its lane; 0 for arithmetic.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Op::Read(spans) | Op::Write(spans) => spans.iter().map(|s| s.bytes).sum(),
+            Op::Load(span) => span.bytes,
+            Op::Copy { pieces, .. } => pieces.iter().map(|p| p.rows * p.row_bytes).sum(),
+            Op::Compute(_) => 0,
+        }
+    }
+}
+
+/// The tier whose arena a compute lane works in.
+pub fn tier_of(lane: Lane) -> Tier {
+    if lane == Lane::GpuCompute {
+        Tier::Gpu
+    } else {
+        Tier::Cpu
+    }
+}

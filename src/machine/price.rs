@@ -1,0 +1,100 @@
+//! Seconds of single operations, from the same rates that price whole plans (cost/rates). The
+//! virtual-time machine runs on these prices, and real machines log them as each lane's work.
+
+use super::ops::{Attention, Compute, Op, tier_of};
+use crate::cost::rates::Rates;
+use crate::tier::{Lane, Tier};
+
+/// fp32 activations.
+const VALUE_BYTES: f64 = 4.0;
+
+/// Prices operations for one machine.
+#[derive(Clone)]
+pub struct Pricer {
+    rates: Rates,
+}
+
+impl Pricer {
+    pub fn new(rates: Rates) -> Self {
+        Pricer { rates }
+    }
+
+    /// Seconds of `op` alone on its lane.
+    pub fn seconds(&self, lane: Lane, op: &Op) -> f64 {
+        let bytes = op.bytes() as f64;
+        match op {
+            Op::Read(spans) => self
+                .rates
+                .disk_read_s(bytes, bytes / spans.len().max(1) as f64),
+            Op::Write(spans) => {
+                self.rates
+                    .disk_write_s(bytes, bytes / spans.len().max(1) as f64, false)
+            }
+            Op::Load(_) => self.rates.disk_read_s(bytes, bytes),
+            Op::Copy { pinned, .. } => self.rates.link_s(lane, bytes, *pinned),
+            Op::Compute(compute) => {
+                let on = tier_of(lane);
+                self.rates.launch_s(on) + self.compute_s(on, compute)
+            }
+        }
+    }
+
+    fn compute_s(&self, on: Tier, compute: &Compute) -> f64 {
+        let rowwise = |rows: usize, width: usize, passes: f64| {
+            self.rates
+                .rowwise_s(on, passes * VALUE_BYTES * (rows * width) as f64)
+        };
+        match compute {
+            Compute::Gemm(g) => self.rates.gemm_s(on, g.format, g.m, g.inputs, g.rows),
+            Compute::Embed { ids, to, .. } => rowwise(ids.len, to.width, 2.0),
+            Compute::AddPositions { indices, to, .. } => rowwise(indices.len, to.width, 3.0),
+            Compute::Norm { from, .. } | Compute::Gather { from, .. } => {
+                rowwise(from.rows.len, from.width, 2.0)
+            }
+            Compute::NormInPlace { rows, .. } => rowwise(rows.rows.len, rows.width, 2.0),
+            Compute::Scatter { to, .. } => rowwise(to.rows.len, to.width, 2.0),
+            Compute::AddRows { to, .. } => rowwise(to.rows.len, to.width, 3.0),
+            Compute::Append(a) => self.append_s(on, a),
+            Compute::Attend(a) => self.attend_s(on, a),
+        }
+    }
+
+    fn append_s(&self, on: Tier, attention: &Attention) -> f64 {
+        let rows: usize = attention.items.iter().map(|i| i.rows).sum();
+        self.rates.append_s(
+            on,
+            attention.format,
+            2.0 * VALUE_BYTES * (rows * attention.hidden) as f64,
+        )
+    }
+
+    /// One-token rows by the bytes of keys and values they read, prompt rows by their FLOP.
+    fn attend_s(&self, on: Tier, attention: &Attention) -> f64 {
+        let record = 2.0 * attention.format.row_bytes(attention.hidden) as f64;
+        let (mut decode_bytes, mut prefill_flop) = (0.0, 0.0);
+        for item in attention.items.iter() {
+            if item.decode {
+                decode_bytes += (item.past + 1) as f64 * record;
+            } else {
+                let rows = item.rows as f64;
+                let keys_seen = rows * item.past as f64 + rows * (rows + 1.0) / 2.0;
+                prefill_flop += 4.0 * attention.hidden as f64 * keys_seen;
+            }
+        }
+        self.rates
+            .attention_s(on, attention.format, decode_bytes, 0.0, true)
+            + self
+                .rates
+                .attention_s(on, attention.format, 0.0, prefill_flop, false)
+    }
+
+    /// What `lane` keeps of its rate while the other `active` lanes run.
+    pub fn keep(&self, lane: Lane, active: &[Lane]) -> f64 {
+        let others: Vec<Lane> = active
+            .iter()
+            .copied()
+            .filter(|&other| other != lane)
+            .collect();
+        self.rates.keep(lane, &others)
+    }
+}
