@@ -9,3 +9,6 @@ pub mod units;
 
 // Floor 1: facts
 pub mod profile;
+
+// Floor 4: hands
+pub mod machine;

@@ -1,0 +1,4 @@
+//! The hands: what touches memory, cores, disks and accelerators. Everything `unsafe` lives here.
+//! Nothing in here knows a model, a plan or a schedule.
+
+pub mod cpu;
