@@ -12,16 +12,33 @@ pub struct Memory {
 
 impl Memory {
     pub fn new(gpu_bytes: u64, cpu_bytes: u64) -> Result<Self, MemoryError> {
-        let arena = |bytes: u64| if bytes > 0 { Arena::new(bytes).map(Some) } else { Ok(None) };
-        Ok(Memory { arenas: PerTier { gpu: arena(gpu_bytes)?, cpu: arena(cpu_bytes)?, disk: None } })
+        let arena = |bytes: u64| {
+            if bytes > 0 {
+                Arena::new(bytes).map(Some)
+            } else {
+                Ok(None)
+            }
+        };
+        Ok(Memory {
+            arenas: PerTier {
+                gpu: arena(gpu_bytes)?,
+                cpu: arena(cpu_bytes)?,
+                disk: None,
+            },
+        })
     }
 
     fn arena(&self, tier: Tier) -> &Arena {
-        self.arenas[tier].as_ref().expect("operations only name tiers that the footprint has")
+        self.arenas[tier]
+            .as_ref()
+            .expect("operations only name tiers that the footprint has")
     }
 
     fn region(offset: u64, elements: usize, size: usize) -> Region {
-        Region { offset, bytes: (elements * size) as u64 }
+        Region {
+            offset,
+            bytes: (elements * size) as u64,
+        }
     }
 
     /// `elements` values from `offset`.
@@ -30,7 +47,10 @@ impl Memory {
     /// No running operation writes these bytes: guaranteed by the fences of the Schedule.
     pub unsafe fn read<T: Pod>(&self, tier: Tier, offset: u64, elements: usize) -> &[T] {
         // SAFETY: passed on to the caller.
-        unsafe { self.arena(tier).slice_of(Self::region(offset, elements, size_of::<T>())) }
+        unsafe {
+            self.arena(tier)
+                .slice_of(Self::region(offset, elements, size_of::<T>()))
+        }
     }
 
     /// `elements` values from `offset`, to be written.
@@ -41,6 +61,9 @@ impl Memory {
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn write<T: Pod>(&self, tier: Tier, offset: u64, elements: usize) -> &mut [T] {
         // SAFETY: passed on to the caller.
-        unsafe { self.arena(tier).slice_of_mut(Self::region(offset, elements, size_of::<T>())) }
+        unsafe {
+            self.arena(tier)
+                .slice_of_mut(Self::region(offset, elements, size_of::<T>()))
+        }
     }
 }

@@ -3,12 +3,16 @@
 //! operation starts when everything it comes after is done. `unsafe` lives on this floor alone.
 
 pub mod arena;
+pub mod cpu;
 pub mod disk;
 pub mod lanes;
+pub mod memory;
 pub mod nvml;
 pub mod ops;
 pub mod os;
 pub mod price;
+pub mod threaded;
+pub mod transfer;
 pub mod virtual_time;
 
 use crate::cost::figures::LaneFigures;

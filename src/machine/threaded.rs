@@ -40,14 +40,22 @@ impl ThreadedMachine {
     /// Maps and writes the arenas, then starts the lanes. Everything that can be missing is missing now.
     pub fn open(request: OpenRequest) -> Result<Self, MachineError> {
         let failed = |error: &dyn std::fmt::Display| MachineError::Memory(error.to_string());
-        let memory = Arc::new(Memory::new(request.gpu_bytes, request.cpu_bytes).map_err(|e| failed(&e))?);
+        let memory =
+            Arc::new(Memory::new(request.gpu_bytes, request.cpu_bytes).map_err(|e| failed(&e))?);
         let files: Arc<[Arc<DiskFile>]> = request.files.into();
         let mut executors: Vec<(Lane, Box<dyn Executor>)> = Vec::new();
         for lane in [Lane::DiskToCpu, Lane::CpuToDisk] {
             let pool = IoPool::new(IO_THREADS).map_err(|e| failed(&e))?;
-            let bounce = (lane == Lane::DiskToCpu).then(|| AlignedBuffer::new(BOUNCE_BYTES)).transpose();
+            let bounce = (lane == Lane::DiskToCpu)
+                .then(|| AlignedBuffer::new(BOUNCE_BYTES))
+                .transpose();
             let bounce = bounce.map_err(|e| failed(&e))?;
-            let disk = DiskExecutor { memory: memory.clone(), files: files.clone(), pool, bounce };
+            let disk = DiskExecutor {
+                memory: memory.clone(),
+                files: files.clone(),
+                pool,
+                bounce,
+            };
             executors.push((lane, Box::new(disk)));
         }
         let compute = |lane: Lane| ComputeExecutor::new(memory.clone(), lane, request.threads);
@@ -55,11 +63,21 @@ impl ThreadedMachine {
         if request.device.has_gpu() {
             executors.push((Lane::GpuCompute, Box::new(compute(Lane::GpuCompute))));
             for lane in [Lane::CpuToGpu, Lane::GpuToCpu] {
-                executors.push((lane, Box::new(CopyExecutor { memory: memory.clone(), lane })));
+                executors.push((
+                    lane,
+                    Box::new(CopyExecutor {
+                        memory: memory.clone(),
+                        lane,
+                    }),
+                ));
             }
         }
         let lanes = Lanes::start(executors).map_err(|e| failed(&e))?;
-        Ok(ThreadedMachine { lanes, memory, pricer: request.pricer })
+        Ok(ThreadedMachine {
+            lanes,
+            memory,
+            pricer: request.pricer,
+        })
     }
 }
 

@@ -43,7 +43,10 @@ impl DiskExecutor {
     fn reads(&self, spans: &[FileSpan]) -> Vec<IoRequest<'_>> {
         let request = |s: &FileSpan| {
             // SAFETY: the fences of a read come after all users of these bytes.
-            let target = unsafe { self.memory.write::<u8>(Tier::Cpu, s.memory, s.bytes as usize) };
+            let target = unsafe {
+                self.memory
+                    .write::<u8>(Tier::Cpu, s.memory, s.bytes as usize)
+            };
             IoRequest::read(&self.files[s.file.0], s.offset, target)
         };
         spans.iter().map(request).collect()
@@ -53,14 +56,20 @@ impl DiskExecutor {
         let request = |s: &FileSpan| {
             // SAFETY: the fences of a write come after its source was written; nothing changes it before
             // the write's own fence.
-            let source = unsafe { self.memory.read::<u8>(Tier::Cpu, s.memory, s.bytes as usize) };
+            let source = unsafe {
+                self.memory
+                    .read::<u8>(Tier::Cpu, s.memory, s.bytes as usize)
+            };
             IoRequest::write(&self.files[s.file.0], s.offset, source)
         };
         spans.iter().map(request).collect()
     }
 
     fn load(&mut self, span: &LoadSpan) -> Result<(), MachineError> {
-        let bounce = self.bounce.as_mut().ok_or_else(|| MachineError::Unsupported("loads on this lane".into()))?;
+        let bounce = self
+            .bounce
+            .as_mut()
+            .ok_or_else(|| MachineError::Unsupported("loads on this lane".into()))?;
         let mut done = 0;
         while done < span.bytes {
             let wanted = span.offset + done;
@@ -68,10 +77,19 @@ impl DiskExecutor {
             let skip = wanted - start;
             let bytes = (span.bytes - done).min(BOUNCE_BYTES - skip);
             let whole = round_up(skip + bytes, PAGE_BYTES) as usize;
-            let mut request = [IoRequest::read(&self.files[span.file.0], start, &mut bounce[..whole])];
-            self.pool.run(&mut request).map_err(|error| MachineError::Disk(error.to_string()))?;
+            let mut request = [IoRequest::read(
+                &self.files[span.file.0],
+                start,
+                &mut bounce[..whole],
+            )];
+            self.pool
+                .run(&mut request)
+                .map_err(|error| MachineError::Disk(error.to_string()))?;
             // SAFETY: loads run before any other operation uses the arenas.
-            let target = unsafe { self.memory.write::<u8>(span.to, span.memory + done, bytes as usize) };
+            let target = unsafe {
+                self.memory
+                    .write::<u8>(span.to, span.memory + done, bytes as usize)
+            };
             target.copy_from_slice(&bounce[skip as usize..(skip + bytes) as usize]);
             done += bytes;
         }
@@ -87,7 +105,9 @@ pub struct CopyExecutor {
 
 impl Executor for CopyExecutor {
     fn run(&mut self, op: Op) -> Result<(), MachineError> {
-        let Op::Copy { pieces, .. } = &op else { return Err(wrong_lane(&op)) };
+        let Op::Copy { pieces, .. } = &op else {
+            return Err(wrong_lane(&op));
+        };
         pieces.iter().for_each(|piece| self.copy(piece));
         Ok(())
     }
@@ -103,8 +123,12 @@ impl CopyExecutor {
             let bytes = piece.row_bytes as usize;
             // SAFETY: the fences of a copy come after its source was written and its target was last used.
             unsafe {
-                let source = self.memory.read::<u8>(from, piece.from + row * piece.from_stride, bytes);
-                let target = self.memory.write::<u8>(to, piece.to + row * piece.to_stride, bytes);
+                let source =
+                    self.memory
+                        .read::<u8>(from, piece.from + row * piece.from_stride, bytes);
+                let target = self
+                    .memory
+                    .write::<u8>(to, piece.to + row * piece.to_stride, bytes);
                 target.copy_from_slice(source);
             }
         }

@@ -1,0 +1,5 @@
+//! The CPU as a compute device: its threads and its kernels.
+
+pub mod execute;
+pub mod kernels;
+pub mod pool;
