@@ -6,7 +6,15 @@ mod forward;
 mod layout;
 mod product;
 mod ring;
+mod run;
+pub mod sampling;
 mod schedule;
 mod step;
 mod visits;
 mod weights;
+
+pub use self::core::{RunFacts, RunFiles};
+pub use self::layout::Layout;
+pub use self::run::{
+    Engine, EngineError, FinishReason, Finished, Outcome, Progress, Request, RunOptions, Sink,
+};

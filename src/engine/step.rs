@@ -94,14 +94,14 @@ pub struct StepRules {
 
 impl Step {
     /// All rows that the sequences in `slots` have next.
-    pub fn new(rules: &StepRules, slots: &[Option<Sequence>]) -> Step {
+    pub fn new(rules: &StepRules, slots: &[Option<&Sequence>]) -> Step {
         let mut next_home = PerTier::<u64>::default();
         let mut active = Vec::new();
         let mut batches = Vec::new();
         for batch in 0..rules.batches {
             let first = batch * rules.gpu_batch_size;
             let last = (first + rules.gpu_batch_size).min(slots.len());
-            let members = slots[first..last].iter().flatten();
+            let members = slots[first..last].iter().flatten().copied();
             let head_first = active.len();
             let sequences: Vec<&Sequence> = members.collect();
             active.extend(sequences.iter().map(|s| s.slot));

@@ -209,9 +209,9 @@ impl ComputeExecutor {
         );
     }
 
-    fn attend(&self, a: &Attention) {
+    fn view<'a>(&'a self, a: &Attention, item: &'a KvItem) -> AttendItem<'a> {
         let record = 2 * a.format.row_bytes(a.hidden);
-        let view = |item: &KvItem| AttendItem {
+        AttendItem {
             first_row: item.first_row,
             q_rows: item.rows,
             past: item.past,
@@ -223,8 +223,11 @@ impl ComputeExecutor {
                     KvSlots::Table(table) => Slots::Table(table),
                 },
             },
-        };
-        let items: Vec<AttendItem> = a.items.iter().map(view).collect();
+        }
+    }
+
+    fn attend(&self, a: &Attention) {
+        let items: Vec<AttendItem> = a.items.iter().map(|item| self.view(a, item)).collect();
         attend(
             &self.pool,
             self.isa,
