@@ -10,3 +10,6 @@ pub mod units;
 // Floor 1: facts
 pub mod model;
 pub mod profile;
+
+// Floor 4: hands
+pub mod machine;

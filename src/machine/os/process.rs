@@ -1,0 +1,117 @@
+//! This process and this kernel: memory used and its peak, limits, the kernel's version.
+
+use super::{OsError, kilobytes, read};
+use std::path::Path;
+
+/// Resident memory of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessMemory {
+    /// The highest it was since the start or the last `reset_peak` (VmHWM).
+    pub peak_bytes: u64,
+    /// What it is now (VmRSS).
+    pub resident_bytes: u64,
+}
+
+/// This process's memory.
+#[cfg(target_os = "linux")]
+pub fn process_memory() -> Result<ProcessMemory, OsError> {
+    process_memory_at(Path::new("/"))
+}
+
+/// This process's memory. The peak is not kept by sysinfo: it is what is resident now.
+#[cfg(not(target_os = "linux"))]
+pub fn process_memory() -> Result<ProcessMemory, OsError> {
+    let failed = |e: String| OsError::System(e);
+    let mut system = sysinfo::System::new().map_err(|e| failed(format!("{e:?}")))?;
+    let pid = sysinfo::get_current_pid().map_err(|e| failed(format!("{e:?}")))?;
+    system.refresh_processes(sysinfo::ProcessesToUpdate::Some(&[pid]), true);
+    let process = system.process(pid);
+    let resident_bytes = process
+        .ok_or_else(|| failed("no such process".into()))?
+        .memory();
+    Ok(ProcessMemory {
+        peak_bytes: resident_bytes,
+        resident_bytes,
+    })
+}
+
+/// As `process_memory`, over the /proc below `root`.
+pub fn process_memory_at(root: &Path) -> Result<ProcessMemory, OsError> {
+    let path = root.join("proc/self/status");
+    let status = read(&path)?;
+    let field = |key: &'static str| {
+        kilobytes(&status, key).ok_or_else(|| OsError::Missing {
+            path: path.clone(),
+            key,
+        })
+    };
+    Ok(ProcessMemory {
+        peak_bytes: field("VmHWM:")?,
+        resident_bytes: field("VmRSS:")?,
+    })
+}
+
+/// Starts the peak anew from what is resident now. False where the kernel does not allow it.
+pub fn reset_peak() -> bool {
+    std::fs::write("/proc/self/clear_refs", "5").is_ok()
+}
+
+/// Bytes that may be locked in memory; `u64::MAX` where there is no limit.
+#[cfg(unix)]
+pub fn page_locked_limit_bytes() -> u64 {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: getrlimit writes one rlimit into the one it is given.
+    let rc = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) };
+    match (rc, limit.rlim_cur) {
+        (0, libc::RLIM_INFINITY) => u64::MAX,
+        (0, bytes) => bytes,
+        _ => 0,
+    }
+}
+
+#[cfg(not(unix))]
+pub fn page_locked_limit_bytes() -> u64 {
+    0
+}
+
+/// The operating system and its version: "Linux 6.1.0".
+pub fn kernel_version() -> String {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").ok();
+    let release = release.or_else(|| sysinfo::System::kernel_version().ok());
+    let release = release.unwrap_or_default();
+    let name = match std::env::consts::OS {
+        "linux" => "Linux",
+        other => other,
+    };
+    format!("{name} {}", release.trim()).trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::os::tests::tree;
+
+    #[test]
+    fn status_is_read_in_bytes() {
+        let root = tree(&[(
+            "proc/self/status",
+            "Name:\tx\nVmHWM:\t  20 kB\nVmRSS:\t 10 kB\n",
+        )]);
+        let memory = process_memory_at(root.path()).unwrap();
+        assert_eq!((memory.peak_bytes, memory.resident_bytes), (20480, 10240));
+        let root = tree(&[("proc/self/status", "VmRSS:\t 10 kB\n")]);
+        let error = process_memory_at(root.path()).unwrap_err().to_string();
+        assert!(error.contains("VmHWM"), "{error}");
+    }
+
+    #[test]
+    fn this_process_has_a_peak_and_a_kernel() {
+        let memory = process_memory().unwrap();
+        assert!(memory.peak_bytes > 100_000 && memory.resident_bytes > 100_000);
+        assert!(kernel_version().len() > 3);
+        assert!(page_locked_limit_bytes() > 0);
+    }
+}
