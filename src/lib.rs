@@ -13,3 +13,8 @@ pub mod profile;
 
 // Floor 4: hands
 pub mod machine;
+
+// Floor 5: work
+pub mod checkpoint;
+pub mod store;
+pub mod tokenizer;

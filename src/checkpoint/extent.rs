@@ -78,7 +78,9 @@ impl Extent {
 
     /// True when the tensor lies whole within `start..end` of its file.
     pub fn lies_within(&self, start: u64, end: u64) -> bool {
-        let last = self.span_bytes().and_then(|span| self.offset.checked_add(span));
+        let last = self
+            .span_bytes()
+            .and_then(|span| self.offset.checked_add(span));
         self.offset >= start && last.is_some_and(|last| last <= end) && self.elements().is_some()
     }
 
@@ -142,7 +144,10 @@ impl Extent {
     }
 
     fn odd(&self, file: &WeightFile) -> CheckpointError {
-        let why = format!("a tensor has {} dimensions where 1 or 2 are expected", self.shape.len());
+        let why = format!(
+            "a tensor has {} dimensions where 1 or 2 are expected",
+            self.shape.len()
+        );
         CheckpointError::damaged(&file.path, why)
     }
 }
@@ -216,12 +221,22 @@ mod tests {
         let bytes: Vec<u8> = (0..600u16).flat_map(u16::to_le_bytes).collect();
         std::fs::write(&path, bytes).expect("written");
         let file = WeightFile::open(&path).expect("open");
-        let views = [[7u64, 1], [9, 1], [1, 11], [20, 3], [3, 20], [0, 1], [1, 0], [0, 0]];
+        let views = [
+            [7u64, 1],
+            [9, 1],
+            [1, 11],
+            [20, 3],
+            [3, 20],
+            [0, 1],
+            [1, 0],
+            [0, 0],
+        ];
         for strides in views {
             let view = extent(4, &[11, 7], &strides);
             for (first, rows) in [(0u64, 11u64), (3, 4), (10, 1), (4, 0)] {
                 let mut out = vec![0; (rows * 14) as usize];
-                view.read_rows(&file, (first, rows), &mut out).expect("inside");
+                view.read_rows(&file, (first, rows), &mut out)
+                    .expect("inside");
                 let expected = (first..first + rows).flat_map(|i| {
                     (0..7u64).map(move |j| (2 + i * strides[0] + j * strides[1]) as u16)
                 });

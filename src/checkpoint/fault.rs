@@ -16,9 +16,9 @@ pub enum CheckpointError {
     },
     #[error("{path}: {cause}", path = path.display())]
     Config { path: PathBuf, cause: ModelError },
-    #[error("{0}: no config.json here: name a directory in Hugging Face layout", .0.display())]
+    #[error("{}: no config.json here: name a directory in Hugging Face layout", .0.display())]
     NoConfig(PathBuf),
-    #[error("{0}: no weights here: expected model.safetensors or pytorch_model.bin, or their .index.json with all shards", .0.display())]
+    #[error("{}: no weights here: expected model.safetensors or pytorch_model.bin, or their .index.json with all shards", .0.display())]
     NoWeights(PathBuf),
     #[error("{index}: shard {shard} is missing: download it again into the same directory", index = index.display())]
     MissingShard { index: PathBuf, shard: String },
@@ -44,22 +44,26 @@ pub enum CheckpointError {
         found: String,
         expected: &'static str,
     },
-    #[error("asked for {what} with {given_bytes} bytes where {needed_bytes} are needed: the request does not fit this model")]
+    #[error(
+        "asked for {what} with {given_bytes} bytes where {needed_bytes} are needed: the request does not fit this model"
+    )]
     Request {
         what: String,
         given_bytes: u64,
         needed_bytes: u64,
     },
-    #[error("model \"{name}\" is neither a directory nor in the local hub cache ({looked}): get it with\n  hf download {name}\nor use random weights: --model synth:opt-1.3b")]
+    #[error(
+        "model \"{name}\" is neither a directory nor in the local hub cache ({looked}): get it with\n  hf download {name}\nor use random weights: --model synth:opt-1.3b"
+    )]
     NotFound { name: String, looked: String },
-    #[error("{0}: no such directory: name a directory in Hugging Face layout, an id like facebook/opt-1.3b, or synth:opt-1.3b", .0.display())]
+    #[error("{}: no such directory: name a directory in Hugging Face layout, an id like facebook/opt-1.3b, or synth:opt-1.3b", .0.display())]
     NoDirectory(PathBuf),
     #[error("\"synth:{name}\" names no known size: use synth: with one of {known}")]
     UnknownSize { name: String, known: String },
-    #[error("{0} exists already: remove it or choose another directory", .0.display())]
+    #[error("{} exists already: remove it or choose another directory", .0.display())]
     Exists(PathBuf),
-    #[error("{path}: the disk is full: {needed_bytes} bytes are needed in all; free space or choose another directory", path = path.display())]
-    DiskFull { path: PathBuf, needed_bytes: u64 },
+    #[error(transparent)]
+    Write(#[from] crate::store::stream::StreamError),
     #[error("interrupted: what was half written has been removed")]
     Interrupted,
 }

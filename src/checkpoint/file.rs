@@ -4,6 +4,7 @@
 use super::CheckpointError;
 use sha2::{Digest, Sha256};
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 /// A file open for reading at any offset, from several threads.
@@ -44,7 +45,9 @@ impl WeightFile {
             let why = format!("it ends at byte {} but more is referred to", self.bytes);
             return Err(CheckpointError::damaged(&self.path, why));
         }
-        read_exact_at(&self.file, out, offset).map_err(|e| CheckpointError::io(&self.path, e))
+        self.file
+            .read_exact_at(out, offset)
+            .map_err(|e| CheckpointError::io(&self.path, e))
     }
 
     /// `bytes` bytes from `offset` on; the caller has bounded `bytes`.
@@ -55,25 +58,6 @@ impl WeightFile {
         self.read(offset, &mut out)?;
         Ok(out)
     }
-}
-
-#[cfg(unix)]
-fn read_exact_at(file: &File, out: &mut [u8], offset: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, out, offset)
-}
-
-#[cfg(windows)]
-fn read_exact_at(file: &File, mut out: &mut [u8], mut offset: u64) -> std::io::Result<()> {
-    use std::os::windows::fs::FileExt;
-    while !out.is_empty() {
-        let count = file.seek_read(out, offset)?;
-        if count == 0 {
-            return Err(std::io::ErrorKind::UnexpectedEof.into());
-        }
-        out = &mut out[count..];
-        offset += count as u64;
-    }
-    Ok(())
 }
 
 /// SHA-256 over several pieces, each with its length, so that their borders count too.

@@ -61,7 +61,11 @@ pub fn find_model(arg: &str, hf_home: Option<&Path>) -> Result<ModelLocation, Ch
 }
 
 fn hub_dir(hf_home: Option<&Path>) -> PathBuf {
-    let var = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    let var = |name| {
+        std::env::var_os(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
     if let Some(home) = hf_home {
         return home.join("hub");
     }
@@ -75,7 +79,8 @@ fn is_hub_id(id: &str) -> bool {
         let allowed = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         !w.is_empty() && !w.starts_with('.') && w.chars().all(allowed)
     };
-    id.split_once('/').is_some_and(|(owner, name)| word(owner) && word(name))
+    id.split_once('/')
+        .is_some_and(|(owner, name)| word(owner) && word(name))
 }
 
 /// The snapshot that `refs/main` names, else the only one there is.
@@ -109,12 +114,20 @@ mod tests {
         std::fs::create_dir_all(&dir).expect("made");
         std::fs::create_dir_all(repo.join("refs")).expect("made");
         let find = |name: &str| find_model(name, Some(home.path()));
-        let message = find("facebook/opt-1.3b").expect_err("no config").to_string();
-        assert!(message.contains("hf download facebook/opt-1.3b"), "{message}");
+        let message = find("facebook/opt-1.3b")
+            .expect_err("no config")
+            .to_string();
+        assert!(
+            message.contains("hf download facebook/opt-1.3b"),
+            "{message}"
+        );
         std::fs::write(dir.join("config.json"), "{}").expect("written");
         std::fs::write(repo.join("refs/main"), "3f5c25d0\n").expect("written");
         let name = "opt-1.3b".to_owned();
-        let expected = ModelLocation::Directory { dir: dir.clone(), name };
+        let expected = ModelLocation::Directory {
+            dir: dir.clone(),
+            name,
+        };
         assert_eq!(find("facebook/opt-1.3b").expect("cached"), expected);
         assert_eq!(find("opt-1.3b").expect("cached"), expected);
         let local = find(dir.to_str().expect("a name")).expect("a directory");
@@ -124,8 +137,13 @@ mod tests {
     #[test]
     fn synth_needs_a_known_size() {
         let found = find_model("synth:opt-125m", None).expect("known");
-        assert_eq!(found, ModelLocation::Synth(named_size("opt-125m").expect("known")));
-        let message = find_model("synth:opt-2b", None).expect_err("unknown").to_string();
+        assert_eq!(
+            found,
+            ModelLocation::Synth(named_size("opt-125m").expect("known"))
+        );
+        let message = find_model("synth:opt-2b", None)
+            .expect_err("unknown")
+            .to_string();
         assert!(message.contains("opt-2.7b"), "{message}");
     }
 
@@ -133,7 +151,10 @@ mod tests {
     fn names_cannot_leave_the_cache() {
         for name in ["../x", "a/../b", "/nowhere/at/all", "a/b/c", "x"] {
             let error = find_model(name, Some(Path::new("/nowhere")));
-            assert!(matches!(error, Err(CheckpointError::NoDirectory(_))), "{name}");
+            assert!(
+                matches!(error, Err(CheckpointError::NoDirectory(_))),
+                "{name}"
+            );
         }
     }
 }

@@ -17,7 +17,7 @@ pub use fault::CheckpointError;
 pub use find::{ModelLocation, find_model};
 pub use open::Checkpoint;
 pub use synth::SynthSource;
-pub use write::{SynthJob, write_synth};
+pub use write::{DEFAULT_SHARD_BYTES, SynthJob, write_synth};
 
 use crate::dtype::Dtype;
 use crate::model::{Matrix, ModelSpec, Small};
@@ -53,7 +53,9 @@ fn check_request(
     out: &[u8],
 ) -> Result<(), CheckpointError> {
     let bytes = rows as u64 * dtype.row_bytes(matrix.inputs);
-    let inside = first_row.checked_add(rows).is_some_and(|end| end <= matrix.rows);
+    let inside = first_row
+        .checked_add(rows)
+        .is_some_and(|end| end <= matrix.rows);
     if inside && out.len() as u64 == bytes {
         return Ok(());
     }

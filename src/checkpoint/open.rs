@@ -124,7 +124,8 @@ impl WeightSource for Checkpoint {
             let last = (first_row + rows).clamp(part_first, part_first + part_rows);
             let (piece, tail) = rest.split_at_mut((last - first) * row_bytes);
             let range = ((first - part_first) as u64, (last - first) as u64);
-            part.extent.read_rows(&self.files[part.file], range, piece)?;
+            part.extent
+                .read_rows(&self.files[part.file], range, piece)?;
             (part_first, rest) = (part_first + part_rows, tail);
         }
         Ok(())
@@ -150,14 +151,13 @@ impl WeightSource for Checkpoint {
 
 impl Checkpoint {
     /// A whole tensor, widened where `format` is wider than what the file has.
-    fn read_part(
-        &self,
-        part: &Part,
-        format: Dtype,
-        out: &mut [u8],
-    ) -> Result<(), CheckpointError> {
+    fn read_part(&self, part: &Part, format: Dtype, out: &mut [u8]) -> Result<(), CheckpointError> {
         let file = &self.files[part.file];
-        let rows = if part.extent.shape.len() == 1 { 1 } else { part.extent.shape[0] };
+        let rows = if part.extent.shape.len() == 1 {
+            1
+        } else {
+            part.extent.shape[0]
+        };
         match part.extent.element {
             Element::Float(dtype) if dtype != format => {
                 let count = part.extent.elements().unwrap_or(0) as usize;
@@ -217,7 +217,10 @@ impl Catalogue {
             };
             let index = catalogue.files.len();
             for (name, extent) in tensors {
-                let part = Part { file: index, extent };
+                let part = Part {
+                    file: index,
+                    extent,
+                };
                 if catalogue.tensors.insert(name.clone(), part).is_some() {
                     let why = format!("tensor {name} is there twice");
                     return Err(CheckpointError::damaged(&file.path, why));
@@ -320,8 +323,8 @@ impl Catalogue {
 /// The files that an index names, all present and all inside the directory.
 fn shards_of(dir: &Path, index: &Path) -> Result<Vec<String>, CheckpointError> {
     let text = read_text(index, MOST_INDEX_BYTES)?;
-    let map: Index = serde_json::from_str(&text)
-        .map_err(|e| CheckpointError::damaged(index, e.to_string()))?;
+    let map: Index =
+        serde_json::from_str(&text).map_err(|e| CheckpointError::damaged(index, e.to_string()))?;
     let names: BTreeSet<String> = map.weight_map.into_values().collect();
     if names.is_empty() || names.len() > MOST_SHARDS {
         let why = format!("it names {} shards", names.len());
@@ -329,7 +332,10 @@ fn shards_of(dir: &Path, index: &Path) -> Result<Vec<String>, CheckpointError> {
     }
     for name in &names {
         let mut parts = Path::new(name).components();
-        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+        if !matches!(
+            (parts.next(), parts.next()),
+            (Some(Component::Normal(_)), None)
+        ) {
             let why = format!("it names {name:?}, outside its own directory");
             return Err(CheckpointError::refused(index, why));
         }

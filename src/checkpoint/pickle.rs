@@ -140,11 +140,16 @@ impl<'a> Machine<'a> {
         if self.stack.len() <= floor {
             return damaged("its pickle takes more than it put");
         }
-        self.stack.pop().map_or_else(|| damaged("its pickle's stack is empty"), Ok)
+        self.stack
+            .pop()
+            .map_or_else(|| damaged("its pickle's stack is empty"), Ok)
     }
 
     fn top(&self) -> Result<Value, Fault> {
-        self.stack.last().copied().map_or_else(|| damaged("its pickle's stack is empty"), Ok)
+        self.stack
+            .last()
+            .copied()
+            .map_or_else(|| damaged("its pickle's stack is empty"), Ok)
     }
 
     fn pop_to_mark(&mut self) -> Result<Vec<Value>, Fault> {
@@ -225,7 +230,11 @@ impl<'a> Machine<'a> {
                 }
                 let unused_bits = 64 - 8 * length;
                 let raw = self.number(length as usize)?;
-                if length == 0 { 0 } else { ((raw << unused_bits) as i64) >> unused_bits }
+                if length == 0 {
+                    0
+                } else {
+                    ((raw << unused_bits) as i64) >> unused_bits
+                }
             }
         };
         self.push(Value::Int(value));
@@ -261,7 +270,9 @@ impl<'a> Machine<'a> {
             b')' => 0,
             code => usize::from(code - 0x84),
         };
-        let mut items = (0..fixed).map(|_| self.pop()).collect::<Result<Vec<_>, _>>()?;
+        let mut items = (0..fixed)
+            .map(|_| self.pop())
+            .collect::<Result<Vec<_>, _>>()?;
         items.reverse();
         self.push_tuple(items);
         Ok(())
@@ -387,8 +398,13 @@ impl<'a> Machine<'a> {
         let Value::Tuple(parts) = self.pop()? else {
             return refused("a reference that is no storage");
         };
-        let &[Value::Text(word), Value::Global(class), Value::Text(key), _, Value::Int(count)] =
-            &self.tuples[parts][..]
+        let &[
+            Value::Text(word),
+            Value::Global(class),
+            Value::Text(key),
+            _,
+            Value::Int(count),
+        ] = &self.tuples[parts][..]
         else {
             return refused("a reference that is no storage");
         };
@@ -405,7 +421,11 @@ impl<'a> Machine<'a> {
             return damaged("a storage's size overflows");
         };
         self.push(Value::Storage(self.storages.len()));
-        self.storages.push(Storage { key, element, bytes });
+        self.storages.push(Storage {
+            key,
+            element,
+            bytes,
+        });
         Ok(())
     }
 
@@ -494,8 +514,14 @@ mod tests {
         let p = one_tensor("torch._utils\n_rebuild_tensor_v2", b"K\x01K\x02\x86");
         let list = state_dict(&p).expect("valid");
         let (name, view) = &list[0];
-        assert_eq!((name.as_str(), view.key.as_str(), view.storage_bytes), ("w", "0", 12));
-        assert_eq!((&view.shape[..], &view.strides[..]), (&[2, 3][..], &[1, 2][..]));
+        assert_eq!(
+            (name.as_str(), view.key.as_str(), view.storage_bytes),
+            ("w", "0", 12)
+        );
+        assert_eq!(
+            (&view.shape[..], &view.strides[..]),
+            (&[2, 3][..], &[1, 2][..])
+        );
         assert_eq!(view.element, Element::Float(Dtype::F16));
     }
 
@@ -521,9 +547,22 @@ mod tests {
         for length in 0..whole.len() {
             assert!(state_dict(&whole[..length]).is_err(), "{length}");
         }
-        let negative = one_tensor("torch._utils\n_rebuild_tensor_v2", b"J\xff\xff\xff\xffK\x02\x86");
+        let negative = one_tensor(
+            "torch._utils\n_rebuild_tensor_v2",
+            b"J\xff\xff\xff\xffK\x02\x86",
+        );
         assert!(matches!(state_dict(&negative), Err(Fault::Damaged(_))));
-        for bad in [&b"h\0."[..], b"0", b"t.", b"R.", b"(R", b"s.", b"a.", b"Q", b"X\xff\xff\xff\xff"] {
+        for bad in [
+            &b"h\0."[..],
+            b"0",
+            b"t.",
+            b"R.",
+            b"(R",
+            b"s.",
+            b"a.",
+            b"Q",
+            b"X\xff\xff\xff\xff",
+        ] {
             assert!(state_dict(bad).is_err(), "{bad:?}");
         }
     }

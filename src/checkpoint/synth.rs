@@ -95,7 +95,10 @@ impl WeightSource for SynthSource {
         };
         let sizes = hash_hex(&[format!("{spec:?}").as_bytes()]);
         let (name, seed) = (&self.spec.name, self.seed);
-        format!("synth:{name}:seed{seed}:revision{SYNTH_REVISION}:{}", &sizes[..16])
+        format!(
+            "synth:{name}:seed{seed}:revision{SYNTH_REVISION}:{}",
+            &sizes[..16]
+        )
     }
 
     fn read_rows(
@@ -253,7 +256,9 @@ mod tests {
     fn read(source: &SynthSource, matrix: &Matrix, first: usize, rows: usize) -> Vec<u8> {
         let bytes = rows as u64 * source.spec().dtype.row_bytes(matrix.inputs);
         let mut out = vec![0; bytes as usize];
-        source.read_rows(matrix, first, rows, &mut out).expect("inside");
+        source
+            .read_rows(matrix, first, rows, &mut out)
+            .expect("inside");
         out
     }
 
@@ -282,9 +287,9 @@ mod tests {
             let values: Vec<f32> = values.collect();
             let n = values.len() as f32;
             let mean = values.iter().sum::<f32>() / n;
-            let deviation = (values.iter().map(|v| v * v).sum::<f32>() / n).sqrt();
+            let found = (values.iter().map(|v| v * v).sum::<f32>() / n).sqrt();
             let expected = deviation(&matrix);
-            assert!((deviation / expected - 1.0).abs() < 0.1, "{matrix:?} {deviation}");
+            assert!((found / expected - 1.0).abs() < 0.1, "{matrix:?} {found}");
             assert!(mean.abs() < 5.0 * expected / n.sqrt(), "{matrix:?} {mean}");
             assert!(seen.insert(bytes), "two matrices alike");
         }
@@ -318,7 +323,12 @@ mod tests {
 
     #[test]
     fn quantiles_match_the_normal_distribution() {
-        for (p, x) in [(0.5, 0.0), (0.975, 1.959964), (0.001, -3.090232), (0.1, -1.281552)] {
+        for (p, x) in [
+            (0.5, 0.0),
+            (0.975, 1.959964),
+            (0.001, -3.090232),
+            (0.1, -1.281552),
+        ] {
             assert!((normal_quantile(p) - x).abs() < 1e-5, "{p}");
         }
     }

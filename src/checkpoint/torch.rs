@@ -63,8 +63,14 @@ fn archive_prefix(file: &WeightFile, directory: &Directory) -> Result<String, Ch
     });
     match (found.next(), found.next()) {
         (Some(prefix), None) => Ok(prefix.to_owned()),
-        (None, _) => Err(CheckpointError::damaged(&file.path, "the zip holds no data.pkl")),
-        _ => Err(CheckpointError::damaged(&file.path, "the zip holds several data.pkl")),
+        (None, _) => Err(CheckpointError::damaged(
+            &file.path,
+            "the zip holds no data.pkl",
+        )),
+        _ => Err(CheckpointError::damaged(
+            &file.path,
+            "the zip holds several data.pkl",
+        )),
     }
 }
 
@@ -79,7 +85,10 @@ fn refuse_big_endian(
     let bytes = entry.bytes.min(16) as usize;
     match file.read_vec(entry.data_offset(file)?, bytes)?.as_slice() {
         b"little" => Ok(()),
-        _ => Err(CheckpointError::refused(&file.path, "its byte order is not little-endian")),
+        _ => Err(CheckpointError::refused(
+            &file.path,
+            "its byte order is not little-endian",
+        )),
     }
 }
 
@@ -96,12 +105,14 @@ impl Storages<'_> {
     fn extent(&mut self, name: &str, view: View) -> Result<Extent, CheckpointError> {
         let (start, end) = self.place(&view)?;
         let place = view.offset.checked_mul(view.element.bytes());
-        let extent = place.and_then(|p| p.checked_add(start)).map(|offset| Extent {
-            offset,
-            element: view.element,
-            shape: view.shape,
-            strides: view.strides,
-        });
+        let extent = place
+            .and_then(|p| p.checked_add(start))
+            .map(|offset| Extent {
+                offset,
+                element: view.element,
+                shape: view.shape,
+                strides: view.strides,
+            });
         match extent {
             Some(extent) if extent.lies_within(start, end) => Ok(extent),
             _ => {

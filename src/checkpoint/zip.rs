@@ -58,7 +58,9 @@ impl Entry {
         let start = self.header_offset + 30 + u64::from(name) + u64::from(extra);
         match start.checked_add(self.bytes) {
             Some(end) if end <= file.bytes => Ok(start),
-            _ => Err(fault("an entry reaches beyond the file (truncated download?)")),
+            _ => Err(fault(
+                "an entry reaches beyond the file (truncated download?)",
+            )),
         }
     }
 }
@@ -75,11 +77,16 @@ fn find_directory(file: &WeightFile) -> Result<(u64, u64), CheckpointError> {
         .ok_or_else(|| fault("no zip directory at its end (truncated download?)"))?;
     let mut end = Bytes(&tail[at..]);
     end.skip(12);
-    let (bytes, offset) = end.u32().zip(end.u32()).ok_or_else(|| fault("its end is cut off"))?;
+    let (bytes, offset) = end
+        .u32()
+        .zip(end.u32())
+        .ok_or_else(|| fault("its end is cut off"))?;
     if bytes != u32::MAX && offset != u32::MAX {
         return Ok((offset.into(), bytes.into()));
     }
-    let locator = at.checked_sub(20).ok_or_else(|| fault("no zip64 locator"))?;
+    let locator = at
+        .checked_sub(20)
+        .ok_or_else(|| fault("no zip64 locator"))?;
     let mut locator = Bytes(&tail[locator..]);
     if locator.u32() != Some(0x0706_4B50) {
         return Err(fault("no zip64 locator"));
@@ -99,20 +106,34 @@ fn find_directory(file: &WeightFile) -> Result<(u64, u64), CheckpointError> {
 
 fn parse_entry(rest: &mut Bytes, file: &WeightFile) -> Result<(String, Entry), CheckpointError> {
     let fault = |why: &str| CheckpointError::damaged(&file.path, why);
-    let fixed = rest.take(46).ok_or_else(|| fault("its zip directory is cut off"))?;
+    let fixed = rest
+        .take(46)
+        .ok_or_else(|| fault("its zip directory is cut off"))?;
     let mut fixed = Bytes(fixed);
     let head = (fixed.u32(), fixed.u32(), fixed.u16(), fixed.u16());
     let (Some(0x0201_4B50), Some(_), Some(flags), Some(method)) = head else {
         return Err(fault("its zip directory is damaged"));
     };
     fixed.skip(8);
-    let sizes = (fixed.u32(), fixed.u32(), fixed.u16(), fixed.u16(), fixed.u16());
+    let sizes = (
+        fixed.u32(),
+        fixed.u32(),
+        fixed.u16(),
+        fixed.u16(),
+        fixed.u16(),
+    );
     let (Some(packed), Some(whole), Some(name), Some(extra), Some(comment)) = sizes else {
         return Err(fault("its zip directory is damaged"));
     };
     fixed.skip(8);
-    let header_offset = fixed.u32().ok_or_else(|| fault("its zip directory is damaged"))?;
-    let texts = (rest.take(name.into()), rest.take(extra.into()), rest.take(comment.into()));
+    let header_offset = fixed
+        .u32()
+        .ok_or_else(|| fault("its zip directory is damaged"))?;
+    let texts = (
+        rest.take(name.into()),
+        rest.take(extra.into()),
+        rest.take(comment.into()),
+    );
     let (Some(name), Some(extra), Some(_)) = texts else {
         return Err(fault("its zip directory is cut off"));
     };
@@ -121,17 +142,28 @@ fn parse_entry(rest: &mut Bytes, file: &WeightFile) -> Result<(String, Entry), C
     let large = Zip64::read(extra, [wide(whole), wide(packed), wide(header_offset)]);
     let [whole, packed, header_offset] = large.ok_or_else(|| fault("a zip64 size is missing"))?;
     if flags & 1 != 0 {
-        return Err(CheckpointError::refused(&file.path, format!("entry {name} is encrypted")));
+        return Err(CheckpointError::refused(
+            &file.path,
+            format!("entry {name} is encrypted"),
+        ));
     }
     if method != 0 || packed != whole {
         let why = format!("entry {name} is compressed, which torch.save never does");
         return Err(CheckpointError::refused(&file.path, why));
     }
     if header_offset > file.bytes || whole > file.bytes {
-        return Err(fault("an entry reaches beyond the file (truncated download?)"));
+        return Err(fault(
+            "an entry reaches beyond the file (truncated download?)",
+        ));
     }
     let bytes = whole;
-    Ok((name, Entry { header_offset, bytes }))
+    Ok((
+        name,
+        Entry {
+            header_offset,
+            bytes,
+        },
+    ))
 }
 
 /// The extra field that carries what does not fit 32 bits, in a fixed order.
