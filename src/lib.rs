@@ -22,3 +22,6 @@ pub mod machine;
 
 // Floor 5: work
 pub mod engine;
+pub mod checkpoint;
+pub mod store;
+pub mod tokenizer;

@@ -1,0 +1,3 @@
+//! Packed weights on disk.
+
+pub mod stream;
