@@ -69,3 +69,25 @@ impl Workload {
             .unwrap_or(0)
     }
 }
+
+/// What a block's sizes follow from: totals and maxima of a workload's lengths.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Lengths {
+    pub prompts: u64,
+    pub prompt_tokens: u64,
+    pub prompt_tokens_max: u64,
+    pub kv_tokens: u64,
+    pub kv_tokens_max: u64,
+}
+
+impl From<&Workload> for Lengths {
+    fn from(workload: &Workload) -> Self {
+        Lengths {
+            prompts: workload.prompts() as u64,
+            prompt_tokens: workload.prompt_tokens(),
+            prompt_tokens_max: workload.prompt_tokens_max() as u64,
+            kv_tokens: workload.lines.iter().map(LineLength::kv_tokens).sum(),
+            kv_tokens_max: workload.kv_tokens_max(),
+        }
+    }
+}

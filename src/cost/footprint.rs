@@ -6,7 +6,7 @@ use crate::placement::{Placement, WeightHome};
 use crate::policy::{DeviceKind, Policy};
 use crate::tier::{PerTier, Tier};
 use crate::units::{MIB, PAGE_BYTES, round_up};
-use crate::workload::Workload;
+use crate::workload::{Lengths, Workload};
 use std::collections::BTreeMap;
 
 /// Prompts are read in pieces of at most this many tokens, so that workspace does not grow with them.
@@ -101,18 +101,21 @@ pub struct BlockShape {
 }
 
 impl BlockShape {
-    /// Mean lengths times slots, but never less than the longest line needs.
     pub fn new(workload: &Workload, policy: &Policy, placement: &Placement) -> Self {
-        let lines = workload.prompts().max(1) as u64;
-        let kv_total: u64 = workload.lines.iter().map(|l| l.kv_tokens()).sum();
-        let kv = Lengths {
-            total: kv_total,
+        Self::from_lengths(&Lengths::from(workload), policy, placement)
+    }
+
+    /// Mean lengths times slots, but never less than the longest line needs.
+    pub fn from_lengths(lengths: &Lengths, policy: &Policy, placement: &Placement) -> Self {
+        let lines = lengths.prompts.max(1);
+        let kv = Spread {
+            total: lengths.kv_tokens,
             lines,
-            longest: workload.kv_tokens_max(),
+            longest: lengths.kv_tokens_max,
         };
-        let longest = workload.prompt_tokens_max() as u64;
-        let prompt = Lengths {
-            total: workload.prompt_tokens(),
+        let longest = lengths.prompt_tokens_max;
+        let prompt = Spread {
+            total: lengths.prompt_tokens,
             lines,
             longest,
         };
@@ -137,13 +140,13 @@ impl BlockShape {
     }
 }
 
-struct Lengths {
+struct Spread {
     total: u64,
     lines: u64,
     longest: u64,
 }
 
-impl Lengths {
+impl Spread {
     fn for_slots(&self, slots: u64) -> u64 {
         if slots == 0 {
             0
