@@ -16,3 +16,9 @@ pub mod workload;
 pub mod cost;
 pub mod placement;
 pub mod policy;
+
+// Floor 3: decision
+pub mod plan;
+
+// Floor 7: door
+pub mod cli;
