@@ -17,11 +17,21 @@ pub mod cost;
 pub mod placement;
 pub mod policy;
 
+// Floor 3: decision
+pub mod plan;
+
 // Floor 4: hands
 pub mod machine;
 
 // Floor 5: work
-pub mod engine;
 pub mod checkpoint;
+pub mod engine;
 pub mod store;
 pub mod tokenizer;
+
+// Floor 6: telling
+pub mod compare;
+pub mod report;
+
+// Floor 7: door
+pub mod cli;

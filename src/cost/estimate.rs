@@ -1,0 +1,183 @@
+//! The closed-form prediction: the table of terms read at given shares, and the exact footprint, as
+//! the same figures that a run reports. No search (planner/), no schedule (engine/).
+
+use crate::cost::affine::{ShareVector, share_vector};
+use crate::cost::figures::{Figures, TierFigures};
+use crate::cost::footprint::{BlockShape, Footprint, FootprintInput, HostBytes};
+use crate::cost::rates::Rates;
+use crate::cost::steps::Moments;
+use crate::cost::terms::{Bound, Segment, TermInput, Terms};
+use crate::model::ModelSpec;
+use crate::placement::Placement;
+use crate::policy::Policy;
+use crate::tier::{Lane, PerLane, PerTier, Phase, Tier};
+use crate::workload::Workload;
+use std::collections::BTreeMap;
+
+/// What an estimate is made from.
+#[derive(Clone, Copy)]
+pub struct EstimateInput<'a> {
+    pub model: &'a ModelSpec,
+    pub workload: &'a Workload,
+    pub rates: &'a Rates,
+    pub policy: &'a Policy,
+    pub host: HostBytes,
+    /// Bytes that the run may take of each tier; 0 where there is no such tier.
+    pub budget: PerTier<u64>,
+}
+
+/// A policy's figures at its realised shares.
+pub fn estimate(input: &EstimateInput) -> Figures {
+    let placement = Placement::new(input.model, input.policy);
+    let block = BlockShape::new(input.workload, input.policy, &placement);
+    let footprint = Footprint::new(&FootprintInput {
+        model: input.model,
+        policy: input.policy,
+        placement: &placement,
+        block: &block,
+        device: input.rates.device,
+        host: input.host,
+    });
+    let moments = Moments::new(input.workload);
+    let realised = placement.realised();
+    let w = &realised.weights;
+    let terms = Terms::new(&TermInput {
+        model: input.model,
+        moments: &moments,
+        rates: input.rates,
+        policy: input.policy,
+        cpu_side: w.cpu_compute + w.disk_compute > 0.0,
+    });
+    let mut figures = figures(&terms, &moments, input.rates, &share_vector(&realised));
+    figures.tiers = tier_figures(&footprint, &input.budget);
+    figures
+}
+
+/// Seconds, lanes and binding of a table at given shares; tiers are left empty.
+pub fn figures(terms: &Terms, moments: &Moments, rates: &Rates, shares: &ShareVector) -> Figures {
+    let mut figures = Figures {
+        prompt_tokens: moments.prompt_tokens,
+        generated_tokens: moments.generated_tokens,
+        ..Figures::default()
+    };
+    let mut bound = [BTreeMap::new(), BTreeMap::new()];
+    let mut bytes = PerLane::<f64>::default();
+    for segment in &terms.segments {
+        let (seconds, by) = segment_time(segment, shares);
+        let total = segment.times * seconds;
+        let prefill = segment.phase == Phase::Prefill;
+        *bound[usize::from(!prefill)].entry(by).or_insert(0.0) += total;
+        let phase = if prefill {
+            &mut figures.prefill_s
+        } else {
+            &mut figures.decode_s
+        };
+        *phase += total;
+        let own = segment.lanes_at(shares);
+        let busy = busy_lanes(&own, rates, (terms.overlap, seconds));
+        for lane in Lane::ALL {
+            let entry = &mut figures.lanes[lane];
+            let phase = if prefill {
+                &mut entry.prefill_s
+            } else {
+                &mut entry.decode_s
+            };
+            *phase += segment.times * busy[lane];
+            entry.work_s += segment.times * own[lane];
+            bytes[lane] += segment.times * segment.bytes[lane].at(shares);
+        }
+    }
+    for lane in Lane::ALL {
+        figures.lanes[lane].bytes = bytes[lane].round() as u64;
+    }
+    let most = |by: &BTreeMap<&'static str, f64>| {
+        let most = by.iter().max_by(|a, b| a.1.total_cmp(b.1));
+        most.map_or(String::new(), |(name, _)| (*name).to_owned())
+    };
+    figures.binding.prefill = most(&bound[0]);
+    figures.binding.decode = most(&bound[1]);
+    figures.finish(moments.first_tokens);
+    figures
+}
+
+/// A table's seconds at given shares: what the linear program minimises.
+pub fn total_s(terms: &Terms, shares: &ShareVector) -> f64 {
+    let segments = terms.segments.iter();
+    segments.map(|s| s.times * segment_time(s, shares).0).sum()
+}
+
+/// The largest row, and the lane or resource to name for it.
+fn segment_time(segment: &Segment, shares: &ShareVector) -> (f64, &'static str) {
+    let timed = segment.rows.iter().map(|r| (r.seconds.at(shares), r.bound));
+    let (seconds, bound) = timed
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .unwrap_or((0.0, Bound::Sum));
+    let name = match bound {
+        Bound::Lane(lane) | Bound::Pair(_, lane) | Bound::Chain(lane) => lane.name(),
+        Bound::Resource(resource) => resource.name(),
+        Bound::Sum => busiest(&segment.lanes_at(shares)).name(),
+    };
+    (seconds.max(0.0), name)
+}
+
+fn busiest(own: &PerLane<f64>) -> Lane {
+    let by_time = |a: &Lane, b: &Lane| own[*a].total_cmp(&own[*b]);
+    Lane::ALL
+        .into_iter()
+        .max_by(by_time)
+        .unwrap_or(Lane::CpuCompute)
+}
+
+impl Segment {
+    /// Seconds of each lane's own work.
+    pub fn lanes_at(&self, shares: &ShareVector) -> PerLane<f64> {
+        let mut own = PerLane::default();
+        for lane in Lane::ALL {
+            own[lane] = self.lanes[lane].at(shares);
+        }
+        own
+    }
+}
+
+/// In-flight seconds: a lane's own work, longer by what it loses while others run beside it.
+fn busy_lanes(own: &PerLane<f64>, rates: &Rates, (overlap, most_s): (bool, f64)) -> PerLane<f64> {
+    let mut busy = *own;
+    if !overlap {
+        return busy;
+    }
+    for lane in Lane::ALL {
+        for other in Lane::ALL.into_iter().filter(|&o| o != lane) {
+            let (keep, others) = (rates.keep(lane, &[other]), rates.keep(other, &[lane]));
+            let together_s = (own[lane] / keep).min(own[other] / others);
+            busy[lane] += together_s * (1.0 - keep);
+        }
+        busy[lane] = busy[lane].min(most_s.max(own[lane]));
+    }
+    busy
+}
+
+/// A footprint in the figures' shape.
+pub fn tier_figures(footprint: &Footprint, budget: &PerTier<u64>) -> PerTier<TierFigures> {
+    let mut tiers = PerTier::default();
+    for tier in Tier::ALL {
+        let weights = if tier == Tier::Disk {
+            footprint.store_bytes
+        } else {
+            footprint.weights_bytes(tier)
+        };
+        let peak = footprint.total(tier);
+        tiers[tier] = TierFigures {
+            total_bytes: budget[tier],
+            others_bytes: 0,
+            free_bytes: budget[tier].saturating_sub(peak),
+            weights_bytes: weights,
+            cache_bytes: footprint.cache_bytes(tier),
+            activations_bytes: footprint.activations_bytes(tier),
+            buffers_bytes: footprint.buffers_bytes(tier),
+            process_bytes: footprint.process[tier],
+            unaccounted_bytes: 0,
+            peak_bytes: peak,
+        };
+    }
+    tiers
+}

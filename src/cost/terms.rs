@@ -1,0 +1,259 @@
+//! The one table of affine terms: for a model, a workload and everything of a policy but its shares,
+//! each lane's seconds and bytes and each tier's home bytes as constant + Σ coefficient · share. The
+//! linear program, the estimator and the ladder read this table; nobody else writes formulas.
+//!
+//! A stage's time is the largest of its rows: its lanes, the resources that lanes share, pairs of
+//! lanes that slow each other, and the chain that one batch must pass in order. Without overlap it is
+//! the sum of the lanes.
+
+use crate::cost::affine::{Affine, CACHE, HIDDEN};
+use crate::cost::layer::LayerBuilder;
+use crate::cost::rates::Rates;
+use crate::cost::steps::{Moments, Step, steps};
+use crate::model::ModelSpec;
+use crate::policy::{DeviceKind, Policy};
+use crate::tier::{Lane, PerLane, PerTier, Phase, Resource, Tier};
+
+/// What a table is made from. The policy's shares are not looked at.
+#[derive(Clone, Copy)]
+pub struct TermInput<'a> {
+    pub model: &'a ModelSpec,
+    pub moments: &'a Moments,
+    pub rates: &'a Rates,
+    pub policy: &'a Policy,
+    /// On a device with a GPU: may the CPU multiply rows beside it? That costs transfers of the
+    /// inputs whatever the share, so it is a choice of its own.
+    pub cpu_side: bool,
+}
+
+/// Which part of a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// One decoder layer.
+    Layer,
+    /// Embedding and head of one pass.
+    Ends,
+    /// Filling the pipeline, once.
+    Fill,
+}
+
+/// What holds a part's time up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    Lane(Lane),
+    Resource(Resource),
+    /// The second lane, slowed while the first runs.
+    Pair(Lane, Lane),
+    /// One batch passing its steps in order; the lane that takes most of it.
+    Chain(Lane),
+    /// No overlap: all lanes one after another.
+    Sum,
+}
+
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub bound: Bound,
+    pub seconds: Affine,
+}
+
+/// One part of one step: equal stages share one segment.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    pub phase: Phase,
+    pub part: Part,
+    /// How often it comes in the whole job.
+    pub times: f64,
+    pub lanes: PerLane<Affine>,
+    pub bytes: PerLane<Affine>,
+    /// The time of the segment is the largest of these.
+    pub rows: Vec<Row>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Terms {
+    pub segments: Vec<Segment>,
+    /// Bytes of weights, cache and activations at home; buffers and the rest are footprint.rs's.
+    pub homes: PerTier<Affine>,
+    pub overlap: bool,
+}
+
+/// What a builder gathers of one segment before its rows are known.
+#[derive(Clone, Debug, Default)]
+pub struct Work {
+    pub lanes: PerLane<Affine>,
+    pub bytes: PerLane<Affine>,
+    /// Bytes that pass the DRAM bus.
+    pub dram_bytes: Affine,
+    /// What a batch must do in order, besides products.
+    pub serial: PerLane<Affine>,
+    /// Products of the compute device, and those that the CPU makes beside it.
+    pub products: Affine,
+    pub side_products: Affine,
+}
+
+impl Terms {
+    pub fn new(input: &TermInput) -> Terms {
+        let policy = input.policy;
+        let all = steps(input.moments, policy.gpu_batch_size, policy.num_gpu_batches);
+        let builder = LayerBuilder::new(input);
+        let mut segments = Vec::with_capacity(2 * all.len() + 1);
+        for step in &all {
+            let layers = step.times * input.model.layers as f64;
+            let layer = builder.layer(step);
+            segments.push(segment(input, step, (Part::Layer, layers), layer));
+            let ends = builder.ends(step);
+            segments.push(segment(input, step, (Part::Ends, step.times), ends));
+        }
+        if policy.overlap
+            && let Some(first) = all.first()
+        {
+            segments.push(segment(input, first, (Part::Fill, 1.0), builder.fill()));
+        }
+        segments.retain(|s| !s.rows.is_empty());
+        Terms {
+            segments,
+            homes: homes(input, &builder),
+            overlap: policy.overlap,
+        }
+    }
+}
+
+fn homes(input: &TermInput, builder: &LayerBuilder) -> PerTier<Affine> {
+    let (model, policy, moments) = (input.model, input.policy, input.moments);
+    let weights = builder.weights_bytes();
+    let slots = policy.slots() as f64;
+    let record = model.kv_record_bytes(policy.kv_format()) as f64;
+    let cache = model.layers as f64 * slots * moments.kv * record;
+    let hidden = slots * moments.prompt * builder.hidden_row_bytes();
+    let mut homes = PerTier::<Affine>::default();
+    homes.gpu.coef[0] = weights;
+    homes.cpu.coef[1] = weights;
+    homes.cpu.coef[2] = weights;
+    for tier in Tier::ALL {
+        homes[tier].coef[CACHE + tier as usize] = cache;
+        homes[tier].coef[HIDDEN + tier as usize] = hidden;
+    }
+    homes
+}
+
+fn segment(input: &TermInput, step: &Step, (part, times): (Part, f64), work: Work) -> Segment {
+    let rows = if part == Part::Fill || !input.policy.overlap {
+        serial_rows(&work)
+    } else {
+        parallel_rows(input, step, &work)
+    };
+    Segment {
+        phase: step.phase,
+        part,
+        times,
+        lanes: work.lanes,
+        bytes: work.bytes,
+        rows: undominated(rows),
+    }
+}
+
+fn serial_rows(work: &Work) -> Vec<Row> {
+    let mut sum = Affine::default();
+    Lane::ALL.iter().for_each(|&l| sum.add(&work.lanes[l]));
+    vec![Row {
+        bound: Bound::Sum,
+        seconds: sum,
+    }]
+}
+
+fn parallel_rows(input: &TermInput, step: &Step, work: &Work) -> Vec<Row> {
+    let mut rows: Vec<Row> = Lane::ALL
+        .iter()
+        .map(|&lane| Row {
+            bound: Bound::Lane(lane),
+            seconds: work.lanes[lane],
+        })
+        .collect();
+    rows.extend(resource_rows(input, work));
+    rows.extend(pair_rows(input.rates, work));
+    rows.extend(chain_rows(step, work));
+    rows
+}
+
+fn resource_rows(input: &TermInput, work: &Work) -> [Row; 3] {
+    let lanes = &work.lanes;
+    let disk = lanes.disk_to_cpu.plus(&lanes.cpu_to_disk);
+    let mut cores = lanes.cpu_compute;
+    if input.rates.device == DeviceKind::Host {
+        // The CPU plays the GPU and the links too.
+        cores.add(&lanes.gpu_compute);
+        cores.add(&lanes.cpu_to_gpu);
+        cores.add(&lanes.gpu_to_cpu);
+    }
+    let bus = work
+        .dram_bytes
+        .scaled(1.0 / input.rates.dram_read_bytes_per_s);
+    [
+        (Resource::DramBus, bus),
+        (Resource::DiskDevice, disk),
+        (Resource::CpuCores, cores),
+    ]
+    .map(|(resource, seconds)| Row {
+        bound: Bound::Resource(resource),
+        seconds,
+    })
+}
+
+/// Two lanes with a and b seconds of their own, keeping ka and kb of their rates while both run, take
+/// max(b + a·(1−kb)/ka, a + b·(1−ka)/kb): the shorter one is slow throughout, the longer one only as
+/// long as that. Where running together would be slower than one after the other, it is the sum.
+fn pair_rows(rates: &Rates, work: &Work) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for a in Lane::ALL {
+        for b in Lane::ALL {
+            let (keep_a, keep_b) = (rates.keep(a, &[b]), rates.keep(b, &[a]));
+            if a == b || keep_b >= 1.0 || work.lanes[a].is_zero() || work.lanes[b].is_zero() {
+                continue;
+            }
+            let mut seconds = work.lanes[b];
+            let delay = ((1.0 - keep_b) / keep_a).min(1.0);
+            seconds.add_scaled(&work.lanes[a], delay);
+            rows.push(Row {
+                bound: Bound::Pair(a, b),
+                seconds,
+            });
+        }
+    }
+    rows
+}
+
+/// A layer of one batch waits for the same batch's layer before it, so that a layer can take no less
+/// than one batch's own way through it: attention and transfers, then the slower of the two computers.
+fn chain_rows(step: &Step, work: &Work) -> Vec<Row> {
+    let mut common = Affine::default();
+    let mut longest = (Lane::CpuCompute, 0.0);
+    for lane in Lane::ALL {
+        common.add(&work.serial[lane]);
+        let weight = work.serial[lane].constant + work.serial[lane].coef.iter().sum::<f64>();
+        if weight > longest.1 {
+            longest = (lane, weight);
+        }
+    }
+    let part = 1.0 / step.batch_count().max(1.0);
+    [work.products, work.side_products]
+        .into_iter()
+        .filter(|products| !products.is_zero())
+        .map(|products| Row {
+            bound: Bound::Chain(longest.0),
+            seconds: common.plus(&products).scaled(part),
+        })
+        .collect()
+}
+
+/// Drops rows that can never be the largest.
+fn undominated(rows: Vec<Row>) -> Vec<Row> {
+    let mut kept: Vec<Row> = Vec::with_capacity(rows.len());
+    for row in rows {
+        if row.seconds.is_zero() || kept.iter().any(|k| row.seconds.is_below(&k.seconds)) {
+            continue;
+        }
+        kept.retain(|k| !k.seconds.is_below(&row.seconds));
+        kept.push(row);
+    }
+    kept
+}
