@@ -40,7 +40,10 @@ pub struct Comparison {
 impl Comparison {
     /// Compares named reports, in the order given.
     pub fn new(reports: Vec<(String, RunReport)>) -> Self {
-        let runs: Vec<ComparedRun> = reports.into_iter().map(|(name, report)| compare_one(name, report)).collect();
+        let runs: Vec<ComparedRun> = reports
+            .into_iter()
+            .map(|(name, report)| compare_one(name, report))
+            .collect();
         let errors: Vec<Errors> = runs.iter().map(|r| r.error_percent).collect();
         let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
         let worst = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
@@ -55,7 +58,13 @@ impl Comparison {
 
 fn compare_one(report: String, run: RunReport) -> ComparedRun {
     let error_percent = errors(&run.repriced, &run.measured);
-    ComparedRun { report, plan_id: run.plan.id, predicted: run.repriced, measured: run.measured, error_percent }
+    ComparedRun {
+        report,
+        plan_id: run.plan.id,
+        predicted: run.repriced,
+        measured: run.measured,
+        error_percent,
+    }
 }
 
 fn errors(predicted: &Figures, measured: &Figures) -> Errors {
@@ -64,11 +73,17 @@ fn errors(predicted: &Figures, measured: &Figures) -> Errors {
     let plain = |p: f64, m: f64| (m > 0.0).then(|| percent(p, m));
     let mut lanes = PerLane::default();
     for lane in Lane::ALL {
-        lanes[lane] = time(predicted.lanes[lane].busy_s(), measured.lanes[lane].busy_s());
+        lanes[lane] = time(
+            predicted.lanes[lane].busy_s(),
+            measured.lanes[lane].busy_s(),
+        );
     }
     let mut bytes = PerTier::default();
     for tier in Tier::ALL {
-        let (p, m) = (predicted.tiers[tier].peak_bytes as f64, measured.tiers[tier].peak_bytes as f64);
+        let (p, m) = (
+            predicted.tiers[tier].peak_bytes as f64,
+            measured.tiers[tier].peak_bytes as f64,
+        );
         bytes[tier] = plain(p, m);
     }
     Errors {
@@ -121,7 +136,16 @@ mod tests {
         let e = errors(&figures(9.0, 1.0, 11.0), &figures(10.0, 0.05, 10.0));
         assert_eq!(e.prefill, None, "under one percent of the total");
         assert!((e.throughput.expect("tok/s") - 10.0).abs() < 1e-9);
-        let all = fold(&[e, Errors { throughput: Some(-30.0), ..e }], |v| v.iter().sum::<f64>() / v.len() as f64);
+        let all = fold(
+            &[
+                e,
+                Errors {
+                    throughput: Some(-30.0),
+                    ..e
+                },
+            ],
+            |v| v.iter().sum::<f64>() / v.len() as f64,
+        );
         assert!((all.throughput.expect("mean of magnitudes") - 20.0).abs() < 1e-9);
     }
 }

@@ -5,6 +5,7 @@ mod core;
 mod forward;
 mod layout;
 mod product;
+pub mod replay;
 mod ring;
 mod run;
 pub mod sampling;
