@@ -12,3 +12,6 @@ pub mod profile;
 
 // Floor 4: hands
 pub mod machine;
+
+// Floor 5: work
+pub mod probe;
