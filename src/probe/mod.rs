@@ -15,6 +15,7 @@ pub use scale::{MAX_WRITTEN_BYTES, ProbeScale};
 
 use crate::machine::arena::MemoryError;
 use crate::machine::cpu::kernels::Isa;
+use crate::machine::cpu::pool::SCRATCH_FLOATS;
 use crate::machine::disk::{DiskError, check_disk_tier, filesystem_of};
 use crate::machine::nvml;
 use crate::machine::os::{self, OsError};
@@ -33,7 +34,9 @@ use thiserror::Error;
 /// Enough for a full probe, program text and stacks included.
 pub const DEFAULT_BUDGET_BYTES: u64 = 350 * MIB;
 /// What a probe needs beside its buffers and what the process already holds.
-const SLACK_BYTES: u64 = 24 * MIB;
+const SLACK_BYTES: u64 = 16 * MIB;
+/// What a compute thread touches of its stack, generously.
+const STACK_BYTES: u64 = 64 * 1024;
 
 /// Why a machine could not be measured.
 #[derive(Debug, Error)]
@@ -84,7 +87,7 @@ pub struct ProbeOptions<'a> {
 pub fn probe(options: ProbeOptions) -> Result<HardwareProfile, ProbeError> {
     let extent = options.scale.extent();
     check_place(options.offload_dir)?;
-    let room_bytes = room_within(options.budget_bytes, extent)?;
+    let room_bytes = room_within(options.budget_bytes, options.threads, extent)?;
     let mut bench = Bench::new(
         extent,
         room_bytes,
@@ -113,8 +116,9 @@ fn check_place(dir: &Path) -> Result<(), ProbeError> {
 }
 
 /// Bytes that the probe's buffers may take of a budget for the whole process.
-fn room_within(budget_bytes: u64, extent: &Extent) -> Result<u64, ProbeError> {
-    let held_bytes = os::process_memory()?.resident_bytes + SLACK_BYTES;
+fn room_within(budget_bytes: u64, threads: usize, extent: &Extent) -> Result<u64, ProbeError> {
+    let thread_bytes = threads as u64 * (4 * SCRATCH_FLOATS as u64 + STACK_BYTES);
+    let held_bytes = os::process_memory()?.resident_bytes + thread_bytes + SLACK_BYTES;
     let needed_bytes = held_bytes + Bench::least_bytes(extent);
     if needed_bytes > budget_bytes {
         return Err(ProbeError::Budget {
