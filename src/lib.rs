@@ -26,6 +26,7 @@ pub mod machine;
 // Floor 5: work
 pub mod checkpoint;
 pub mod engine;
+pub mod probe;
 pub mod store;
 pub mod tokenizer;
 
