@@ -3,6 +3,7 @@
 
 use super::ProbeError;
 use super::compute::{HIDDEN, MAX_SEQUENCES};
+use super::samples::Series;
 use super::scale::Extent;
 use crate::machine::arena::AlignedBuffer;
 use crate::machine::cpu::kernels::Isa;
@@ -10,7 +11,7 @@ use crate::machine::cpu::pool::Pool;
 use crate::machine::os;
 use crate::units::{MIB, PAGE_BYTES, round_up};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Memory, threads and limits of one probe.
 pub struct Bench<'a> {
@@ -92,21 +93,23 @@ impl<'a> Bench<'a> {
         self.rotate(bytes)
     }
 
-    /// Seconds of one call, over as many calls as fill a sample.
-    pub fn time(
-        &mut self,
-        mut call: impl FnMut(&mut Self) -> Result<(), ProbeError>,
-    ) -> Result<f64, ProbeError> {
+    /// Seconds of one call: the median of as many calls as fill a sample, so that being interrupted
+    /// now and then does not count.
+    pub fn time(&mut self, mut call: impl FnMut(&mut Self)) -> Result<f64, ProbeError> {
         self.check_stop()?;
-        let begin = Instant::now();
-        for calls in 1.. {
-            call(self)?;
-            let elapsed = begin.elapsed().as_secs_f64();
-            if elapsed >= self.extent.sample_s {
-                return Ok(elapsed / calls as f64);
+        let mut calls = Series::default();
+        let mut begin = Instant::now();
+        let end = begin + Duration::from_secs_f64(self.extent.sample_s);
+        loop {
+            call(self);
+            let now = Instant::now();
+            calls.push((now - begin).as_secs_f64());
+            begin = now;
+            if now >= end {
+                // A clock too coarse for the call would make it look free.
+                return Ok(calls.median().unwrap_or(0.0).max(1e-9));
             }
         }
-        unreachable!("time passes")
     }
 }
 
