@@ -2,6 +2,7 @@
 //! All `unsafe` of the crate lives below this module; no planning, no schedule, no model knowledge.
 
 pub mod arena;
+pub mod cpu;
 pub mod disk;
 pub mod nvml;
 pub mod os;

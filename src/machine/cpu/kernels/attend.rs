@@ -1,0 +1,231 @@
+//! Attention of many sequences at once: what is asked for, checked and cut into parts. The arithmetic is
+//! decode.rs (one query row, streaming the cache) and prefill.rs (tiles of query rows).
+//!
+//! Both take the keys in chunks of 256 from key 0 on and fold each chunk into a running maximum, sum and
+//! weighted value, so that results depend neither on how a prompt is cut nor on the other sequences.
+
+use super::kv::{KvF16, KvF32, KvQ4, KvView, record_bytes};
+use super::shared::Shared;
+use super::simd::{Body, Isa, Simd};
+use super::{decode, prefill};
+use crate::dtype::Dtype;
+use crate::machine::cpu::pool::Pool;
+use std::ops::Range;
+
+/// Keys folded together.
+pub(super) const CHUNK_KEYS: usize = 256;
+/// The widest head that a thread's scratch has room for.
+pub const MAX_HEAD_SIZE: usize = 256;
+
+/// Query rows first_row.. of one sequence, of which `past` tokens came before; all keys are appended.
+#[derive(Clone, Copy, Debug)]
+pub struct AttendItem<'a> {
+    pub first_row: usize,
+    pub q_rows: usize,
+    pub past: usize,
+    /// The streaming kernel, for one query row.
+    pub decode: bool,
+    pub kv: KvView<'a>,
+}
+
+/// Rows of qkv are [q | k | v], each heads × head_size wide; only q is read. Rows of out are as wide.
+pub struct AttendArgs<'a> {
+    pub qkv: &'a [f32],
+    pub ld: usize,
+    pub heads: usize,
+    pub head_size: usize,
+    /// F32, F16 or Q4.
+    pub format: Dtype,
+    pub items: &'a [AttendItem<'a>],
+    pub out: &'a mut [f32],
+    pub ldo: usize,
+}
+
+/// # Panics
+/// When a slice is shorter than the shape says, or a head wider than MAX_HEAD_SIZE.
+pub fn attend(pool: &Pool, isa: Isa, args: AttendArgs) {
+    check(&args);
+    let heads_together = heads_together(&args, pool.threads());
+    let out = Shared::new(args.out);
+    let problem = Problem {
+        qkv: args.qkv,
+        ld: args.ld,
+        heads: args.heads,
+        head_size: args.head_size,
+        format: args.format,
+        out: &out,
+        ldo: args.ldo,
+    };
+    let parts_of = |item: &AttendItem| match item.decode {
+        true => args.heads.div_ceil(heads_together),
+        false => args.heads * item.q_rows.div_ceil(prefill::TILE_QUERIES),
+    };
+    let parts = args.items.iter().map(parts_of).sum();
+    pool.run_with_scratch(parts, &|part, scratch| {
+        let mut index = part;
+        for item in args.items {
+            let own = parts_of(item);
+            if index < own {
+                let together = if item.decode { heads_together } else { 1 };
+                return isa.call(problem.part(item, index, together, scratch));
+            }
+            index -= own;
+        }
+    });
+}
+
+fn check(args: &AttendArgs) {
+    let hidden = args.heads * args.head_size;
+    assert!(
+        args.head_size <= MAX_HEAD_SIZE,
+        "attention: heads wider than {MAX_HEAD_SIZE} do not fit the scratch"
+    );
+    assert!(args.format != Dtype::Bf16, "KV is kept in f32, f16 or q4");
+    for (i, item) in args.items.iter().enumerate() {
+        assert!(
+            !item.decode || item.q_rows == 1,
+            "attention: decoding takes one query row"
+        );
+        let Some(last) = (item.first_row + item.q_rows).checked_sub(1) else {
+            continue;
+        };
+        assert!(
+            args.qkv.len() >= last * args.ld + hidden,
+            "attention: qkv is too short"
+        );
+        assert!(
+            args.out.len() >= last * args.ldo + hidden,
+            "attention: out is too short"
+        );
+        check_records(item, record_bytes(args.format, hidden));
+        let overlaps = |other: &AttendItem| {
+            item.first_row < other.first_row + other.q_rows
+                && other.first_row < item.first_row + item.q_rows
+        };
+        assert!(
+            !args.items[..i].iter().any(overlaps),
+            "attention: two items share a row of out"
+        );
+    }
+}
+
+fn check_records(item: &AttendItem, record_bytes: usize) {
+    let keys = item.past + item.q_rows;
+    let records = item.kv.bytes.len() / record_bytes.max(1);
+    let inside = match item.kv.slots {
+        super::Slots::Contiguous { first } => first + keys <= records,
+        super::Slots::Table(table) => table[..keys]
+            .iter()
+            .all(|&record| (record as usize) < records),
+    };
+    assert!(inside, "attention: a record lies outside the cache");
+}
+
+/// Heads that one decode part streams: long runs of memory, but work for every thread.
+fn heads_together(args: &AttendArgs, threads: usize) -> usize {
+    let items = args.items.iter().filter(|item| item.decode).count().max(1);
+    let groups = (2 * threads).div_ceil(items);
+    args.heads
+        .div_ceil(groups)
+        .clamp(1, decode::heads_that_fit(args.head_size))
+}
+
+/// What all parts share.
+#[derive(Clone, Copy)]
+pub(super) struct Problem<'a> {
+    pub qkv: &'a [f32],
+    pub ld: usize,
+    pub heads: usize,
+    pub head_size: usize,
+    pub format: Dtype,
+    pub out: &'a Shared<'a, f32>,
+    pub ldo: usize,
+}
+
+/// One part: some heads of one item, and of its query rows a tile.
+pub(super) struct Part<'a> {
+    pub problem: Problem<'a>,
+    pub item: AttendItem<'a>,
+    pub heads: Range<usize>,
+    pub queries: Range<usize>,
+    pub scratch: &'a mut [f32],
+}
+
+impl<'a> Problem<'a> {
+    fn part(
+        &self,
+        item: &AttendItem<'a>,
+        index: usize,
+        together: usize,
+        scratch: &'a mut [f32],
+    ) -> Part<'a> {
+        let groups = self.heads.div_ceil(together);
+        // The last queries see the most keys: start with them, so that the end is even.
+        let tiles = item.q_rows.div_ceil(prefill::TILE_QUERIES);
+        let tile = tiles - 1 - index % tiles;
+        let head = (index / tiles).min(groups) * together;
+        let query = tile * prefill::TILE_QUERIES;
+        Part {
+            problem: *self,
+            item: *item,
+            heads: head..(head + together).min(self.heads),
+            queries: query..(query + prefill::TILE_QUERIES).min(item.q_rows),
+            scratch,
+        }
+    }
+}
+
+impl Part<'_> {
+    /// The query row's element where the part's heads begin.
+    #[inline(always)]
+    pub(super) fn query(&self, row: usize) -> &[f32] {
+        let from = (self.item.first_row + row) * self.problem.ld
+            + self.heads.start * self.problem.head_size;
+        &self.problem.qkv[from..from + self.elements().len()]
+    }
+
+    /// Elements of a K or V row that the part's heads cover.
+    #[inline(always)]
+    pub(super) fn elements(&self) -> Range<usize> {
+        let size = self.problem.head_size;
+        self.heads.start * size..self.heads.end * size
+    }
+
+    /// Where the K row (side 0) or V row (side 1) of a token begins.
+    #[inline(always)]
+    pub(super) fn row(&self, token: usize, side: usize) -> *const u8 {
+        let row_bytes =
+            self.problem
+                .format
+                .row_bytes(self.problem.heads * self.problem.head_size) as usize;
+        let record = self.item.kv.slots.record(token);
+        self.item
+            .kv
+            .bytes
+            .as_ptr()
+            .wrapping_add((2 * record + side) * row_bytes)
+    }
+
+    /// The result of a query row, as wide as the part's heads.
+    #[inline(always)]
+    pub(super) fn out(&self, row: usize) -> &mut [f32] {
+        let from = (self.item.first_row + row) * self.problem.ldo + self.elements().start;
+        // SAFETY: items do not share rows, parts of an item differ in heads or rows.
+        unsafe { self.problem.out.piece(from, self.elements().len()) }
+    }
+}
+
+impl Body for Part<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<V: Simd>(self) {
+        match (self.item.decode, self.problem.format) {
+            (true, Dtype::F32) => decode::run::<V, KvF32>(self),
+            (true, Dtype::Q4) => decode::run::<V, KvQ4>(self),
+            (true, _) => decode::run::<V, KvF16>(self),
+            (false, Dtype::F32) => prefill::run::<V, KvF32>(self),
+            (false, Dtype::Q4) => prefill::run::<V, KvQ4>(self),
+            (false, _) => prefill::run::<V, KvF16>(self),
+        }
+    }
+}

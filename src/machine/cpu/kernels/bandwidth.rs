@@ -1,0 +1,104 @@
+//! What bounds every kernel, to be measured beside it: reading memory, copying it, multiplying in
+//! registers. No clock: who calls, measures.
+
+use super::shared::Shared;
+use super::simd::{Body, Isa, Simd, lanes};
+use crate::machine::cpu::pool::Pool;
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes of one part: long enough for the hardware's streams, short enough to balance.
+const PART_BYTES: usize = 1 << 20;
+/// Bytes read per step of the loop.
+const STEP_BYTES: usize = 256;
+const AHEAD_BYTES: usize = 2048;
+
+/// Reads every byte once; the result (a wrapping sum of words, a rest of under 256 bytes left out)
+/// exists so that the reading cannot be left out.
+pub fn memory_read_sum(pool: &Pool, isa: Isa, bytes: &[u8]) -> u64 {
+    let total = AtomicU64::new(0);
+    pool.run(bytes.len().div_ceil(PART_BYTES), &|part| {
+        let from = part * PART_BYTES;
+        let piece = &bytes[from..(from + PART_BYTES).min(bytes.len())];
+        total.fetch_add(isa.call(Sum(piece)), Ordering::Relaxed);
+    });
+    total.into_inner()
+}
+
+struct Sum<'a>(&'a [u8]);
+
+impl Body for Sum<'_> {
+    type Out = u64;
+    #[inline(always)]
+    fn run<V: Simd>(self) -> u64 {
+        let mut sums = [0u64; STEP_BYTES / 8];
+        for step in self.0.chunks_exact(STEP_BYTES) {
+            for line in 0..STEP_BYTES / 64 {
+                V::prefetch(step.as_ptr().wrapping_add(AHEAD_BYTES + 64 * line));
+            }
+            // SAFETY: the chunk has these bytes; they are read without alignment.
+            let words = unsafe {
+                step.as_ptr()
+                    .cast::<[u64; STEP_BYTES / 8]>()
+                    .read_unaligned()
+            };
+            for (sum, word) in sums.iter_mut().zip(words) {
+                *sum = sum.wrapping_add(word);
+            }
+        }
+        sums.into_iter().fold(0, u64::wrapping_add)
+    }
+}
+
+/// Copies bytes with all threads.
+/// # Panics
+/// When the lengths differ.
+pub fn copy_bytes(pool: &Pool, from: &[u8], to: &mut [u8]) {
+    assert_eq!(from.len(), to.len(), "copy: the lengths differ");
+    let to = Shared::new(to);
+    pool.run(from.len().div_ceil(PART_BYTES), &|part| {
+        let at = part * PART_BYTES;
+        let from = &from[at..(at + PART_BYTES).min(from.len())];
+        // SAFETY: parts do not overlap.
+        unsafe { to.piece(at, from.len()) }.copy_from_slice(from);
+    });
+}
+
+/// Multiplies in registers only, `steps` times on every thread; returns the FLOPs that took.
+pub fn fma_peak(pool: &Pool, isa: Isa, steps: usize) -> f64 {
+    let flops = AtomicU64::new(0);
+    pool.run(pool.threads(), &|_| {
+        flops.fetch_add(isa.call(Multiply(steps)), Ordering::Relaxed);
+    });
+    flops.into_inner() as f64
+}
+
+struct Multiply(usize);
+
+impl Body for Multiply {
+    type Out = u64;
+    #[inline(always)]
+    fn run<V: Simd>(self) -> u64 {
+        if V::WIDE {
+            chains::<V, 16>(self.0)
+        } else {
+            chains::<V, 5>(self.0)
+        }
+    }
+}
+
+/// N independent chains: enough to hide the latency of one product, few enough for the registers.
+#[inline(always)]
+fn chains<V: Simd, const N: usize>(steps: usize) -> u64 {
+    let (a, b) = (V::splat(black_box(0.999_99)), V::splat(black_box(1e-6)));
+    let mut sums = [b; N];
+    for _ in 0..steps {
+        for sum in &mut sums {
+            *sum = V::fma(*sum, a, b);
+        }
+    }
+    sums.into_iter().for_each(|sum| {
+        black_box(lanes::<V>(sum));
+    });
+    (2 * super::simd::LANES * N * steps) as u64
+}

@@ -1,0 +1,229 @@
+//! Attention of one query row: K rows, then V rows of each chunk stream past all heads of the part.
+//! Bound by memory, so the products wait for the rows and not the other way round.
+
+use super::attend::{CHUNK_KEYS, Part};
+use super::kv::{KvFormat, extent};
+use super::math::exp;
+use super::panel::Element;
+use super::simd::{LANES, Simd, lanes, largest, store_first};
+use crate::machine::cpu::pool::SCRATCH_FLOATS;
+use std::ops::Range;
+
+/// Bytes of rows that are asked for ahead of the one in use.
+const AHEAD_BYTES: usize = 4096;
+/// V rows folded into one pass over the sums.
+const ROWS_TOGETHER: usize = 4;
+/// What widening a row may need beyond the row itself.
+const BUFFER_SLACK: usize = 128;
+
+/// Heads for which queries, sums, scores and a widened row fit the scratch.
+pub(super) fn heads_that_fit(head_size: usize) -> usize {
+    let width = head_size.next_multiple_of(LANES);
+    let rows = (2 + ROWS_TOGETHER) * width + CHUNK_KEYS + 2;
+    (SCRATCH_FLOATS - ROWS_TOGETHER * BUFFER_SLACK) / rows
+}
+
+/// The scratch, carved; a head's queries and sums are `width` apart.
+struct Carved<'a> {
+    queries: &'a mut [f32],
+    sums: &'a mut [f32],
+    scores: &'a mut [f32],
+    maxima: &'a mut [f32],
+    totals: &'a mut [f32],
+    buffer: &'a mut [f32],
+    width: usize,
+}
+
+impl<'a> Carved<'a> {
+    #[inline(always)]
+    fn new(scratch: &'a mut [f32], heads: usize, head_size: usize) -> Carved<'a> {
+        let width = head_size.next_multiple_of(LANES);
+        let (queries, rest) = scratch.split_at_mut(heads * width);
+        let (sums, rest) = rest.split_at_mut(heads * width);
+        let (scores, rest) = rest.split_at_mut(heads * CHUNK_KEYS);
+        let (maxima, rest) = rest.split_at_mut(heads);
+        let (totals, buffer) = rest.split_at_mut(heads);
+        queries.fill(0.0);
+        sums.fill(0.0);
+        maxima.fill(f32::NEG_INFINITY);
+        totals.fill(0.0);
+        Carved {
+            queries,
+            sums,
+            scores,
+            maxima,
+            totals,
+            buffer,
+            width,
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn run<V: Simd, K: KvFormat>(mut part: Part) {
+    let scratch = std::mem::take(&mut part.scratch);
+    let size = part.problem.head_size;
+    let mut carved = Carved::new(scratch, part.heads.len(), size);
+    let scale = 1.0 / (size as f32).sqrt();
+    let queries = carved.queries.chunks_exact_mut(carved.width);
+    for (to, from) in queries.zip(part.query(0).chunks_exact(size)) {
+        to.iter_mut()
+            .zip(from)
+            .for_each(|(to, from)| *to = from * scale);
+    }
+    let keys = part.item.past + 1;
+    for first in (0..keys).step_by(CHUNK_KEYS) {
+        let chunk = first..(first + CHUNK_KEYS).min(keys);
+        score::<V, K>(&part, &mut carved, chunk.clone());
+        for head in 0..part.heads.len() {
+            weigh::<V>(&mut carved, head, chunk.len());
+        }
+        add_values::<V, K>(&part, &mut carved, chunk);
+    }
+    finish::<V>(&part, &carved);
+}
+
+/// Asks for the rows that come `AHEAD_BYTES` after this token's.
+#[inline(always)]
+fn ask_ahead<V: Simd>(part: &Part, token: usize, end: usize, side: usize) {
+    let (first, bytes) = extent(part.problem.format, &part.elements());
+    let later = token + (AHEAD_BYTES / bytes.max(1)).max(1);
+    if later < end {
+        let row = part.row(later, side).wrapping_add(first);
+        for line in (0..bytes + 63).step_by(64) {
+            V::prefetch(row.wrapping_add(line));
+        }
+    }
+}
+
+/// scores[head][key] = query · key, a sum of sixteen lanes per head.
+#[inline(always)]
+fn score<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Range<usize>) {
+    let size = part.problem.head_size;
+    for (i, token) in keys.clone().enumerate() {
+        ask_ahead::<V>(part, token, keys.end, 0);
+        // SAFETY: `check` found the record inside the cache; `heads_that_fit` left the buffer its room.
+        let row = unsafe {
+            K::open::<V>(
+                part.row(token, 0),
+                part.elements(),
+                carved.buffer.as_mut_ptr(),
+            )
+        };
+        for head in 0..part.heads.len() {
+            let mut sum = V::splat(0.0);
+            for d in (0..size).step_by(LANES) {
+                // SAFETY: queries are padded with zeros to whole vectors, the row is read up to its end.
+                unsafe {
+                    let query = V::load(carved.queries.as_ptr().add(head * carved.width + d));
+                    let from = row.add((head * size + d) * K::As::BYTES);
+                    sum = V::fma(query, K::As::load_first::<V>(from, size - d), sum);
+                }
+            }
+            carved.scores[head * CHUNK_KEYS + i] = V::sum(sum);
+        }
+    }
+}
+
+/// Turns a head's scores into weights against the new maximum and rescales what was there.
+#[inline(always)]
+fn weigh<V: Simd>(carved: &mut Carved, head: usize, keys: usize) {
+    let scores = &mut carved.scores[head * CHUNK_KEYS..][..CHUNK_KEYS];
+    scores[keys..].fill(f32::NEG_INFINITY);
+    let mut high = V::splat(carved.maxima[head]);
+    for at in (0..keys).step_by(LANES) {
+        // SAFETY: inside the 256 scores.
+        high = V::max(unsafe { V::load(scores.as_ptr().add(at)) }, high);
+    }
+    let maximum = largest::<V>(high);
+    let mut total = V::splat(0.0);
+    for at in (0..keys).step_by(LANES) {
+        // SAFETY: as above.
+        unsafe {
+            let score = V::load(scores.as_ptr().add(at));
+            let weight = exp::<V>(V::sub(score, V::splat(maximum)));
+            store_first::<V>(scores.as_mut_ptr().add(at), weight, keys - at);
+            scores[keys..].fill(0.0);
+            total = V::add(total, V::load(scores.as_ptr().add(at)));
+        }
+    }
+    let shrink = exp::<V>(V::splat(carved.maxima[head] - maximum));
+    let factor = lanes::<V>(shrink)[0];
+    carved.totals[head] = carved.totals[head].mul_add(factor, V::sum(total));
+    carved.maxima[head] = maximum;
+    for sums in carved.sums[head * carved.width..][..carved.width].chunks_exact_mut(LANES) {
+        // SAFETY: sixteen f32.
+        unsafe { V::store(sums.as_mut_ptr(), V::mul(V::load(sums.as_ptr()), shrink)) };
+    }
+}
+
+/// sums[head] += weight of each key × its V row, keys in order.
+#[inline(always)]
+fn add_values<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Range<usize>) {
+    let mut at = 0;
+    while at < keys.len() {
+        let together = ROWS_TOGETHER.min(keys.len() - at);
+        let mut rows = [std::ptr::null(); ROWS_TOGETHER];
+        for (j, row) in rows[..together].iter_mut().enumerate() {
+            let token = keys.start + at + j;
+            ask_ahead::<V>(part, token, keys.end, 1);
+            let room = part.elements().len() + BUFFER_SLACK;
+            // SAFETY: as in `score`, with room for each of the rows.
+            *row = unsafe {
+                let buffer = carved.buffer.as_mut_ptr().add(j * room);
+                K::open::<V>(part.row(token, 1), part.elements(), buffer)
+            };
+        }
+        match together {
+            ROWS_TOGETHER => add_rows::<V, K, ROWS_TOGETHER>(part, carved, rows, at),
+            _ => rows[..together].iter().enumerate().for_each(|(j, &row)| {
+                add_rows::<V, K, 1>(part, carved, [row], at + j);
+            }),
+        }
+        at += together;
+    }
+}
+
+#[inline(always)]
+fn add_rows<V: Simd, K: KvFormat, const N: usize>(
+    part: &Part,
+    carved: &mut Carved,
+    rows: [*const u8; N],
+    key: usize,
+) {
+    let size = part.problem.head_size;
+    for head in 0..part.heads.len() {
+        let scores = &carved.scores[head * CHUNK_KEYS + key..][..N];
+        let mut weights = [V::splat(0.0); N];
+        for (weight, &score) in weights.iter_mut().zip(scores) {
+            *weight = V::splat(score);
+        }
+        for d in (0..size).step_by(LANES) {
+            // SAFETY: sums are padded to whole vectors, rows are read up to their end.
+            unsafe {
+                let to = carved.sums.as_mut_ptr().add(head * carved.width + d);
+                let mut sum = V::load(to);
+                for j in 0..N {
+                    let from = rows[j].add((head * size + d) * K::As::BYTES);
+                    sum = V::fma(weights[j], K::As::load_first::<V>(from, size - d), sum);
+                }
+                V::store(to, sum);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn finish<V: Simd>(part: &Part, carved: &Carved) {
+    let size = part.problem.head_size;
+    for (head, out) in part.out(0).chunks_exact_mut(size).enumerate() {
+        let total = V::splat(carved.totals[head]);
+        for d in (0..size).step_by(LANES) {
+            // SAFETY: sums are padded to whole vectors, out is written up to its end.
+            unsafe {
+                let sum = V::load(carved.sums.as_ptr().add(head * carved.width + d));
+                store_first::<V>(out.as_mut_ptr().add(d), V::div(sum, total), size - d);
+            }
+        }
+    }
+}

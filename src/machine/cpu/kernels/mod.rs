@@ -1,0 +1,33 @@
+//! The CPU kernels: slices in, slices out. Every result is bit-identical for every thread count,
+//! instruction set, batch and split of the work: one sequential order of sums per output value.
+//! No allocation in a call, no knowledge of models, tiers or schedules.
+
+pub mod attend;
+pub mod bandwidth;
+mod decode;
+pub mod gemm;
+pub mod kv;
+mod math;
+pub mod norm;
+pub mod pack;
+mod panel;
+mod prefill;
+mod q4;
+pub mod rows;
+mod shared;
+mod simd;
+mod tile;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use attend::{AttendArgs, AttendItem, MAX_HEAD_SIZE, attend};
+pub use bandwidth::{copy_bytes, fma_peak, memory_read_sum};
+pub use gemm::{Activation, GemmArgs, gemm};
+pub use kv::{AppendArgs, KvView, Slots, append_kv};
+pub use norm::{NormArgs, NormInPlace, layer_norm, layer_norm_in_place};
+pub use pack::{PackSource, pack_panels, unpack_panel};
+pub use rows::{EmbedArgs, Table, add_rows, add_rows_typed, copy_rows, embed_rows};
+pub use simd::Isa;
+
+/// Changes whenever a kernel's speed or rounding does: measured profiles are valid for one revision.
+pub const KERNEL_REVISION: &str = "1";

@@ -1,0 +1,240 @@
+//! From row-major weights to panels (panel.rs has the layout) and back. Packing has to keep up with a
+//! disk, so the transposes work on whole vectors. No files, no tensors' names.
+
+use super::panel::{Bf16, CODES_AT, Element, F16, F32, GROUP_BYTES, UNIT_BYTES};
+use super::q4::{Group, quantise};
+use super::shared::Shared;
+use super::simd::{Body, Isa, LANES, Simd};
+use crate::dtype::{Dtype, PANEL_ROWS, Q4_GROUP, panels};
+use crate::machine::cpu::pool::Pool;
+use half::{bf16, f16};
+
+/// Row-major weights, as in a checkpoint: `rows × inputs` elements of F32, F16 or BF16.
+#[derive(Clone, Copy)]
+pub struct PackSource<'a> {
+    pub bytes: &'a [u8],
+    pub dtype: Dtype,
+    pub rows: usize,
+    pub inputs: usize,
+}
+
+/// Inputs transposed before the next rows are looked at: the block stays in the first cache.
+const BLOCK_INPUTS: usize = 128;
+
+/// Packs into ceil(rows / 64) panels of `format`, which is the source's own or Q4.
+/// # Panics
+/// When a slice is shorter than its shape says, or the format is neither.
+pub fn pack_panels(pool: &Pool, isa: Isa, source: PackSource, format: Dtype, out: &mut [u8]) {
+    let row_bytes = source.dtype.row_bytes(source.inputs) as usize;
+    let panel_bytes = format.panel_bytes(source.inputs) as usize;
+    assert!(
+        source.dtype != Dtype::Q4,
+        "packing starts from f32, f16 or bf16, not from q4"
+    );
+    assert!(
+        format == source.dtype || format == Dtype::Q4,
+        "packing keeps the format or makes q4"
+    );
+    assert!(
+        source.bytes.len() >= source.rows * row_bytes,
+        "pack: the source is too short"
+    );
+    assert!(
+        out.len() >= panels(source.rows) * panel_bytes,
+        "pack: out is too short"
+    );
+    let out = Shared::new(out);
+    pool.run(panels(source.rows), &|panel| {
+        // SAFETY: every part writes its own panel.
+        let to = unsafe { out.piece(panel * panel_bytes, panel_bytes) };
+        let first = panel * PANEL_ROWS;
+        let rows = (source.rows - first).min(PANEL_ROWS);
+        let bytes = &source.bytes[first * row_bytes..(first + rows) * row_bytes];
+        let source = PackSource {
+            bytes,
+            rows,
+            ..source
+        };
+        match (format, source.dtype) {
+            (Dtype::Q4, _) => isa.call(Quantise { source, to }),
+            (Dtype::F32, _) => interleave::<4>(source, to),
+            _ => interleave::<2>(source, to),
+        }
+    });
+}
+
+/// Transposes one panel of elements of N bytes.
+fn interleave<const N: usize>(source: PackSource, to: &mut [u8]) {
+    let (row_bytes, tall) = (source.inputs * N, 16 / N);
+    if source.rows < PANEL_ROWS {
+        to.fill(0);
+    }
+    for from in (0..source.inputs).step_by(BLOCK_INPUTS) {
+        let until = (from + BLOCK_INPUTS).min(source.inputs);
+        ask_for::<N>(&source, until);
+        for row in (0..source.rows).step_by(tall) {
+            let whole = if row + tall <= source.rows {
+                (until - from) / tall * tall
+            } else {
+                0
+            };
+            for k in (from..from + whole).step_by(tall) {
+                let (at, there) = (row * row_bytes + k * N, (k * PANEL_ROWS + row) * N);
+                square::<N>(
+                    (&source.bytes[at..], row_bytes),
+                    (&mut to[there..], PANEL_ROWS * N),
+                );
+            }
+            for row in row..(row + tall).min(source.rows) {
+                for k in from + whole..until {
+                    let (at, there) = (row * row_bytes + k * N, (k * PANEL_ROWS + row) * N);
+                    to[there..there + N].copy_from_slice(&source.bytes[at..at + N]);
+                }
+            }
+        }
+    }
+}
+
+/// Asks for the block of all rows that comes next: 64 short streams are too many for the hardware.
+fn ask_for<const N: usize>(source: &PackSource, from: usize) {
+    let until = (from + BLOCK_INPUTS).min(source.inputs);
+    for row in 0..source.rows {
+        for byte in (from * N..until * N).step_by(64) {
+            super::simd::prefetch(&source.bytes[row * source.inputs * N + byte]);
+        }
+    }
+}
+
+/// Transposes 16 / N rows of 16 bytes.
+#[inline(always)]
+fn square<const N: usize>(from: (&[u8], usize), to: (&mut [u8], usize)) {
+    let tall = 16 / N;
+    assert!(from.0.len() >= (tall - 1) * from.1 + 16 && to.0.len() >= (tall - 1) * to.1 + 16);
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the bounds were checked; SSE2 belongs to x86-64.
+    unsafe {
+        super::x86::transpose16::<N>((from.0.as_ptr(), from.1), (to.0.as_mut_ptr(), to.1));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for row in 0..tall {
+        for k in 0..tall {
+            let (at, there) = (row * from.1 + k * N, k * to.1 + row * N);
+            to.0[there..there + N].copy_from_slice(&from.0[at..at + N]);
+        }
+    }
+}
+
+/// One panel to 4 bits.
+struct Quantise<'a> {
+    source: PackSource<'a>,
+    to: &'a mut [u8],
+}
+
+impl Body for Quantise<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<V: Simd>(self) {
+        match self.source.dtype {
+            Dtype::F32 => self.groups::<V, F32>(),
+            Dtype::F16 => self.groups::<V, F16>(),
+            _ => self.groups::<V, Bf16>(),
+        }
+    }
+}
+
+impl Quantise<'_> {
+    #[inline(always)]
+    fn groups<V: Simd, E: Element>(self) {
+        let (rows, inputs) = (self.source.rows, self.source.inputs);
+        for (g, to) in self.to.chunks_exact_mut(GROUP_BYTES).enumerate() {
+            let mut codes = [[0u8; PANEL_ROWS]; Q4_GROUP];
+            to[..CODES_AT].fill(0);
+            for row in 0..rows {
+                let from = row * inputs + g * Q4_GROUP;
+                let count = (inputs - g * Q4_GROUP).min(Q4_GROUP);
+                let bytes = &self.source.bytes[from * E::BYTES..(from + count) * E::BYTES];
+                let group = quantise::<V>(&values::<V, E>(bytes, count));
+                place(&group, row, &mut codes, to);
+            }
+            write_units(&codes, &mut to[CODES_AT..]);
+        }
+    }
+}
+
+/// `count` elements as f32, filled up to 64 with the last.
+#[inline(always)]
+fn values<V: Simd, E: Element>(bytes: &[u8], count: usize) -> [f32; Q4_GROUP] {
+    let mut values = [0f32; Q4_GROUP];
+    for (j, to) in values.chunks_exact_mut(LANES).enumerate() {
+        let rest = count.saturating_sub(j * LANES);
+        // SAFETY: `bytes` holds `count` elements, of which `rest` are left; `to` holds sixteen f32.
+        unsafe {
+            let from = bytes.as_ptr().wrapping_add(j * LANES * E::BYTES);
+            V::store(to.as_mut_ptr(), E::load_first::<V>(from, rest));
+        }
+    }
+    let last = values[count - 1];
+    values[count..].fill(last);
+    values
+}
+
+/// Puts one row's group where its column is.
+#[inline(always)]
+fn place(group: &Group, row: usize, codes: &mut [[u8; PANEL_ROWS]; Q4_GROUP], to: &mut [u8]) {
+    to[2 * row..2 * row + 2].copy_from_slice(&group.scale.to_le_bytes());
+    let minimum = 2 * (PANEL_ROWS + row);
+    to[minimum..minimum + 2].copy_from_slice(&group.minimum.to_le_bytes());
+    for (line, code) in codes.iter_mut().zip(group.codes) {
+        line[row] = code as u8;
+    }
+}
+
+/// Codes `[input][row]` to units.
+#[inline(always)]
+fn write_units(codes: &[[u8; PANEL_ROWS]; Q4_GROUP], units: &mut [u8]) {
+    for (pair, unit) in codes
+        .chunks_exact(2)
+        .zip(units.chunks_exact_mut(UNIT_BYTES))
+    {
+        let mut words = [0u32; LANES];
+        for j in 0..8 {
+            let line = &pair[j / 4][j % 4 * LANES..][..LANES];
+            for (word, &code) in words.iter_mut().zip(line) {
+                *word |= (code as u32) << (4 * j);
+            }
+        }
+        for (word, bytes) in words.iter().zip(unit.chunks_exact_mut(4)) {
+            bytes.copy_from_slice(&word.to_le_bytes());
+        }
+    }
+}
+
+/// One element of a panel as f32.
+pub(super) fn element(format: Dtype, panel: &[u8], row: usize, k: usize) -> f32 {
+    let at = k * PANEL_ROWS + row;
+    let half = |at: usize| [panel[at], panel[at + 1]];
+    match format {
+        Dtype::F32 => f32::from_le_bytes([0, 1, 2, 3].map(|i| panel[4 * at + i])),
+        Dtype::F16 => f16::from_le_bytes(half(2 * at)).to_f32(),
+        Dtype::Bf16 => bf16::from_le_bytes(half(2 * at)).to_f32(),
+        Dtype::Q4 => {
+            let group = k / Q4_GROUP * GROUP_BYTES;
+            let scale = f16::from_le_bytes(half(group + 2 * row)).to_f32();
+            let minimum = f16::from_le_bytes(half(group + 2 * (PANEL_ROWS + row))).to_f32();
+            let unit = group + CODES_AT + k % Q4_GROUP / 2 * UNIT_BYTES;
+            let nibble = k % 2 * 4 + row / LANES;
+            let byte = panel[unit + row % LANES * 4 + nibble / 2];
+            let code = byte >> (nibble % 2 * 4) & 15;
+            (code as f32).mul_add(scale, minimum)
+        }
+    }
+}
+
+/// Writes the 64 rows of one panel as row-major f32, 64 × inputs.
+pub fn unpack_panel(format: Dtype, panel: &[u8], inputs: usize, out: &mut [f32]) {
+    for (row, to) in out.chunks_exact_mut(inputs).take(PANEL_ROWS).enumerate() {
+        for (k, value) in to.iter_mut().enumerate() {
+            *value = element(format, panel, row, k);
+        }
+    }
+}

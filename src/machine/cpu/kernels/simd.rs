@@ -1,0 +1,301 @@
+//! Sixteen f32 lanes under one set of words, chosen at run time; every kernel is written once over
+//! `Simd`, so that all instruction sets round alike. No arithmetic of a model in here.
+
+use half::{bf16, f16};
+
+/// Lanes of a vector on every path, whatever the register width.
+pub const LANES: usize = 16;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Level {
+    Scalar,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+/// An instruction set that this machine has: only detection makes one, so holding it is proof.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Isa(Level);
+
+impl Isa {
+    /// Plain Rust with `f32::mul_add`: the twin that every other path must equal bit for bit.
+    pub const SCALAR: Isa = Isa(Level::Scalar);
+
+    /// The fastest that this machine has.
+    pub fn detect() -> Isa {
+        Isa::available().into_iter().max().unwrap_or(Isa::SCALAR)
+    }
+
+    /// All that this machine has, the scalar twin first.
+    pub fn available() -> Vec<Isa> {
+        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
+        let mut found = vec![Isa::SCALAR];
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            if has!("avx2") && has!("fma") && has!("f16c") {
+                found.push(Isa(Level::Avx2));
+                if has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") {
+                    found.push(Isa(Level::Avx512));
+                }
+            }
+        }
+        found
+    }
+
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Level::Scalar => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => "avx512",
+        }
+    }
+
+    /// Runs a body compiled for this instruction set.
+    #[inline]
+    pub(super) fn call<B: Body>(self, body: B) -> B::Out {
+        match self.0 {
+            Level::Scalar => body.run::<Scalar>(),
+            // SAFETY: an Isa exists only after its features were detected.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => unsafe { call_avx2(body) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => unsafe { call_avx512(body) },
+        }
+    }
+}
+
+/// Work that is compiled once per instruction set. `run` and all it calls are `inline(always)`:
+/// what is not inlined into the functions below would be compiled without their features.
+pub(super) trait Body {
+    type Out;
+    fn run<V: Simd>(self) -> Self::Out;
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn call_avx2<B: Body>(body: B) -> B::Out {
+    body.run::<super::x86::Avx2>()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+fn call_avx512<B: Body>(body: B) -> B::Out {
+    body.run::<super::x86::Avx512>()
+}
+
+/// Sixteen lanes. Implementors are used only inside `Isa::call`, which proves their features;
+/// loads and stores need no alignment beyond the element's.
+pub(super) trait Simd: Copy + 'static {
+    /// Sixteen f32.
+    type F: Copy;
+    /// Sixteen 32-bit words.
+    type I: Copy;
+    /// Vectors that one row of a register tile spans: 4 with thirty-two wide registers, else 1.
+    const WIDE: bool;
+
+    fn splat(value: f32) -> Self::F;
+    /// a * b + c, rounded once.
+    fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    fn add(a: Self::F, b: Self::F) -> Self::F;
+    fn sub(a: Self::F, b: Self::F) -> Self::F;
+    fn mul(a: Self::F, b: Self::F) -> Self::F;
+    fn div(a: Self::F, b: Self::F) -> Self::F;
+    /// a > b ? a : b, so b where one is not a number.
+    fn max(a: Self::F, b: Self::F) -> Self::F;
+    /// a < b ? a : b, so b where one is not a number.
+    fn min(a: Self::F, b: Self::F) -> Self::F;
+    /// The fixed tree: lanes i + 8, then + 4, + 2, + 1.
+    fn sum(a: Self::F) -> f32;
+    /// bits(a) + (bits(b) << 23): a times two to the integer in b's low mantissa bits.
+    fn add_exponent(a: Self::F, b: Self::F) -> Self::F;
+    /// (word >> shift) & 15 of each lane, as f32.
+    fn nibbles(words: Self::I, shift: u32) -> Self::F;
+
+    /// # Safety
+    /// Sixteen f32 readable at `from`.
+    unsafe fn load(from: *const f32) -> Self::F;
+    /// # Safety
+    /// Sixteen f32 writable at `to`.
+    unsafe fn store(to: *mut f32, a: Self::F);
+    /// # Safety
+    /// Sixteen fp16 readable at `from`.
+    unsafe fn load_f16(from: *const u16) -> Self::F;
+    /// # Safety
+    /// Sixteen bf16 readable at `from`.
+    unsafe fn load_bf16(from: *const u16) -> Self::F;
+    /// Rounds to nearest even.
+    /// # Safety
+    /// Sixteen fp16 writable at `to`.
+    unsafe fn store_f16(to: *mut u16, a: Self::F);
+    /// # Safety
+    /// Sixteen 32-bit words readable at `from`, of any alignment.
+    unsafe fn load_words(from: *const u8) -> Self::I;
+    /// # Safety
+    /// Sixteen 16-bit words readable at `from`, of any alignment; they are zero-extended.
+    unsafe fn load_half_words(from: *const u8) -> Self::I;
+    /// Asks for a cache line that will be read soon; any address is allowed.
+    fn prefetch(at: *const u8);
+}
+
+/// The twin in plain Rust.
+#[derive(Clone, Copy)]
+pub(super) struct Scalar;
+
+type Lanes = [f32; LANES];
+
+#[inline(always)]
+fn zip(a: Lanes, b: Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+impl Simd for Scalar {
+    type F = Lanes;
+    type I = [u32; LANES];
+    const WIDE: bool = false;
+
+    fn splat(value: f32) -> Lanes {
+        [value; LANES]
+    }
+    fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    fn add(a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| a + b)
+    }
+    fn sub(a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| a - b)
+    }
+    fn mul(a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| a * b)
+    }
+    fn div(a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| a / b)
+    }
+    fn max(a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    fn min(a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    fn sum(a: Lanes) -> f32 {
+        let mut lanes = a;
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+        }
+        lanes[0]
+    }
+    fn add_exponent(a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| {
+            f32::from_bits(a.to_bits().wrapping_add(b.to_bits() << 23))
+        })
+    }
+    fn nibbles(words: [u32; LANES], shift: u32) -> Lanes {
+        words.map(|word| (word >> shift & 15) as f32)
+    }
+    unsafe fn load(from: *const f32) -> Lanes {
+        // SAFETY: the caller's.
+        unsafe { from.cast::<Lanes>().read_unaligned() }
+    }
+    unsafe fn store(to: *mut f32, a: Lanes) {
+        // SAFETY: the caller's.
+        unsafe { to.cast::<Lanes>().write_unaligned(a) }
+    }
+    unsafe fn load_f16(from: *const u16) -> Lanes {
+        // SAFETY: the caller's.
+        let words = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        words.map(|word| f16::from_bits(word).to_f32())
+    }
+    unsafe fn load_bf16(from: *const u16) -> Lanes {
+        // SAFETY: the caller's.
+        let words = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        words.map(|word| bf16::from_bits(word).to_f32())
+    }
+    unsafe fn store_f16(to: *mut u16, a: Lanes) {
+        // SAFETY: the caller's.
+        unsafe {
+            to.cast::<[u16; LANES]>()
+                .write_unaligned(a.map(|x| f16::from_f32(x).to_bits()))
+        }
+    }
+    unsafe fn load_words(from: *const u8) -> [u32; LANES] {
+        // SAFETY: the caller's.
+        let words = unsafe { from.cast::<[u32; LANES]>().read_unaligned() };
+        words.map(u32::from_le)
+    }
+    unsafe fn load_half_words(from: *const u8) -> [u32; LANES] {
+        // SAFETY: the caller's.
+        let words = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        words.map(|word| u16::from_le(word) as u32)
+    }
+    fn prefetch(_at: *const u8) {}
+}
+
+/// The first `n` of sixteen f32, zeros behind.
+/// # Safety
+/// `min(n, 16)` f32 readable at `from`.
+#[inline(always)]
+pub(super) unsafe fn load_first<V: Simd>(from: *const f32, n: usize) -> V::F {
+    let mut lanes = [0f32; LANES];
+    // SAFETY: the caller's; the array holds what is copied.
+    unsafe {
+        if n >= LANES {
+            return V::load(from);
+        }
+        std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), n);
+        V::load(lanes.as_ptr())
+    }
+}
+
+/// Writes the first `n` of sixteen f32.
+/// # Safety
+/// `min(n, 16)` f32 writable at `to`.
+#[inline(always)]
+pub(super) unsafe fn store_first<V: Simd>(to: *mut f32, a: V::F, n: usize) {
+    let mut lanes = [0f32; LANES];
+    // SAFETY: the caller's; the array holds what is copied.
+    unsafe {
+        if n >= LANES {
+            return V::store(to, a);
+        }
+        V::store(lanes.as_mut_ptr(), a);
+        std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, n);
+    }
+}
+
+/// The lanes as an array.
+#[inline(always)]
+pub(super) fn lanes<V: Simd>(a: V::F) -> Lanes {
+    let mut lanes = [0f32; LANES];
+    // SAFETY: the array holds sixteen.
+    unsafe { V::store(lanes.as_mut_ptr(), a) };
+    lanes
+}
+
+/// The largest lane.
+#[inline(always)]
+pub(super) fn largest<V: Simd>(a: V::F) -> f32 {
+    lanes::<V>(a)
+        .into_iter()
+        .fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+}
+
+/// Asks for the cache line of `at`, outside of any instruction set's body.
+#[inline(always)]
+pub(super) fn prefetch<T>(at: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint on a valid address; SSE belongs to x86-64.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>((at as *const T).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}

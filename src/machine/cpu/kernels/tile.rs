@@ -1,0 +1,246 @@
+//! The register tile: up to six rows of x times 64 rows of a panel, sums kept in registers over all
+//! inputs given. The only inner loop of products in GEMM and prefill attention.
+
+use super::math::gelu;
+use super::panel::{Panel, Source};
+use super::simd::{LANES, Simd, load_first, store_first};
+use crate::dtype::PANEL_ROWS;
+
+/// Rows of x in a full tile: 6 × 4 sums leave registers for four weights and one broadcast.
+pub(super) const TILE_ROWS: usize = 6;
+
+/// What is applied to a finished sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    None,
+    Relu,
+    /// The exact form with erf.
+    Gelu,
+}
+
+/// Where a tile reads x and keeps its sums. Strides count f32.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    pub x: *const f32,
+    /// From one row of x to the next, and from one input to the next.
+    pub x_stride: usize,
+    pub x_step: usize,
+    pub out: *mut f32,
+    pub out_stride: usize,
+    /// Output columns that exist, at most 64.
+    pub columns: usize,
+    pub inputs: usize,
+    /// Sums start at zero, else at what `out` holds.
+    pub fresh: bool,
+    /// Memory to ask for while multiplying, `ahead_lines` cache lines per two inputs.
+    pub ahead: *const u8,
+    pub ahead_lines: usize,
+}
+
+/// The last step of an output: bias (of the tile's columns, may be absent) and activation.
+#[derive(Clone, Copy)]
+pub(super) struct Finish<'a> {
+    pub bias: Option<&'a [f32]>,
+    pub activation: Activation,
+}
+
+impl Finish<'_> {
+    pub(super) const NOTHING: Finish<'static> = Finish {
+        bias: None,
+        activation: Activation::None,
+    };
+
+    #[inline(always)]
+    fn apply<V: Simd>(&self, sum: V::F, column: usize, count: usize) -> V::F {
+        let mut value = sum;
+        if let Some(bias) = self.bias {
+            let bias = &bias[column..column + count];
+            // SAFETY: the slice has `count` elements.
+            value = V::add(value, unsafe { load_first::<V>(bias.as_ptr(), count) });
+        }
+        match self.activation {
+            Activation::None => value,
+            // In this order not a number stays so.
+            Activation::Relu => V::max(V::splat(0.0), value),
+            Activation::Gelu => gelu::<V>(value),
+        }
+    }
+}
+
+/// Rows of a panel that a tile multiplies: which panel, and its first input.
+#[derive(Clone, Copy)]
+pub(super) struct Weights {
+    pub panel: *const u8,
+    pub first_input: usize,
+}
+
+/// Multiplies `rows` (1 to 6) rows of x. Narrow register files take 16 columns at a time.
+/// # Safety
+/// `tile` and `weights` point to what they describe; `first_input` is a multiple of P::SEGMENT or 0.
+#[inline(always)]
+pub(super) unsafe fn multiply<V: Simd, P: Panel>(
+    tile: Tile,
+    rows: usize,
+    weights: Weights,
+    finish: Finish,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        if V::WIDE || rows == 1 {
+            return by_rows::<V, P, 4>(tile, rows, weights, 0, finish);
+        }
+        for column in (0..tile.columns).step_by(LANES) {
+            by_rows::<V, P, 1>(tile, rows, weights, column, finish);
+        }
+    }
+}
+
+/// As `multiply` on f32, without whole vectors of columns that do not exist.
+/// # Safety
+/// As `multiply`.
+#[inline(always)]
+pub(super) unsafe fn multiply_narrow<V: Simd, P: Panel>(tile: Tile, rows: usize, weights: Weights) {
+    // SAFETY: the caller's.
+    unsafe {
+        match tile.columns.div_ceil(LANES) {
+            1 => by_rows::<V, P, 1>(tile, rows, weights, 0, Finish::NOTHING),
+            2 if V::WIDE => by_rows::<V, P, 2>(tile, rows, weights, 0, Finish::NOTHING),
+            _ => multiply::<V, P>(tile, rows, weights, Finish::NOTHING),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn by_rows<V: Simd, P: Panel, const NV: usize>(
+    tile: Tile,
+    rows: usize,
+    weights: Weights,
+    column: usize,
+    finish: Finish,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        match rows {
+            1 => fixed::<V, P, 1, NV>(tile, weights, column, finish),
+            2 => fixed::<V, P, 2, NV>(tile, weights, column, finish),
+            3 => fixed::<V, P, 3, NV>(tile, weights, column, finish),
+            4 => fixed::<V, P, 4, NV>(tile, weights, column, finish),
+            5 => fixed::<V, P, 5, NV>(tile, weights, column, finish),
+            _ => fixed::<V, P, 6, NV>(tile, weights, column, finish),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn fixed<V: Simd, P: Panel, const MR: usize, const NV: usize>(
+    tile: Tile,
+    weights: Weights,
+    column: usize,
+    finish: Finish,
+) {
+    let mut sums = [[V::splat(0.0); NV]; MR];
+    // SAFETY: the caller's.
+    unsafe {
+        if !tile.fresh {
+            reload::<V, MR, NV>(&tile, column, &mut sums);
+        }
+        let mut done = 0;
+        while done < tile.inputs {
+            let some = P::SEGMENT.min(tile.inputs - done);
+            let source = P::at::<V, NV>(weights.panel, weights.first_input + done, column);
+            let mut rest = tile;
+            rest.x = tile.x.add(done * tile.x_step);
+            rest.inputs = some;
+            rest.ahead = tile.ahead.wrapping_add(done / 2 * tile.ahead_lines * 64);
+            products::<V, _, MR, NV>(&mut sums, rest, &source);
+            done += some;
+        }
+        save::<V, MR, NV>(&tile, column, &sums, finish);
+    }
+}
+
+/// Two inputs at a time, because two inputs share a unit of 4-bit codes.
+#[inline(always)]
+unsafe fn products<V: Simd, S: Source<V, NV>, const MR: usize, const NV: usize>(
+    sums: &mut [[V::F; NV]; MR],
+    tile: Tile,
+    source: &S,
+) {
+    // SAFETY: k stays below the tile's inputs.
+    unsafe {
+        for pair in 0..tile.inputs / 2 {
+            for line in 0..tile.ahead_lines {
+                V::prefetch(
+                    tile.ahead
+                        .wrapping_add((pair * tile.ahead_lines + line) * 64),
+                );
+            }
+            step::<V, S, MR, NV>(sums, &tile, source, 2 * pair, 0);
+            step::<V, S, MR, NV>(sums, &tile, source, 2 * pair + 1, 1);
+        }
+        if !tile.inputs.is_multiple_of(2) {
+            step::<V, S, MR, NV>(sums, &tile, source, tile.inputs - 1, 0);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn step<V: Simd, S: Source<V, NV>, const MR: usize, const NV: usize>(
+    sums: &mut [[V::F; NV]; MR],
+    tile: &Tile,
+    source: &S,
+    k: usize,
+    odd: usize,
+) {
+    // SAFETY: k is inside by the caller.
+    unsafe {
+        let weights = source.load(k, odd);
+        for i in 0..MR {
+            let x = V::splat(*tile.x.add(i * tile.x_stride + k * tile.x_step));
+            for j in 0..NV {
+                sums[i][j] = V::fma(x, weights[j], sums[i][j]);
+            }
+        }
+    }
+}
+
+/// Columns of vector `j` that exist.
+#[inline(always)]
+fn width(tile: &Tile, column: usize, j: usize) -> usize {
+    tile.columns.saturating_sub(column + j * LANES).min(LANES)
+}
+
+#[inline(always)]
+unsafe fn reload<V: Simd, const MR: usize, const NV: usize>(
+    tile: &Tile,
+    column: usize,
+    sums: &mut [[V::F; NV]; MR],
+) {
+    for i in 0..MR {
+        for j in 0..NV {
+            let at = i * tile.out_stride + column + j * LANES;
+            // SAFETY: only columns that exist are read.
+            sums[i][j] =
+                unsafe { load_first::<V>(tile.out.wrapping_add(at), width(tile, column, j)) };
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn save<V: Simd, const MR: usize, const NV: usize>(
+    tile: &Tile,
+    column: usize,
+    sums: &[[V::F; NV]; MR],
+    finish: Finish,
+) {
+    debug_assert!(tile.columns <= PANEL_ROWS);
+    for j in 0..NV {
+        let count = width(tile, column, j);
+        for i in 0..MR {
+            let value = finish.apply::<V>(sums[i][j], column + j * LANES, count);
+            let at = i * tile.out_stride + column + j * LANES;
+            // SAFETY: only columns that exist are written.
+            unsafe { store_first::<V>(tile.out.wrapping_add(at), value, count) };
+        }
+    }
+}
