@@ -16,5 +16,6 @@ pub mod machine;
 
 // Floor 5: work
 pub mod checkpoint;
+pub mod probe;
 pub mod store;
 pub mod tokenizer;

@@ -1,5 +1,5 @@
-//! The hands: memory, disk and devices as the rest of the program touches them.
-//! All `unsafe` of the crate lives below this module; no planning, no schedule, no model knowledge.
+//! The hands: what touches memory, cores, disks and accelerators. Everything `unsafe` lives here.
+//! Nothing in here knows a model, a plan or a schedule.
 
 pub mod arena;
 pub mod cpu;
