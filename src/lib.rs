@@ -19,6 +19,7 @@ pub mod policy;
 
 // Floor 3: decision
 pub mod plan;
+pub mod planner;
 
 // Floor 7: door
 pub mod cli;
