@@ -19,6 +19,7 @@ pub mod policy;
 
 // Floor 3: decision
 pub mod plan;
+pub mod planner;
 
 // Floor 4: hands
 pub mod machine;

@@ -244,6 +244,15 @@ impl HardwareProfile {
     }
 }
 
+/// Profiles that come with the program, by name.
+pub const COMPILED_IN: [(&str, &str); 1] = [("t4-gcp", include_str!("../profiles/t4-gcp.toml"))];
+
+/// The text of a profile that comes with the program.
+pub fn compiled_in(name: &str) -> Option<&'static str> {
+    let found = COMPILED_IN.iter().find(|(known, _)| *known == name);
+    found.map(|(_, text)| *text)
+}
+
 type Rates = Vec<(String, f64)>;
 
 fn collect_compute(
