@@ -1,9 +1,8 @@
 //! Placement must not change results: whatever the shares, batch shape, overlap and machine, logits are
 //! the same bits.
 
-mod common;
+mod running;
 
-use common::{PackedFile, Ran, pack, policy, requests, run, small_model};
 use loadmaster::checkpoint::SynthSource;
 use loadmaster::dtype::Dtype;
 use loadmaster::engine::Request;
@@ -14,6 +13,7 @@ use loadmaster::tier::Lane;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use running::{PackedFile, Ran, pack, policy, requests, run, small_model};
 
 const LENGTHS: [(usize, usize); 5] = [(5, 4), (17, 3), (1, 6), (9, 2), (12, 5)];
 
