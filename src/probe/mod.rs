@@ -95,6 +95,7 @@ pub fn probe(options: ProbeOptions) -> Result<HardwareProfile, ProbeError> {
         options.stop,
     )?;
     let mut areas = Areas {
+        provenance: provenance(os::load_average(), options.threads),
         disk: DiskArea::new(options.offload_dir, &bench)?,
         compute: ComputeArea::new(extent),
         contention: ContentionArea::default(),
@@ -129,8 +130,19 @@ fn room_within(budget_bytes: u64, threads: usize, extent: &Extent) -> Result<u64
     Ok(budget_bytes - held_bytes)
 }
 
+/// Says so in the profile when the cores were busy before the probe began: figures will be low.
+fn provenance(load: Option<f64>, threads: usize) -> String {
+    match load.filter(|load| *load > 0.5 * threads as f64) {
+        None => "measured".to_owned(),
+        Some(load) => {
+            format!("measured while other programs were busy (load {load:.1} on {threads} threads)")
+        }
+    }
+}
+
 /// Everything that is measured.
 struct Areas {
+    provenance: String,
     disk: DiskArea,
     compute: ComputeArea,
     contention: ContentionArea,
@@ -138,6 +150,12 @@ struct Areas {
 
 impl Areas {
     fn tell_what_is_there(&self, bench: &Bench, progress: &mut dyn FnMut(&str)) {
+        if self.provenance != "measured" {
+            progress(&format!(
+                "{}: probe again when it is quiet",
+                self.provenance
+            ));
+        }
         if !self.disk.file.is_direct() {
             progress("direct I/O is refused here: measuring buffered I/O with drop-behind");
         }
@@ -197,7 +215,7 @@ impl Areas {
                 name: key.name(),
                 date: saved::today(),
                 command: command.to_owned(),
-                provenance: "measured".to_owned(),
+                provenance: self.provenance.clone(),
                 cpu: key.cpu,
                 threads: key.threads,
                 kernels: key.kernels,

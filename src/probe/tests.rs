@@ -104,3 +104,10 @@ fn memory_is_no_place_to_probe() {
     ));
     assert!(!Path::new("/dev/shm/x").exists());
 }
+
+#[test]
+fn a_busy_machine_is_named_in_the_profile() {
+    assert_eq!(provenance(Some(0.3), 2), "measured");
+    assert_eq!(provenance(None, 2), "measured");
+    assert!(provenance(Some(3.0), 2).contains("load 3.0"));
+}
