@@ -123,7 +123,10 @@ fn wrong_values_are_usage_errors_that_name_the_flag() {
         ("--no-such-flag", "--no-such-flag"),
     ] {
         let message = refusal(&format!("plan --model opt-1.3b {flags}"));
-        let flag = flags.split([' ', '=']).find(|w| w.starts_with("--")).unwrap_or("");
+        let flag = flags
+            .split([' ', '='])
+            .find(|w| w.starts_with("--"))
+            .unwrap_or("");
         assert!(
             message.contains(hint) && message.contains(flag),
             "{flags}: {message}"
