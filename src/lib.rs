@@ -19,6 +19,7 @@ pub mod policy;
 
 // Floor 3: decision
 pub mod plan;
+pub mod planner;
 
 // Floor 4: hands
 pub mod machine;
@@ -26,6 +27,7 @@ pub mod machine;
 // Floor 5: work
 pub mod checkpoint;
 pub mod engine;
+pub mod probe;
 pub mod store;
 pub mod tokenizer;
 

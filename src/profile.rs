@@ -104,11 +104,14 @@ pub struct GpuLink {
 }
 
 /// One disk figure: (block bytes, depth, bytes per second, spread in percent of the median).
+/// A block is what one call hands to the I/O pool, depth is the pool's threads (it cuts the block
+/// into pieces for them); the rate is that of the whole call, its latency included.
 pub type DiskPoint = (u64, u32, f64, f64);
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskLink {
+    /// Seconds of a request of one page: the floor under any request, already in every rate.
     pub latency_s: f64,
     /// True where direct I/O was refused and buffered I/O with drop-behind was measured instead.
     #[serde(default)]
@@ -239,6 +242,15 @@ impl HardwareProfile {
             .into_iter()
             .try_for_each(|(key, value)| need_positive(key, value))
     }
+}
+
+/// Profiles that come with the program, by name.
+pub const COMPILED_IN: [(&str, &str); 1] = [("t4-gcp", include_str!("../profiles/t4-gcp.toml"))];
+
+/// The text of a profile that comes with the program.
+pub fn compiled_in(name: &str) -> Option<&'static str> {
+    let found = COMPILED_IN.iter().find(|(known, _)| *known == name);
+    found.map(|(_, text)| *text)
 }
 
 type Rates = Vec<(String, f64)>;

@@ -114,10 +114,13 @@ def fill(model, seed, dtype, small_dtype):
             values = normal(shape, 1.0, 0.15)
         elif name.endswith("bias"):
             values = normal(shape, 0.0, 0.1)
-        elif "embed" in name or "lm_head" in name:
-            values = normal(shape, 0.0, 0.15)
+        elif "embed_positions" in name:
+            # Strong enough that a text does not run in circles.
+            values = normal(shape, 0.0, 0.3)
+        elif "embed_tokens" in name or "lm_head" in name:
+            values = normal(shape, 0.0, 0.1)
         else:
-            values = normal(shape, 0.0, 1.2 / shape[1] ** 0.5)
+            values = normal(shape, 0.0, 1.5 / shape[1] ** 0.5)
         kept = dtype if values.dim() == 2 else small_dtype
         parameter.data.copy_(values.to(kept).float())
 
@@ -144,7 +147,12 @@ def is_varied(ids, logits):
 def search(config, dtype, small_dtype):
     for seed in range(1, 2000):
         torch.manual_seed(seed)
-        model = OPTForCausalLM._from_config(config, attn_implementation="eager").float().eval()
+        # Its own initialisation fails where norms have no weight; every value is filled in below.
+        with transformers.modeling_utils.no_init_weights():
+            model = OPTForCausalLM._from_config(config, attn_implementation="eager").float().eval()
+        model.tie_weights()
+        is_tied = model.lm_head.weight is model.model.decoder.embed_tokens.weight
+        assert is_tied == config.tie_word_embeddings
         fill(model, seed, dtype, small_dtype)
         chooser = numpy.random.default_rng(seed)
         prompts = [chooser.integers(4, config.vocab_size, length).tolist() for length in PROMPT_LENGTHS]
@@ -210,6 +218,7 @@ def save(tensors, how, folder):
             torch.save(part, folder / name)
         else:
             safetensors.torch.save_file(dict(part), folder / name, metadata={"format": "pt"})
+            (folder / name).chmod(0o644)
 
     shards = how.get("shards", 1)
     if shards == 1:

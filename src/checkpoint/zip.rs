@@ -71,10 +71,15 @@ fn find_directory(file: &WeightFile) -> Result<(u64, u64), CheckpointError> {
     let tail_bytes = END_SEARCH_BYTES.min(file.bytes);
     let tail_start = file.bytes - tail_bytes;
     let tail = file.read_vec(tail_start, tail_bytes as usize)?;
-    let at = tail
-        .windows(4)
-        .rposition(|w| w == b"PK\x05\x06")
-        .ok_or_else(|| fault("no zip directory at its end (truncated download?)"))?;
+    // The record's own comment reaches to the file's end, or what was found is something else.
+    let is_end = |at: &usize| {
+        let comment = tail
+            .get(at + 20..at + 22)
+            .map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])));
+        tail[*at..].starts_with(b"PK\x05\x06") && comment.is_some_and(|c| at + 22 + c == tail.len())
+    };
+    let at = (0..tail.len()).rev().find(is_end);
+    let at = at.ok_or_else(|| fault("no zip directory at its end (truncated download?)"))?;
     let mut end = Bytes(&tail[at..]);
     end.skip(12);
     let (bytes, offset) = end

@@ -113,7 +113,8 @@ fn segment_time(segment: &Segment, shares: &ShareVector) -> (f64, &'static str) 
         .max_by(|a, b| a.0.total_cmp(&b.0))
         .unwrap_or((0.0, Bound::Sum));
     let name = match bound {
-        Bound::Lane(lane) | Bound::Pair(_, lane) | Bound::Chain(lane) => lane.name(),
+        Bound::Lane(lane) | Bound::Pair(_, lane) => lane.name(),
+        Bound::Chain(lane) | Bound::SideChain(lane) => lane.name(),
         Bound::Resource(resource) => resource.name(),
         Bound::Sum => busiest(&segment.lanes_at(shares)).name(),
     };

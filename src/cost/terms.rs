@@ -46,6 +46,8 @@ pub enum Bound {
     Pair(Lane, Lane),
     /// One batch passing its steps in order; the lane that takes most of it.
     Chain(Lane),
+    /// The same by way of the products that the CPU makes beside a GPU.
+    SideChain(Lane),
     /// No overlap: all lanes one after another.
     Sum,
 }
@@ -235,11 +237,14 @@ fn chain_rows(step: &Step, work: &Work) -> Vec<Row> {
         }
     }
     let part = 1.0 / step.batch_count().max(1.0);
-    [work.products, work.side_products]
-        .into_iter()
-        .filter(|products| !products.is_zero())
-        .map(|products| Row {
-            bound: Bound::Chain(longest.0),
+    let ways = [
+        (Bound::Chain(longest.0), work.products),
+        (Bound::SideChain(longest.0), work.side_products),
+    ];
+    ways.into_iter()
+        .filter(|(_, products)| !products.is_zero())
+        .map(|(bound, products)| Row {
+            bound,
             seconds: common.plus(&products).scaled(part),
         })
         .collect()

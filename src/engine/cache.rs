@@ -12,7 +12,7 @@ pub enum CacheHome {
     /// One token slot a cached token, in a tier's arena.
     Memory { tier: Tier, slots: Arc<[u32]> },
     /// Records from `offset` of each layer's part of the spill file, page-aligned.
-    Disk { offset: u64, bytes: u64 },
+    Disk { offset: u64 },
 }
 
 impl CacheHome {
@@ -68,7 +68,7 @@ impl CachePool {
             return self
                 .extents
                 .take(bytes)
-                .map(|offset| CacheHome::Disk { offset, bytes });
+                .map(|offset| CacheHome::Disk { offset });
         }
         let free = &mut self.free[tier];
         let left = free.len().checked_sub(tokens as usize)?;
@@ -79,9 +79,7 @@ impl CachePool {
     pub fn give_back(&mut self, home: &CacheHome) {
         match home {
             CacheHome::Memory { tier, slots } => self.free[*tier].extend(slots.iter().rev()),
-            CacheHome::Disk { offset, .. } => {
-                self.extents.taken.retain(|(start, _)| start != offset)
-            }
+            CacheHome::Disk { offset } => self.extents.taken.retain(|(start, _)| start != offset),
         }
     }
 }
@@ -146,7 +144,7 @@ mod tests {
         pool.give_back(&first);
         let third = pool.reserve(Tier::Disk, 3).expect("the gap");
         let offset = |home: &CacheHome| match home {
-            CacheHome::Disk { offset, .. } => *offset,
+            CacheHome::Disk { offset } => *offset,
             CacheHome::Memory { .. } => u64::MAX,
         };
         assert_eq!((offset(&second), offset(&third)), (4 * 4096, 0));

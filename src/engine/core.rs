@@ -117,13 +117,14 @@ impl<'m> Core<'m> {
 
     /// One pass over all stages: submits every task of the schedule; with overlap off, waits for each.
     /// Returns what has to be waited for before the logits can be read.
-    pub fn run_pass(&mut self, step: &Step) -> Result<Fences, MachineError> {
+    /// `more` says whether another pass will follow, so that its first weights can be on their way.
+    pub fn run_pass(&mut self, step: &Step, more: bool) -> Result<Fences, MachineError> {
         self.machine.set_phase(step.phase);
         let schedule = Schedule {
             stages: self.facts.model.stages(),
             batches: self.facts.policy.num_gpu_batches,
         };
-        for task in schedule.pass() {
+        for task in schedule.pass().filter(|task| more || !task.next_pass) {
             self.run_task(step, task);
             if !self.facts.policy.overlap {
                 let all = self.machine.submitted();

@@ -4,6 +4,7 @@ mod cache;
 mod core;
 mod forward;
 mod layout;
+pub mod open;
 mod product;
 pub mod replay;
 mod ring;

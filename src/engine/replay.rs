@@ -214,7 +214,7 @@ fn one_pass(
     let slots: Vec<Option<&Sequence>> = sequences.iter().map(Some).collect();
     let step = Step::new(&core.step_rules(), &slots);
     let (start_s, before) = (core.machine.now_s(), core.machine.lane_figures());
-    let ready = core.run_pass(&step)?;
+    let ready = core.run_pass(&step, true)?;
     core.machine.wait(&ready)?;
     let pass = Pass {
         seconds: core.machine.now_s() - start_s,

@@ -148,7 +148,7 @@ impl<'m> Engine<'m> {
             .map(|s| s.as_ref().map(|a| &a.sequence))
             .collect();
         let step = Step::new(&self.core.step_rules(), &sequences);
-        let ready = self.core.run_pass(&step)?;
+        let ready = self.core.run_pass(&step, self.more_to_come())?;
         self.core.machine.wait(&ready)?;
         let ended = self.draw(&step, sink);
         let took_s = self.core.machine.now_s() - start_s;
@@ -161,6 +161,12 @@ impl<'m> Engine<'m> {
         }
         sink.progress(&self.progress());
         Ok(())
+    }
+
+    /// Whether some line goes on after this pass, as far as lengths can tell.
+    fn more_to_come(&self) -> bool {
+        let goes_on = |a: &Active| a.sequence.generated() + 1 < a.sequence.max_tokens;
+        !self.waiting.is_empty() || self.slots.iter().flatten().any(goes_on)
     }
 
     fn progress(&self) -> Progress {

@@ -37,7 +37,6 @@ impl Sequence {
 /// Rows of one sequence in a batch's step.
 #[derive(Clone, Debug)]
 pub struct StepItem {
-    pub slot: usize,
     pub first_row: usize,
     pub rows: usize,
     pub past: usize,
@@ -137,7 +136,6 @@ fn batch_step(
         let (past, rows) = (sequence.cached, sequence.next_rows());
         let tier = rules.hidden_tiers[sequence.slot];
         items.push(StepItem {
-            slot: sequence.slot,
             first_row: ids.len(),
             rows,
             past,

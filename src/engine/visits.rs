@@ -230,7 +230,7 @@ impl Core<'_> {
         stage: usize,
         (from, to, staged): (u64, u64, u64),
     ) -> Option<FileSpan> {
-        let CacheHome::Disk { offset, .. } = item.cache else {
+        let CacheHome::Disk { offset } = item.cache else {
             return None;
         };
         let start = from / PAGE_BYTES * PAGE_BYTES;

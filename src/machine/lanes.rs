@@ -169,6 +169,10 @@ impl Lanes {
         *lock(&self.board.log)
     }
 
+    pub fn forget_log(&mut self) {
+        *lock(&self.board.log) = PerLane::default();
+    }
+
     pub fn now_s(&self) -> f64 {
         self.opened.elapsed().as_secs_f64()
     }

@@ -67,6 +67,16 @@ impl Sink {
         self.room(missing as usize).fill(0);
     }
 
+    /// Zeros up to `position`, at most a page ahead: where the layout says that the next part begins.
+    pub fn align_to(&mut self, position: u64) {
+        let missing = position.saturating_sub(self.position()).min(PAGE_BYTES);
+        self.room(missing as usize).fill(0);
+        assert!(
+            self.failed || self.position() == position,
+            "parts out of order"
+        );
+    }
+
     /// True when writing failed: filling on is in vain.
     pub fn has_failed(&self) -> bool {
         self.failed

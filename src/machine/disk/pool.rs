@@ -117,6 +117,8 @@ impl IoPool {
             workers: Vec::new(),
             piece_bytes: round_up(piece_bytes.max(SMALLEST_PIECE_BYTES), PAGE_BYTES),
         };
+        // Room for more callers than there are lanes: running takes no memory later.
+        pool.shared.lock().jobs.reserve(16);
         let threads = threads.max(1);
         for _ in 0..threads {
             let shared = pool.shared.clone();

@@ -77,6 +77,16 @@ pub fn page_locked_limit_bytes() -> u64 {
     0
 }
 
+/// Programs that wanted a core during the last minute, on average; `None` where nobody counts.
+pub fn load_average() -> Option<f64> {
+    load_average_at(Path::new("/"))
+}
+
+fn load_average_at(root: &Path) -> Option<f64> {
+    let text = std::fs::read_to_string(root.join("proc/loadavg")).ok()?;
+    text.split_whitespace().next()?.parse().ok()
+}
+
 /// The operating system and its version: "Linux 6.1.0".
 pub fn kernel_version() -> String {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").ok();
@@ -105,6 +115,13 @@ mod tests {
         let root = tree(&[("proc/self/status", "VmRSS:\t 10 kB\n")]);
         let error = process_memory_at(root.path()).unwrap_err().to_string();
         assert!(error.contains("VmHWM"), "{error}");
+    }
+
+    #[test]
+    fn the_load_is_the_last_minute_s() {
+        let root = tree(&[("proc/loadavg", "2.50 1.00 0.50 3/200 4711\n")]);
+        assert_eq!(load_average_at(root.path()), Some(2.5));
+        assert_eq!(load_average_at(tree(&[]).path()), None);
     }
 
     #[test]

@@ -236,6 +236,9 @@ unsafe fn save<V: Simd, const MR: usize, const NV: usize>(
     debug_assert!(tile.columns <= PANEL_ROWS);
     for j in 0..NV {
         let count = width(tile, column, j);
+        if count == 0 {
+            break;
+        }
         for i in 0..MR {
             let value = finish.apply::<V>(sums[i][j], column + j * LANES, count);
             let at = i * tile.out_stride + column + j * LANES;

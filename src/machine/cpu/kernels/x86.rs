@@ -37,7 +37,7 @@ macro_rules! moves {
 type Pair = (__m256, __m256);
 type Words = (__m256i, __m256i);
 
-const HALF_RNE: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+const HALF_RNE: i32 = _MM_FROUND_TO_NEAREST_INT;
 
 /// Lanes i + 4, then + 2, + 1, of eight lanes already folded from sixteen.
 #[inline(always)]

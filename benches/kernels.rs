@@ -1,0 +1,342 @@
+//! Kernel rates beside the machine's own ceilings, measured in the same run: products against the FMA
+//! peak, streams against DRAM reads. `cargo bench --bench kernels [-- WORDS]` runs the sections whose
+//! name contains one of the words.
+
+use loadmaster::dtype::{Dtype, panels};
+use loadmaster::machine::cpu::kernels::*;
+use loadmaster::machine::cpu::pool::Pool;
+use std::time::Instant;
+
+/// Larger than any cache here, so that weights and KV come from DRAM.
+const STREAM_BYTES: usize = 512 << 20;
+
+struct Bench {
+    pool: Pool,
+    isa: Isa,
+    memory: Vec<u8>,
+    flops_per_s: f64,
+    read_bytes_per_s: f64,
+}
+
+/// The median of at least five runs and half a second of them.
+fn seconds(mut work: impl FnMut(usize)) -> f64 {
+    work(0);
+    let (start, mut times) = (Instant::now(), Vec::new());
+    while times.len() < 5 || start.elapsed().as_secs_f64() < 0.3 {
+        let one = Instant::now();
+        work(times.len());
+        times.push(one.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// Some bytes that are finite in every format: fp16 pairs of small values.
+fn filler(bytes: usize) -> Vec<u8> {
+    (0..bytes)
+        .map(|i| {
+            if i % 2 == 0 {
+                (i / 2 * 37) as u8
+            } else {
+                0x2c | (i / 2 % 2 * 0x80) as u8
+            }
+        })
+        .collect()
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let (pool, isa) = (Pool::new(threads), Isa::detect());
+        let memory = filler(STREAM_BYTES);
+        let mut flops = 0.0;
+        let peak_s = seconds(|_| flops = fma_peak(&pool, isa, 2_000_000));
+        let read_s = seconds(|_| {
+            std::hint::black_box(memory_read_sum(&pool, isa, &memory));
+        });
+        let flops_per_s = flops / peak_s;
+        let read_bytes_per_s = STREAM_BYTES as f64 / read_s;
+        println!(
+            "{} on {threads} threads: {:.0} GFLOP/s, DRAM read {:.1} GB/s",
+            isa.name(),
+            flops_per_s / 1e9,
+            read_bytes_per_s / 1e9
+        );
+        Bench {
+            pool,
+            isa,
+            memory,
+            flops_per_s,
+            read_bytes_per_s,
+        }
+    }
+
+    fn gemm(&self, format: Dtype, (inputs, rows): (usize, usize), m: usize) {
+        let bytes = panels(rows) * format.panel_bytes(inputs) as usize;
+        let x: Vec<f32> = (0..m * inputs).map(|i| (i % 13) as f32 / 13.0).collect();
+        let mut out = vec![0.0; m * rows];
+        let copies = STREAM_BYTES / bytes;
+        let s = seconds(|run| {
+            let weights = &self.memory[run % copies * bytes..][..bytes];
+            let (bias, activation) = (None, Activation::None);
+            gemm(
+                &self.pool,
+                self.isa,
+                GemmArgs {
+                    x: &x,
+                    ldx: inputs,
+                    m,
+                    inputs,
+                    weights,
+                    format,
+                    rows,
+                    bias,
+                    activation,
+                    out: &mut out,
+                    ldo: rows,
+                },
+            );
+        });
+        let (flops, streamed) = (2.0 * (m * inputs * rows) as f64 / s, bytes as f64 / s);
+        println!(
+            "gemm {:>4} {inputs:>5}->{rows:<5} M={m:<4} {:>8.3} ms {:>6.0} GFLOP/s ({:>3.0} %) {:>5.1} GB/s ({:>3.0} %)",
+            format.name(),
+            s * 1e3,
+            flops / 1e9,
+            100.0 * flops / self.flops_per_s,
+            streamed / 1e9,
+            100.0 * streamed / self.read_bytes_per_s,
+        );
+    }
+
+    fn gemms(&self) {
+        for format in [Dtype::F16, Dtype::Q4, Dtype::F32] {
+            for shape in [(2048, 8192), (4096, 4096), (4096, 16384), (16384, 4096)] {
+                for m in [1, 4, 8, 16, 64, 512] {
+                    self.gemm(format, shape, m);
+                }
+            }
+        }
+    }
+
+    fn pack(&self, from: Dtype, format: Dtype) {
+        let (rows, inputs) = (4096, 4096);
+        let source = &self.memory[..rows * from.row_bytes(inputs) as usize];
+        let mut out = vec![0; panels(rows) * format.panel_bytes(inputs) as usize];
+        let s = seconds(|_| {
+            let source = PackSource {
+                bytes: source,
+                dtype: from,
+                rows,
+                inputs,
+            };
+            pack_panels(&self.pool, self.isa, source, format, &mut out);
+        });
+        println!(
+            "pack {:>4} -> {:<4} {:>6.2} GB/s of source",
+            from.name(),
+            format.name(),
+            source.len() as f64 / s / 1e9
+        );
+    }
+
+    fn packs(&self) {
+        self.pack(Dtype::F16, Dtype::F16);
+        self.pack(Dtype::F32, Dtype::F32);
+        self.pack(Dtype::F16, Dtype::Q4);
+    }
+
+    /// Decoding `sequences` with `past` tokens each; reads [K | V] records once.
+    fn decode(
+        &self,
+        format: Dtype,
+        (heads, head_size): (usize, usize),
+        (sequences, past): (usize, usize),
+    ) {
+        let hidden = heads * head_size;
+        let qkv: Vec<f32> = (0..sequences * 3 * hidden)
+            .map(|i| (i % 7) as f32 / 7.0)
+            .collect();
+        let mut out = vec![0.0; sequences * hidden];
+        let item = |s: usize| {
+            let kv = KvView {
+                bytes: &self.memory,
+                slots: Slots::Contiguous {
+                    first: s * (past + 1),
+                },
+            };
+            AttendItem {
+                first_row: s,
+                q_rows: 1,
+                past,
+                decode: true,
+                kv,
+            }
+        };
+        let items: Vec<AttendItem> = (0..sequences).map(item).collect();
+        let s = seconds(|_| {
+            attend(
+                &self.pool,
+                self.isa,
+                AttendArgs {
+                    qkv: &qkv,
+                    ld: 3 * hidden,
+                    heads,
+                    head_size,
+                    format,
+                    items: &items,
+                    out: &mut out,
+                    ldo: hidden,
+                },
+            );
+        });
+        let bytes = (sequences * (past + 1) * kv::record_bytes(format, hidden)) as f64 / s;
+        println!(
+            "decode {:>4} heads {heads}x{head_size:<3} {sequences:>3} x {past:<5} {:>8.3} ms {:>5.1} GB/s ({:.0} %)",
+            format.name(),
+            s * 1e3,
+            bytes / 1e9,
+            100.0 * bytes / self.read_bytes_per_s
+        );
+    }
+
+    fn decodes(&self) {
+        for format in [Dtype::F16, Dtype::Q4, Dtype::F32] {
+            self.decode(format, (32, 128), (1, 2047));
+            self.decode(format, (32, 64), (1, 2047));
+            self.decode(format, (32, 64), (32, 1023));
+            self.decode(format, (32, 80), (16, 1023));
+            self.decode(format, (32, 128), (16, 511));
+        }
+    }
+
+    fn prefill(&self, format: Dtype, (heads, head_size): (usize, usize), tokens: usize) {
+        let hidden = heads * head_size;
+        let qkv: Vec<f32> = (0..tokens * 3 * hidden)
+            .map(|i| (i % 7) as f32 / 7.0)
+            .collect();
+        let mut out = vec![0.0; tokens * hidden];
+        let kv = KvView {
+            bytes: &self.memory,
+            slots: Slots::Contiguous { first: 0 },
+        };
+        let items = [AttendItem {
+            first_row: 0,
+            q_rows: tokens,
+            past: 0,
+            decode: false,
+            kv,
+        }];
+        let s = seconds(|_| {
+            attend(
+                &self.pool,
+                self.isa,
+                AttendArgs {
+                    qkv: &qkv,
+                    ld: 3 * hidden,
+                    heads,
+                    head_size,
+                    format,
+                    items: &items,
+                    out: &mut out,
+                    ldo: hidden,
+                },
+            );
+        });
+        // Two products over the keys that are visible.
+        let flops = 4.0 * hidden as f64 * (tokens * (tokens + 1) / 2) as f64 / s;
+        println!(
+            "prefill {:>4} heads {heads}x{head_size:<3} {tokens:>4} tokens {:>8.3} ms {:>5.0} GFLOP/s ({:.0} %)",
+            format.name(),
+            s * 1e3,
+            flops / 1e9,
+            100.0 * flops / self.flops_per_s
+        );
+    }
+
+    fn prefills(&self) {
+        for format in [Dtype::F16, Dtype::Q4] {
+            for shape in [(32, 64), (32, 80), (32, 128)] {
+                self.prefill(format, shape, 512);
+                self.prefill(format, shape, 2048);
+            }
+        }
+    }
+
+    fn small(&self) {
+        let (m, width) = (64, 4096);
+        let x: Vec<f32> = (0..m * width).map(|i| (i % 101) as f32).collect();
+        let mut out = vec![0.0; m * width];
+        for m in [1, 64] {
+            let s = seconds(|_| {
+                let (rows, weight, bias, eps) = (None, Some(&x[..width]), Some(&x[..width]), 1e-5);
+                layer_norm(
+                    &self.pool,
+                    self.isa,
+                    NormArgs {
+                        x: &x,
+                        rows,
+                        m,
+                        width,
+                        weight,
+                        bias,
+                        eps,
+                        out: &mut out,
+                    },
+                );
+            });
+            println!("layer norm {m} x {width}: {:.1} us", s * 1e6);
+        }
+        let s = seconds(|_| {
+            self.pool.run(self.pool.threads(), &|part| {
+                std::hint::black_box(part);
+            });
+        });
+        println!("fork and join: {:.2} us", s * 1e6);
+        for format in [Dtype::F16, Dtype::Q4] {
+            let mut bytes = vec![0; m * kv::record_bytes(format, width / 4)];
+            let s = seconds(|_| {
+                let (hidden, slots) = (width / 4, Slots::Contiguous { first: 0 });
+                append_kv(
+                    &self.pool,
+                    self.isa,
+                    AppendArgs {
+                        qkv: &x,
+                        ld: width,
+                        first_row: 0,
+                        count: m,
+                        hidden,
+                        format,
+                        bytes: &mut bytes,
+                        slots,
+                    },
+                );
+            });
+            println!(
+                "append {}: {:.2} GB/s of f32",
+                format.name(),
+                (m * width * 2) as f64 / s / 1e9
+            );
+        }
+    }
+}
+
+fn main() {
+    let words: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|word| !word.starts_with('-'))
+        .collect();
+    let bench = Bench::new();
+    let sections: [(&str, fn(&Bench)); 5] = [
+        ("gemm", Bench::gemms),
+        ("pack", Bench::packs),
+        ("decode", Bench::decodes),
+        ("prefill", Bench::prefills),
+        ("small", Bench::small),
+    ];
+    for (name, section) in sections {
+        if words.is_empty() || words.iter().any(|word| name.contains(word.as_str())) {
+            section(&bench);
+        }
+    }
+}

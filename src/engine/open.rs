@@ -1,0 +1,167 @@
+//! From a decided policy to a machine that is ready to run: files opened, arenas mapped once from the
+//! footprint, weights brought home. After this, memory does not grow.
+
+use super::core::{RunFacts, RunFiles};
+use super::layout::Layout;
+use super::run::EngineError;
+use crate::cost::footprint::{BlockShape, Footprint, FootprintInput, HostBytes};
+use crate::machine::cpu::kernels::MAX_HEAD_SIZE;
+use crate::machine::disk::DiskFile;
+use crate::machine::ops::{FileId, LoadSpan, Op};
+use crate::machine::price::Pricer;
+use crate::machine::threaded::{OpenRequest, ThreadedMachine};
+use crate::machine::{Fences, Machine, MachineError};
+use crate::model::ModelSpec;
+use crate::placement::{Placement, WeightHome};
+use crate::policy::{DeviceKind, Policy};
+use crate::tier::{Lane, Tier};
+use crate::workload::Lengths;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A packed store as the engine sees it: one file, and where everything lies in it.
+pub struct Packed<'a> {
+    pub file: &'a Path,
+    /// Per matrix of `ModelSpec::matrices`.
+    pub matrix_offsets: Vec<u64>,
+    /// Bytes of each of `ModelSpec::smalls`.
+    pub smalls: Vec<Vec<u8>>,
+}
+
+/// What to run, decided.
+pub struct RunJob<'a> {
+    pub model: &'a ModelSpec,
+    pub policy: &'a Policy,
+    pub device: DeviceKind,
+    pub lengths: Lengths,
+    pub host: HostBytes,
+    pub packed: &'a Packed<'a>,
+    /// Where spill files go.
+    pub spill: &'a Path,
+    pub pricer: Pricer,
+}
+
+/// The bytes of a job, before anything is opened.
+pub fn footprint(job: &RunJob) -> Footprint {
+    facts(job).footprint
+}
+
+fn facts(job: &RunJob) -> RunFacts {
+    let placement = Placement::new(job.model, job.policy);
+    let block = BlockShape::from_lengths(&job.lengths, job.policy, &placement);
+    let footprint = Footprint::new(&FootprintInput {
+        model: job.model,
+        policy: job.policy,
+        placement: &placement,
+        block: &block,
+        device: job.device,
+        host: job.host,
+    });
+    RunFacts {
+        model: job.model.clone(),
+        policy: job.policy.clone(),
+        placement,
+        block,
+        footprint,
+        device: job.device,
+        matrix_offsets: job.packed.matrix_offsets.clone(),
+        files: RunFiles {
+            store: FileId(0),
+            cache: FileId(1),
+            hidden: FileId(2),
+        },
+    }
+}
+
+/// Opens the machine and brings the weights home.
+pub fn open(job: &RunJob) -> Result<(ThreadedMachine, RunFacts), EngineError> {
+    if job.model.head_size() > MAX_HEAD_SIZE {
+        let what = format!(
+            "attention heads of at most {MAX_HEAD_SIZE} values (the model has {})",
+            job.model.head_size()
+        );
+        return Err(MachineError::Unsupported(what).into());
+    }
+    let facts = facts(job);
+    let mut machine = ThreadedMachine::open(OpenRequest {
+        device: job.device,
+        gpu_bytes: facts.footprint.arena_bytes(Tier::Gpu),
+        cpu_bytes: facts.footprint.arena_bytes(Tier::Cpu),
+        threads: job.policy.threads,
+        files: open_files(job, &facts)?,
+        pricer: job.pricer.clone(),
+    })?;
+    let layout = Layout::new(&facts.model, &facts.placement, &facts.footprint);
+    load_smalls(&mut machine, job, &layout)?;
+    load_weights(&mut machine, &facts, &layout)?;
+    machine.forget_log();
+    Ok((machine, facts))
+}
+
+/// Store, cache spill and hidden spill; a spill file that nothing is placed in is the store again, so
+/// that ids stay fixed.
+fn open_files(job: &RunJob, facts: &RunFacts) -> Result<Vec<Arc<DiskFile>>, MachineError> {
+    let failed = |e: crate::machine::disk::DiskError| MachineError::Disk(e.to_string());
+    let store = Arc::new(DiskFile::open_read(job.packed.file).map_err(failed)?);
+    let spill = |bytes: u64| match bytes {
+        0 => Ok(store.clone()),
+        _ => DiskFile::create_unlinked(job.spill, bytes)
+            .map(Arc::new)
+            .map_err(failed),
+    };
+    let cache = if facts.block.kv_tokens.disk > 0 {
+        facts.footprint.spill_cache_bytes
+    } else {
+        0
+    };
+    let hidden = if facts.block.hidden_rows.disk > 0 {
+        facts.footprint.spill_hidden_bytes
+    } else {
+        0
+    };
+    Ok(vec![store.clone(), spill(cache)?, spill(hidden)?])
+}
+
+fn load_smalls(
+    machine: &mut ThreadedMachine,
+    job: &RunJob,
+    layout: &Layout,
+) -> Result<(), MachineError> {
+    for (small, bytes) in job.model.smalls().iter().zip(&job.packed.smalls) {
+        for tier in [Tier::Gpu, Tier::Cpu] {
+            let place = layout.buffer(tier, crate::cost::footprint::Buffer::Smalls);
+            if place.bytes > 0 {
+                machine.put(tier, place.offset + layout.small_offset(small), bytes)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn load_weights(
+    machine: &mut ThreadedMachine,
+    facts: &RunFacts,
+    layout: &Layout,
+) -> Result<(), MachineError> {
+    for index in 0..facts.placement.matrices.len() {
+        for home in [WeightHome::Gpu, WeightHome::CpuShip, WeightHome::CpuCompute] {
+            let Some(memory) = layout.home(index, home) else {
+                continue;
+            };
+            let before = facts.placement.splits[index].first(home) as u64
+                * facts.placement.panel_bytes[index];
+            let offset = facts.matrix_offsets[index] + before;
+            let bytes = facts.placement.part_bytes(index, home);
+            let span = LoadSpan {
+                file: facts.files.store,
+                offset,
+                bytes,
+                to: home.tier(),
+                memory,
+            };
+            machine.submit(Lane::DiskToCpu, Op::Load(span), &Fences::none());
+        }
+    }
+    let all = machine.submitted();
+    machine.wait(&all)
+}

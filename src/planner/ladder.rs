@@ -1,0 +1,141 @@
+//! The out-of-memory strategies that people know, from least to most aggressive, each solved on this
+//! machine: what it takes, whether it fits and what it would bring. Search is search.rs.
+
+use crate::cost::footprint::Footprint;
+use crate::plan::{PlanPolicy, Rung};
+use crate::planner::search::{nearest, search};
+use crate::planner::space::{Candidate, Fixed, Space};
+use crate::planner::{PlanRequest, price, speed};
+use crate::tier::{PerTier, Tier};
+
+/// One strategy: what it fixes on top of what the caller fixed.
+struct Strategy {
+    name: &'static str,
+    note: &'static str,
+    unpin: bool,
+    compress: (bool, bool),
+    weights_on_disk: bool,
+}
+
+const fn strategy(name: &'static str, note: &'static str) -> Strategy {
+    Strategy {
+        name,
+        note,
+        unpin: false,
+        compress: (false, false),
+        weights_on_disk: false,
+    }
+}
+
+const STRATEGIES: [Strategy; 7] = [
+    strategy("lossless", ""),
+    Strategy {
+        unpin: true,
+        ..strategy(
+            "unpinned weights",
+            "frees page-locked memory, not bytes: pinned memory is exact here",
+        )
+    },
+    Strategy {
+        compress: (true, false),
+        ..strategy("4-bit weights", "")
+    },
+    Strategy {
+        compress: (true, true),
+        ..strategy("4-bit weights and cache", "")
+    },
+    Strategy {
+        weights_on_disk: true,
+        ..strategy("all weights on disk", "")
+    },
+    Strategy {
+        weights_on_disk: true,
+        compress: (true, false),
+        ..strategy("4-bit weights, all on disk", "")
+    },
+    Strategy {
+        weights_on_disk: true,
+        compress: (true, true),
+        ..strategy("4-bit weights and cache, weights on disk", "")
+    },
+];
+
+/// All rungs. `space` carries what the caller fixed by flags; a strategy overrides it.
+pub fn ladder(request: &PlanRequest, space: &Space) -> Vec<Rung> {
+    let one = |strategy: &Strategy| rung(request, &with(space, strategy), strategy);
+    STRATEGIES.iter().map(one).collect()
+}
+
+fn with<'a>(space: &Space<'a>, strategy: &Strategy) -> Space<'a> {
+    let mut fixed = Fixed {
+        compress_weight: Some(strategy.compress.0),
+        compress_cache: Some(strategy.compress.1),
+        ..space.fixed
+    };
+    if strategy.unpin {
+        fixed.pin_weight = Some(false);
+    }
+    if strategy.weights_on_disk {
+        let gpu = space.device().has_gpu();
+        fixed.percent = Some(if gpu {
+            [0.0, 0.0, 100.0, 0.0, 100.0, 0.0]
+        } else {
+            [0.0, 0.0, 0.0, 100.0, 0.0, 100.0]
+        });
+    }
+    Space {
+        fixed,
+        ..space.clone()
+    }
+}
+
+fn rung(request: &PlanRequest, space: &Space, strategy: &Strategy) -> Rung {
+    let any = |_: &Candidate| true;
+    let lossless = strategy.compress == (false, false);
+    let base = Rung {
+        name: strategy.name.to_owned(),
+        lossless,
+        fits: false,
+        throughput_tok_s: None,
+        missing_bytes: PerTier::default(),
+        tier_bytes: PerTier::default(),
+        note: strategy.note.to_owned(),
+        policy: None,
+    };
+    if let Some(best) = search(space, &any, 0.0).into_iter().next() {
+        let realised = best.placement.realised();
+        return Rung {
+            fits: true,
+            throughput_tok_s: Some(speed(&price(request, space, &best))),
+            missing_bytes: per_tier(space, |_| 0),
+            tier_bytes: per_tier(space, |tier| best.footprint.total(tier)),
+            policy: Some(PlanPolicy::new(&best.policy, &realised)),
+            ..base
+        };
+    }
+    let Some(nearest) = nearest(space, &any) else {
+        return base;
+    };
+    Rung {
+        missing_bytes: per_tier(space, |tier| nearest.missing_bytes[tier]),
+        tier_bytes: per_tier(space, |tier| total(&nearest.built.footprint, tier)),
+        policy: Some(PlanPolicy::new(
+            &nearest.built.policy,
+            &nearest.built.placement.realised(),
+        )),
+        ..base
+    }
+}
+
+fn total(footprint: &Footprint, tier: Tier) -> u64 {
+    footprint.total(tier)
+}
+
+/// A figure for each tier that there is.
+pub fn per_tier(space: &Space, of: impl Fn(Tier) -> u64) -> PerTier<Option<u64>> {
+    PerTier {
+        gpu: space.device().has_gpu().then(|| of(Tier::Gpu)),
+        cpu: Some(of(Tier::Cpu)),
+        disk: Some(of(Tier::Disk)),
+    }
+}

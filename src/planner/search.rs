@@ -1,0 +1,155 @@
+//! The outer search over discrete choices: quick bounds first, full programs only where a bound could
+//! still win, exact policies only where a program could. What a choice costs is cost/.
+
+use crate::cost::affine::{CACHE, HIDDEN, SHARES, ShareVector};
+use crate::placement::WeightHome;
+use crate::planner::realise::{Built, Realised, Realiser};
+use crate::planner::space::{Candidate, Space};
+use crate::tier::{PerTier, Tier};
+
+/// Plans that differ by less than this are as good as each other.
+const SAME: f64 = 1e-9;
+
+/// Realised policies, best first: the best one is the best of the whole space within the rounding.
+/// `slack` > 0 also realises candidates whose bound is that much (relative) above the best.
+pub fn search(space: &Space, keep: &dyn Fn(&Candidate) -> bool, slack: f64) -> Vec<Realised> {
+    let equalities = space.equalities();
+    let mut found: Vec<Realised> = Vec::new();
+    let mut best_s = f64::INFINITY;
+    for (bound_s, candidate) in space.bounds(keep) {
+        if bound_s > best_s * (1.0 + slack + SAME) {
+            break;
+        }
+        let priced = space.price(&candidate);
+        let realiser = Realiser {
+            space,
+            candidate: &candidate,
+            priced: &priced,
+            equalities: &equalities,
+        };
+        let Some(relaxed) = realiser.relaxed() else {
+            continue;
+        };
+        if relaxed.seconds / priced.per(space.job) > best_s * (1.0 + slack + SAME) {
+            continue;
+        }
+        if let Some(realised) = realiser.realise(&relaxed) {
+            best_s = best_s.min(realised.cost_s);
+            found.push(realised);
+        }
+    }
+    if found.is_empty() {
+        found.extend(smallest_fitting(space, keep));
+    }
+    found.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s).then(order(a).cmp(&order(b))));
+    found
+}
+
+/// Among equals: smaller blocks, then less disk, then less DRAM.
+fn order(r: &Realised) -> (usize, u64, u64) {
+    let disk = r.placement.weight_bytes(WeightHome::DiskCompute)
+        + r.placement.weight_bytes(WeightHome::DiskShip)
+        + r.footprint.total(Tier::Disk);
+    (r.candidate.slots(), disk, r.footprint.total(Tier::Cpu))
+}
+
+/// The nearest thing where nothing fits: the policy that lacks least.
+pub struct Nearest {
+    pub candidate: Candidate,
+    pub built: Built,
+    pub missing_bytes: PerTier<u64>,
+}
+
+/// Corner placements (each group at one home) of the smallest blocks: what no program can undercut by
+/// more than parts of buffers. They are tried where no program's point could be realised, and they
+/// say how much is missing where nothing fits.
+pub fn corners(space: &Space, keep: &dyn Fn(&Candidate) -> bool) -> Vec<(Candidate, Built)> {
+    let mut all = Vec::new();
+    let candidates: Vec<Candidate> = space.candidates().into_iter().filter(keep).collect();
+    let least = candidates.iter().map(Candidate::slots).min().unwrap_or(0);
+    for candidate in candidates.iter().filter(|c| c.slots() == least) {
+        let priced = space.price(candidate);
+        for shares in corner_shares(space, candidate) {
+            all.push((*candidate, Built::new(space, &priced, &shares)));
+        }
+    }
+    all
+}
+
+/// The least lacking corner; None where the choices leave no candidate at all.
+pub fn nearest(space: &Space, keep: &dyn Fn(&Candidate) -> bool) -> Option<Nearest> {
+    let weigh = |m: &PerTier<u64>| m.gpu as f64 * 2.0 + m.cpu as f64 + m.disk as f64 / 8.0;
+    let lacking = corners(space, keep).into_iter().map(|(candidate, built)| {
+        let missing_bytes = built.missing_bytes(space);
+        Nearest {
+            candidate,
+            built,
+            missing_bytes,
+        }
+    });
+    lacking.min_by(|a, b| weigh(&a.missing_bytes).total_cmp(&weigh(&b.missing_bytes)))
+}
+
+fn smallest_fitting(space: &Space, keep: &dyn Fn(&Candidate) -> bool) -> Option<Realised> {
+    let fitting = corners(space, keep)
+        .into_iter()
+        .filter(|(_, b)| b.fits(space));
+    let realised = fitting.map(|(candidate, built)| {
+        let priced = space.price(&candidate);
+        built.realised(space, &candidate, &priced)
+    });
+    realised.min_by(|a, b| a.cost_s.total_cmp(&b.cost_s))
+}
+
+/// All corners that the device allows, or the percentages that were asked for with everything outside
+/// the GPU shipped or multiplied in place.
+fn corner_shares(space: &Space, candidate: &Candidate) -> Vec<ShareVector> {
+    let allowed = space.allowed(candidate);
+    let homes = |range: std::ops::Range<usize>| range.filter(|&i| allowed[i]).collect::<Vec<_>>();
+    if let Some(percent) = space.fixed.percent {
+        return fixed_corners(space, candidate, percent);
+    }
+    let mut all = Vec::new();
+    for weights in homes(0..CACHE) {
+        if !shares_agree(space, weights) {
+            continue;
+        }
+        for cache in homes(CACHE..HIDDEN) {
+            for hidden in homes(HIDDEN..SHARES) {
+                let mut vector = [0.0; SHARES];
+                [weights, cache, hidden]
+                    .into_iter()
+                    .for_each(|i| vector[i] = 1.0);
+                all.push(vector);
+            }
+        }
+    }
+    all
+}
+
+/// A corner of the weights contradicts a fixed `--cpu-compute-share` unless that is 0 or 1.
+fn shares_agree(space: &Space, home: usize) -> bool {
+    match space.fixed.cpu_compute_share {
+        Some(part) if space.device().has_gpu() => match home {
+            1 | 3 => part <= 0.0,
+            2 | 4 => part >= 1.0,
+            _ => true,
+        },
+        _ => true,
+    }
+}
+
+fn fixed_corners(space: &Space, candidate: &Candidate, percent: [f64; 6]) -> Vec<ShareVector> {
+    use crate::cost::affine::share_vector;
+    use crate::policy::Shares;
+    let parts = match (space.device().has_gpu(), space.fixed.cpu_compute_share) {
+        (false, _) => vec![1.0],
+        (true, Some(part)) => vec![part],
+        (true, None) if candidate.cpu_side => vec![1.0],
+        (true, None) => vec![0.0],
+    };
+    let shares = parts
+        .into_iter()
+        .filter_map(|part| Shares::from_percent(percent, part).ok());
+    shares.map(|s| share_vector(&s)).collect()
+}

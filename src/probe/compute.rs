@@ -1,0 +1,392 @@
+//! What the CPU computes: products over a grid, attention, 4-bit coding, row-wise work, plain memory.
+//! Every operation is the engine's own kernel on data that rotates through the probe's memory.
+
+use super::ProbeError;
+use super::bench::Bench;
+use super::samples::{Series, tidy};
+use super::scale::Extent;
+use crate::dtype::{Dtype, panels};
+use crate::machine::arena::AlignedBuffer;
+
+use crate::machine::cpu::kernels::{
+    Activation, AppendArgs, AttendArgs, AttendItem, GemmArgs, Isa, KvView, NormArgs, PackSource,
+    Slots, append_kv, attend, copy_bytes, gemm, layer_norm, memory_read_sum, pack_panels,
+};
+use crate::machine::cpu::pool::Pool;
+use crate::machine::disk::DiskError;
+use crate::profile::{AttentionRates, CpuFacts, GemmCurve, QuantiseRates};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// Attention is measured at the width of opt-1.3b.
+pub const HIDDEN: usize = 2048;
+const HEADS: usize = 32;
+const KV_FORMATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Q4];
+/// Sequences of one decode step: as many as fill a good part of the memory, at most these.
+pub const MAX_SEQUENCES: usize = 40;
+/// A product that takes longer than this is not measured with more rows: its time grows evenly.
+const LONG_S: f64 = 0.5;
+
+/// One product and its seconds so far.
+struct GemmPoint {
+    format: Dtype,
+    rows: usize,
+    inputs: usize,
+    outputs: usize,
+    seconds: Series,
+}
+
+/// Attention over one format.
+struct KvPoint {
+    format: Dtype,
+    decode_bytes_per_s: Series,
+    prefill_flop_per_s: Series,
+}
+
+/// The CPU's measurements.
+pub struct ComputeArea {
+    gemm: Vec<GemmPoint>,
+    attention: Vec<KvPoint>,
+    read_bytes_per_s: Series,
+    copy_bytes_per_s: Series,
+    launch_s: Series,
+    rowwise_bytes_per_s: Series,
+    pack_bytes_per_s: Series,
+    append_bytes_per_s: Series,
+}
+
+impl ComputeArea {
+    pub fn new(extent: &Extent) -> ComputeArea {
+        let mut grid = Vec::new();
+        for format in Dtype::ALL {
+            for (inputs, outputs) in extent.gemm_shapes {
+                grid.extend(extent.gemm_rows.iter().map(|rows| GemmPoint {
+                    format,
+                    rows: *rows,
+                    inputs: *inputs,
+                    outputs: *outputs,
+                    seconds: Series::default(),
+                }));
+            }
+        }
+        let kv = |format| KvPoint {
+            format,
+            decode_bytes_per_s: Series::default(),
+            prefill_flop_per_s: Series::default(),
+        };
+        ComputeArea {
+            gemm: grid,
+            attention: KV_FORMATS.into_iter().map(kv).collect(),
+            read_bytes_per_s: Series::default(),
+            copy_bytes_per_s: Series::default(),
+            launch_s: Series::default(),
+            rowwise_bytes_per_s: Series::default(),
+            pack_bytes_per_s: Series::default(),
+            append_bytes_per_s: Series::default(),
+        }
+    }
+
+    /// One sample of everything.
+    pub fn round(&mut self, bench: &mut Bench) -> Result<(), ProbeError> {
+        self.memory(bench)?;
+        self.products(bench)?;
+        for point in &mut self.attention {
+            point.decode_bytes_per_s.push(decode(bench, point.format)?);
+            point.prefill_flop_per_s.push(prefill(bench, point.format)?);
+        }
+        self.small_work(bench)
+    }
+
+    fn memory(&mut self, bench: &mut Bench) -> Result<(), ProbeError> {
+        let bytes = bench.arena.len();
+        let seconds = bench.time(|b| {
+            std::hint::black_box(memory_read_sum(&b.pool, b.isa, &b.arena));
+        })?;
+        self.read_bytes_per_s.push(bytes as f64 / seconds);
+        let seconds = bench.time(|b| {
+            let (source, target) = b.arena.split_at_mut(bytes / 2);
+            copy_bytes(&b.pool, &source[..bytes / 2], &mut target[..bytes / 2]);
+        })?;
+        self.copy_bytes_per_s.push((bytes / 2) as f64 / seconds);
+        Ok(())
+    }
+
+    fn products(&mut self, bench: &mut Bench) -> Result<(), ProbeError> {
+        let mut long = None;
+        for point in &mut self.gemm {
+            let matrix = (point.format, point.inputs, point.outputs);
+            if long == Some(matrix) {
+                continue;
+            }
+            let seconds = product(bench, point)?;
+            point.seconds.push(seconds);
+            if seconds > LONG_S {
+                long = Some(matrix);
+            }
+        }
+        Ok(())
+    }
+
+    fn small_work(&mut self, bench: &mut Bench) -> Result<(), ProbeError> {
+        self.pack_bytes_per_s.push(pack(bench)?);
+        self.append_bytes_per_s.push(append(bench)?);
+        self.rowwise_bytes_per_s.push(rowwise(bench)?);
+        self.launch_s.push(launch(bench)?);
+        Ok(())
+    }
+
+    /// What a profile says of the CPU.
+    pub fn facts(&self) -> CpuFacts {
+        let median = |series: &Series| tidy(series.median().unwrap_or(0.0));
+        let attention = self.attention.iter().map(|point| {
+            let rates = AttentionRates {
+                decode_bytes_per_s: median(&point.decode_bytes_per_s),
+                prefill_flop_per_s: median(&point.prefill_flop_per_s),
+            };
+            (point.format.name().to_owned(), rates)
+        });
+        CpuFacts {
+            dram_read_bytes_per_s: median(&self.read_bytes_per_s),
+            dram_copy_bytes_per_s: median(&self.copy_bytes_per_s),
+            launch_s: median(&self.launch_s),
+            rowwise_bytes_per_s: self.rowwise_bytes_per_s.median().map(tidy),
+            gemm: self.curves(),
+            attention: attention.collect(),
+            quantise: Some(QuantiseRates {
+                pack_bytes_per_s: median(&self.pack_bytes_per_s),
+                append_bytes_per_s: median(&self.append_bytes_per_s),
+            }),
+        }
+    }
+
+    fn curves(&self) -> BTreeMap<String, GemmCurve> {
+        let mut curves: BTreeMap<String, GemmCurve> = BTreeMap::new();
+        for point in &self.gemm {
+            if let Some(seconds) = point.seconds.median() {
+                let curve = curves.entry(point.format.name().to_owned());
+                let points = &mut curve.or_insert(GemmCurve { points: Vec::new() }).points;
+                points.push((point.rows, point.inputs, point.outputs, tidy(seconds)));
+            }
+        }
+        curves
+    }
+}
+
+/// Seconds of one product with a weight matrix that no cache holds.
+fn product(bench: &mut Bench, point: &GemmPoint) -> Result<f64, ProbeError> {
+    let bytes = panels(point.outputs) * point.format.panel_bytes(point.inputs) as usize;
+    bench.time(|b| {
+        let begin = b.rotate(bytes);
+        gemm(
+            &b.pool,
+            b.isa,
+            GemmArgs {
+                x: b.inputs.as_slice_of(),
+                ldx: point.inputs,
+                m: point.rows,
+                inputs: point.inputs,
+                weights: &b.arena[begin..begin + bytes],
+                format: point.format,
+                rows: point.outputs,
+                bias: None,
+                activation: Activation::None,
+                out: b.outputs.as_mut_slice_of(),
+                ldo: point.outputs,
+            },
+        );
+    })
+}
+
+/// KV bytes per second of one new token for many sequences.
+fn decode(bench: &mut Bench, format: Dtype) -> Result<f64, ProbeError> {
+    let tokens = bench.extent.past_tokens;
+    let sequence_bytes = tokens * 2 * format.row_bytes(HIDDEN) as usize;
+    let sequences = (bench.arena.len() / 2 / sequence_bytes).clamp(1, MAX_SEQUENCES);
+    let bytes = sequences * sequence_bytes;
+    let seconds = bench.time(|b| {
+        let begin = b.rotate(bytes);
+        let cache = b.arena[begin..begin + bytes].chunks_exact(sequence_bytes);
+        let items: Vec<AttendItem> = cache
+            .enumerate()
+            .map(|(place, bytes)| item(place, (1, tokens - 1), bytes))
+            .collect();
+        run_attention(
+            (&b.pool, b.isa),
+            format,
+            &items,
+            (&b.inputs, &mut b.outputs),
+        );
+    })?;
+    Ok(bytes as f64 / seconds)
+}
+
+/// FLOP per second of the attention of one prompt.
+fn prefill(bench: &mut Bench, format: Dtype) -> Result<f64, ProbeError> {
+    let tokens = bench.extent.prompt_tokens;
+    let bytes = tokens * 2 * format.row_bytes(HIDDEN) as usize;
+    let seconds = bench.time(|b| {
+        let begin = b.rotate(bytes);
+        let items = [item(0, (tokens, 0), &b.arena[begin..begin + bytes])];
+        run_attention(
+            (&b.pool, b.isa),
+            format,
+            &items,
+            (&b.inputs, &mut b.outputs),
+        );
+    })?;
+    let pairs = tokens * (tokens + 1) / 2;
+    Ok(4.0 * (pairs * HIDDEN) as f64 / seconds)
+}
+
+fn item(first_row: usize, (q_rows, past): (usize, usize), bytes: &[u8]) -> AttendItem<'_> {
+    AttendItem {
+        first_row,
+        q_rows,
+        past,
+        decode: q_rows == 1,
+        kv: KvView {
+            bytes,
+            slots: Slots::Contiguous { first: 0 },
+        },
+    }
+}
+
+fn run_attention(
+    (pool, isa): (&Pool, Isa),
+    format: Dtype,
+    items: &[AttendItem],
+    (inputs, outputs): (&AlignedBuffer, &mut AlignedBuffer),
+) {
+    attend(
+        pool,
+        isa,
+        AttendArgs {
+            qkv: inputs.as_slice_of(),
+            ld: 3 * HIDDEN,
+            heads: HEADS,
+            head_size: HIDDEN / HEADS,
+            format,
+            items,
+            out: outputs.as_mut_slice_of(),
+            ldo: HIDDEN,
+        },
+    );
+}
+
+/// fp16 weight bytes turned into 4 bits per second.
+fn pack(bench: &mut Bench) -> Result<f64, ProbeError> {
+    let (inputs, rows) = bench.extent.gemm_shapes[0];
+    let source_bytes = rows * Dtype::F16.row_bytes(inputs) as usize;
+    let target_bytes = panels(rows) * Dtype::Q4.panel_bytes(inputs) as usize;
+    let seconds = bench.time(|b| {
+        let begin = b.rotate(source_bytes);
+        let source = PackSource {
+            bytes: &b.arena[begin..begin + source_bytes],
+            dtype: Dtype::F16,
+            rows,
+            inputs,
+        };
+        // Codes are no numbers: in the arena they would be multiplied as some, NaN among them.
+        let target = &mut b.outputs[..target_bytes];
+        pack_panels(&b.pool, b.isa, source, Dtype::Q4, target);
+    })?;
+    Ok(source_bytes as f64 / seconds)
+}
+
+/// Bytes of fp32 keys and values turned into 4 bits per second.
+fn append(bench: &mut Bench) -> Result<f64, ProbeError> {
+    let count = bench.extent.prompt_tokens;
+    let bytes = count * 2 * Dtype::Q4.row_bytes(HIDDEN) as usize;
+    let seconds = bench.time(|b| {
+        append_kv(
+            &b.pool,
+            b.isa,
+            AppendArgs {
+                qkv: b.inputs.as_slice_of(),
+                ld: 3 * HIDDEN,
+                first_row: 0,
+                count,
+                hidden: HIDDEN,
+                format: Dtype::Q4,
+                bytes: &mut b.outputs[..bytes],
+                slots: Slots::Contiguous { first: 0 },
+            },
+        );
+    })?;
+    Ok((count * 2 * HIDDEN * 4) as f64 / seconds)
+}
+
+/// Bytes of activations normalised per second.
+fn rowwise(bench: &mut Bench) -> Result<f64, ProbeError> {
+    let rows = bench.extent.prompt_tokens;
+    let seconds = bench.time(|b| {
+        layer_norm(
+            &b.pool,
+            b.isa,
+            NormArgs {
+                x: b.inputs.as_slice_of(),
+                rows: None,
+                m: rows,
+                width: HIDDEN,
+                weight: None,
+                bias: None,
+                eps: 1e-5,
+                out: b.outputs.as_mut_slice_of(),
+            },
+        );
+    })?;
+    Ok((rows * HIDDEN * 4) as f64 / seconds)
+}
+
+/// What starting and ending an operation costs: parts that take known time, one for each thread,
+/// take this much longer together. Empty parts would be over before the other threads look.
+fn launch(bench: &mut Bench) -> Result<f64, ProbeError> {
+    const PART: Duration = Duration::from_micros(20);
+    let seconds = bench.time(|b| {
+        b.pool.run(b.pool.threads(), &|_| {
+            let begin = Instant::now();
+            while begin.elapsed() < PART {
+                std::hint::spin_loop();
+            }
+        });
+    })?;
+    Ok((seconds - PART.as_secs_f64()).max(1e-9))
+}
+
+/// A step of the compute lane for races with the disk: a decode of 32 sequences over fp16 weights,
+/// heavy on memory and on arithmetic alike. Returns FLOP.
+pub fn product_step<'a>(
+    (pool, isa): (&'a Pool, Isa),
+    memory: &'a [u8],
+    (inputs, outputs): (&'a AlignedBuffer, &'a mut AlignedBuffer),
+) -> Box<dyn FnMut() -> Result<Option<f64>, DiskError> + Send + 'a> {
+    const ROWS: usize = 32;
+    const WIDTH: usize = 512;
+    const OUTPUTS: usize = 2048;
+    let bytes = panels(OUTPUTS) * Dtype::F16.panel_bytes(WIDTH) as usize;
+    let mut begin = 0;
+    Box::new(move || {
+        if begin + bytes > memory.len() {
+            begin = 0;
+        }
+        gemm(
+            pool,
+            isa,
+            GemmArgs {
+                x: inputs.as_slice_of(),
+                ldx: WIDTH,
+                m: ROWS,
+                inputs: WIDTH,
+                weights: &memory[begin..begin + bytes],
+                format: Dtype::F16,
+                rows: OUTPUTS,
+                bias: None,
+                activation: Activation::None,
+                out: outputs.as_mut_slice_of(),
+                ldo: OUTPUTS,
+            },
+        );
+        begin += bytes;
+        Ok(Some(2.0 * (ROWS * WIDTH * OUTPUTS) as f64))
+    })
+}

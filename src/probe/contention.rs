@@ -1,0 +1,249 @@
+//! What lanes cost each other: each lane alone, then two of them together, again and again.
+//! A lane's step is its real work (a product on all threads, requests through the I/O pool).
+
+use super::ProbeError;
+use super::bench::Bench;
+use super::compute::product_step;
+use super::disk::DiskArea;
+use super::samples::Series;
+use crate::machine::disk::{DiskError, IoRequest};
+use crate::tier::Lane;
+use crate::units::MIB;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Bytes of one request of a disk lane while it shares the machine.
+const REQUEST_BYTES: u64 = 8 * MIB;
+
+const PAIRS: [(Lane, Lane); 3] = [
+    (Lane::CpuCompute, Lane::DiskToCpu),
+    (Lane::CpuCompute, Lane::CpuToDisk),
+    (Lane::DiskToCpu, Lane::CpuToDisk),
+];
+
+/// What is done in one step; returns the work done (bytes or FLOP), `None` when its quota is used up.
+type Step<'a> = Box<dyn FnMut() -> Result<Option<f64>, DiskError> + Send + 'a>;
+
+/// Rates of lanes alone and together.
+#[derive(Default)]
+pub struct ContentionArea {
+    alone: BTreeMap<Lane, Series>,
+    together: [(Series, Series); PAIRS.len()],
+}
+
+impl ContentionArea {
+    /// Every lane alone once and every pair once.
+    pub fn round(&mut self, bench: &mut Bench, disk: &DiskArea) -> Result<(), ProbeError> {
+        for lane in [Lane::CpuCompute, Lane::DiskToCpu, Lane::CpuToDisk] {
+            let rate = run_alone(bench, disk, lane)?;
+            self.alone.entry(lane).or_default().push(rate);
+        }
+        for (place, pair) in PAIRS.into_iter().enumerate() {
+            let (first, second) = run_together(bench, disk, pair)?;
+            self.together[place].0.push(first);
+            self.together[place].1.push(second);
+        }
+        Ok(())
+    }
+
+    /// "cpu_compute+disk_to_cpu" = what each keeps of its rate. A lane gains nothing by company:
+    /// what noise adds is cut off.
+    pub fn shares(&self) -> BTreeMap<String, [f64; 2]> {
+        let mut shares = BTreeMap::new();
+        for ((first, second), rates) in PAIRS.iter().zip(&self.together) {
+            let kept = self
+                .kept(*first, &rates.0)
+                .zip(self.kept(*second, &rates.1));
+            if let Some((a, b)) = kept {
+                shares.insert(format!("{}+{}", first.name(), second.name()), [a, b]);
+            }
+        }
+        shares
+    }
+
+    fn kept(&self, lane: Lane, together: &Series) -> Option<f64> {
+        let alone = self.alone.get(&lane)?.median()?;
+        let share = together.median()? / alone;
+        Some((share.clamp(0.01, 1.0) * 1000.0).round() / 1000.0)
+    }
+}
+
+fn run_alone(bench: &mut Bench, disk: &DiskArea, lane: Lane) -> Result<f64, ProbeError> {
+    bench.check_stop()?;
+    let window = Window::new(bench);
+    let [step, _] = steps(bench, disk, [Some(lane), None]);
+    match step {
+        Some(step) => Ok(window.run(step)?),
+        None => Ok(0.0),
+    }
+}
+
+fn run_together(
+    bench: &mut Bench,
+    disk: &DiskArea,
+    pair: (Lane, Lane),
+) -> Result<(f64, f64), ProbeError> {
+    bench.check_stop()?;
+    let window = Window::new(bench);
+    let [Some(first), Some(second)] = steps(bench, disk, [Some(pair.0), Some(pair.1)]) else {
+        return Ok((0.0, 0.0));
+    };
+    let (a, b) = std::thread::scope(|scope| {
+        let beside = scope.spawn(|| window.run(second));
+        (window.run(first), beside.join())
+    });
+    let b = b.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    Ok((a?, b?))
+}
+
+/// The steps of up to two lanes over disjoint halves of the arena.
+fn steps<'a>(
+    bench: &'a mut Bench,
+    disk: &'a DiskArea,
+    lanes: [Option<Lane>; 2],
+) -> [Option<Step<'a>>; 2] {
+    let half = bench.arena.len() / 2 / MIB as usize * MIB as usize;
+    let (left, right) = bench.arena.split_at_mut(half);
+    let (inputs, outputs) = (&bench.inputs, &mut bench.outputs);
+    let mut outputs = Some(outputs);
+    let mut halves = [Some(left), Some(right)];
+    let mut place = 0;
+    lanes.map(|lane| {
+        let memory = halves[place].take();
+        place += 1;
+        match (lane?, memory?) {
+            (Lane::CpuCompute, memory) => {
+                let task = (&bench.pool, bench.isa);
+                Some(product_step(task, memory, (inputs, outputs.take()?)))
+            }
+            (Lane::DiskToCpu, memory) => Some(read_step(disk, memory)),
+            (_, memory) => Some(write_step(disk, memory, bench.extent.window_write_bytes)),
+        }
+    })
+}
+
+fn read_step<'a>(disk: &'a DiskArea, memory: &'a mut [u8]) -> Step<'a> {
+    let request = REQUEST_BYTES
+        .min(disk.filled_bytes())
+        .min(memory.len() as u64);
+    let mut offset = 0;
+    Box::new(move || {
+        if offset + request > disk.filled_bytes() {
+            offset = 0;
+        }
+        let target = &mut memory[..request as usize];
+        disk.pool(4)
+            .run(&mut [IoRequest::read(&disk.file, offset, target)])?;
+        offset += request;
+        Ok(Some(request as f64))
+    })
+}
+
+/// Overwrites, because that is what a spill file sees for most of its life.
+fn write_step<'a>(disk: &'a DiskArea, memory: &'a [u8], quota_bytes: u64) -> Step<'a> {
+    let request = REQUEST_BYTES
+        .min(disk.filled_bytes())
+        .min(memory.len() as u64)
+        .min(quota_bytes);
+    let (mut offset, mut written) = (0, 0);
+    Box::new(move || {
+        if written + request > quota_bytes {
+            return Ok(None);
+        }
+        if offset + request > disk.filled_bytes() {
+            offset = 0;
+        }
+        let source = &memory[..request as usize];
+        disk.write_pool()
+            .run(&mut [IoRequest::write(&disk.file, offset, source)])?;
+        (offset, written) = (offset + request, written + request);
+        Ok(Some(request as f64))
+    })
+}
+
+/// A stretch of time that lanes share: it ends for all when it is over, when one has used up its
+/// quota, or when the probe is stopped.
+struct Window<'a> {
+    length: Duration,
+    over: AtomicBool,
+    stop: &'a AtomicBool,
+}
+
+impl<'a> Window<'a> {
+    fn new(bench: &Bench<'a>) -> Window<'a> {
+        Window {
+            length: Duration::from_secs_f64(bench.extent.window_s),
+            over: AtomicBool::new(false),
+            stop: bench.stop,
+        }
+    }
+
+    /// Work per second of a lane within the window; at least one step is done.
+    fn run(&self, mut step: Step) -> Result<f64, DiskError> {
+        let (begin, mut work) = (Instant::now(), 0.0);
+        let result = loop {
+            match step() {
+                Ok(Some(done)) => work += done,
+                Ok(None) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+            if self.is_over(begin) {
+                break Ok(());
+            }
+        };
+        let seconds = begin.elapsed().as_secs_f64();
+        self.over.store(true, Ordering::Relaxed);
+        result.map(|()| work / seconds)
+    }
+
+    fn is_over(&self, begin: Instant) -> bool {
+        let flags = [&self.over, self.stop];
+        begin.elapsed() >= self.length || flags.iter().any(|flag| flag.load(Ordering::Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lane_keeps_a_part_and_never_more_than_all() {
+        let mut area = ContentionArea::default();
+        for (lane, rate) in [(Lane::CpuCompute, 100.0), (Lane::DiskToCpu, 10.0)] {
+            area.alone.entry(lane).or_default().push(rate);
+        }
+        area.together[0].0.push(80.0);
+        area.together[0].1.push(12.0);
+        let shares = area.shares();
+        assert_eq!(shares["cpu_compute+disk_to_cpu"], [0.8, 1.0]);
+        assert_eq!(shares.len(), 1, "a pair that was not measured is not told");
+    }
+
+    #[test]
+    fn a_window_ends_by_time_by_quota_and_for_all() {
+        let stop = AtomicBool::new(false);
+        let window = |length| Window {
+            length,
+            over: AtomicBool::new(false),
+            stop: &stop,
+        };
+        let short = window(Duration::from_millis(5));
+        let rate = short.run(Box::new(|| Ok(Some(1.0)))).unwrap();
+        assert!(rate > 0.0 && short.over.load(Ordering::Relaxed));
+        let mut left = 3;
+        let quota = Box::new(|| {
+            left -= 1;
+            Ok((left >= 0).then_some(7.0))
+        });
+        let long = window(Duration::from_secs(3600));
+        assert!(long.run(quota).unwrap() > 0.0);
+        let mut steps = 0;
+        let other = Box::new(|| {
+            steps += 1;
+            Ok(Some(1.0))
+        });
+        long.run(other).unwrap();
+        assert_eq!(steps, 1, "one lane's end ends the others after their step");
+    }
+}

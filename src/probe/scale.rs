@@ -1,0 +1,163 @@
+//! How much is measured: grids, repetitions and sizes of a full probe and of a quick one.
+//! A quick probe measures the same things by the same code, less often and on smaller data.
+
+use crate::units::{GIB, MIB};
+
+/// How thorough a probe is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProbeScale {
+    Full,
+    /// For tests: a second or two. Its figures are rough.
+    Quick,
+}
+
+/// No probe writes more than this, in all.
+pub const MAX_WRITTEN_BYTES: u64 = 2 * GIB;
+
+/// A transfer handed to the I/O pool in one call, and how often it is repeated for one sample.
+#[derive(Clone, Copy, Debug)]
+pub struct DiskStep {
+    pub block_bytes: u64,
+    pub depth: u32,
+    pub repeats: u64,
+}
+
+/// The extent of one probe.
+pub struct Extent {
+    pub rounds: usize,
+    /// The first so many rounds write, too: what is written is bounded.
+    pub write_rounds: usize,
+    /// No further round begins that would end after this.
+    pub limit_s: f64,
+    /// Memory that weights, KV and I/O buffers rotate through: far larger than any cache.
+    pub arena_bytes: u64,
+    /// More, where the largest cache times this is more and the budget has room.
+    pub cache_multiple: u64,
+    pub gemm_rows: &'static [usize],
+    /// (inputs, outputs).
+    pub gemm_shapes: &'static [(usize, usize)],
+    /// A sample repeats its operation until this much time has passed.
+    pub sample_s: f64,
+    pub reads: &'static [DiskStep],
+    pub writes: &'static [DiskStep],
+    /// How long two lanes run together, and the most that is written meanwhile.
+    pub window_s: f64,
+    pub window_write_bytes: u64,
+    /// Tokens already in the cache of each sequence, and rows of a prompt, for attention.
+    pub past_tokens: usize,
+    pub prompt_tokens: usize,
+}
+
+const fn step(block_bytes: u64, depth: u32, repeats: u64) -> DiskStep {
+    DiskStep {
+        block_bytes,
+        depth,
+        repeats,
+    }
+}
+
+const KIB_256: u64 = MIB / 4;
+
+static FULL: Extent = Extent {
+    rounds: 6,
+    write_rounds: 4,
+    limit_s: 45.0,
+    arena_bytes: 192 * MIB,
+    cache_multiple: 6,
+    gemm_rows: &[1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
+    gemm_shapes: &[(1024, 4096), (4096, 4096), (8192, 2048)],
+    sample_s: 0.008,
+    reads: &[
+        step(64 * MIB, 4, 4),
+        step(16 * MIB, 4, 12),
+        step(4 * MIB, 4, 32),
+        step(MIB, 4, 64),
+        step(KIB_256, 4, 128),
+        step(64 * MIB, 1, 4),
+        step(16 * MIB, 1, 12),
+        step(4 * MIB, 1, 32),
+        step(MIB, 1, 64),
+        step(KIB_256, 1, 128),
+    ],
+    writes: &[
+        step(64 * MIB, 4, 1),
+        step(16 * MIB, 4, 1),
+        step(4 * MIB, 4, 4),
+        step(MIB, 4, 8),
+        step(4 * MIB, 1, 2),
+        step(MIB, 1, 4),
+        step(KIB_256, 1, 16),
+    ],
+    window_s: 0.15,
+    window_write_bytes: 80 * MIB,
+    past_tokens: 1024,
+    prompt_tokens: 512,
+};
+
+static QUICK: Extent = Extent {
+    rounds: 1,
+    write_rounds: 1,
+    limit_s: 5.0,
+    arena_bytes: 24 * MIB,
+    cache_multiple: 0,
+    gemm_rows: &[1, 8],
+    gemm_shapes: &[(512, 1024)],
+    sample_s: 0.0005,
+    reads: &[step(4 * MIB, 4, 1), step(MIB, 1, 2)],
+    writes: &[step(4 * MIB, 4, 1), step(MIB, 1, 2)],
+    window_s: 0.01,
+    window_write_bytes: 4 * MIB,
+    past_tokens: 128,
+    prompt_tokens: 32,
+};
+
+impl ProbeScale {
+    pub fn extent(self) -> &'static Extent {
+        match self {
+            ProbeScale::Full => &FULL,
+            ProbeScale::Quick => &QUICK,
+        }
+    }
+}
+
+impl Extent {
+    /// Bytes that the writing steps cover in one round.
+    pub fn round_write_bytes(&self) -> u64 {
+        self.writes.iter().map(|s| s.block_bytes * s.repeats).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_probe_writes_at_most_two_gibibytes() {
+        for extent in [&FULL, &QUICK] {
+            // Fresh and again; three windows a round write: one alone, two beside another lane.
+            let round = 2 * extent.round_write_bytes() + 3 * extent.window_write_bytes;
+            assert!(extent.write_rounds <= extent.rounds);
+            assert!(extent.write_rounds as u64 * round < MAX_WRITTEN_BYTES);
+        }
+    }
+
+    #[test]
+    fn every_buffer_fits_the_arena_and_the_window() {
+        for extent in [&FULL, &QUICK] {
+            let steps = extent.reads.iter().chain(extent.writes);
+            assert!(
+                steps
+                    .map(|s| s.block_bytes)
+                    .all(|b| b <= extent.arena_bytes / 2)
+            );
+            let largest = extent
+                .gemm_shapes
+                .iter()
+                .map(|(i, o)| i * o * 4)
+                .max()
+                .unwrap();
+            assert!(largest as u64 * 2 <= extent.arena_bytes);
+            assert!(extent.reads.iter().any(|s| s.depth == 4));
+        }
+    }
+}

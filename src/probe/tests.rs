@@ -1,0 +1,113 @@
+//! Tests of the probe: a quick one of this machine, its file, its limits, its reuse.
+
+use super::*;
+use crate::dtype::Dtype;
+use std::sync::atomic::Ordering;
+
+/// Room for the whole test process, other tests included.
+const ROOMY_BYTES: u64 = 16 << 30;
+
+fn quick(dir: &Path, stop: &AtomicBool, budget_bytes: u64) -> Result<HardwareProfile, ProbeError> {
+    probe(ProbeOptions {
+        offload_dir: dir,
+        threads: 2,
+        budget_bytes,
+        isa: Isa::detect(),
+        scale: ProbeScale::Quick,
+        command: "loadmaster probe",
+        progress: &mut |_| {},
+        stop,
+    })
+}
+
+#[test]
+fn a_quick_probe_is_a_valid_profile_that_is_found_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let offload = dir.path().join("made/by/the/probe");
+    let profile = quick(&offload, &AtomicBool::new(false), ROOMY_BYTES).unwrap();
+    assert_eq!(
+        std::fs::read_dir(&offload).unwrap().count(),
+        0,
+        "nothing stays"
+    );
+    let points = Dtype::ALL.len() * 2;
+    assert_eq!(
+        profile
+            .cpu
+            .gemm
+            .values()
+            .map(|c| c.points.len())
+            .sum::<usize>(),
+        points
+    );
+    assert_eq!(profile.cpu.attention.len(), 3);
+    assert_eq!(profile.contention.len(), 3);
+    assert_eq!(profile.links.disk_to_cpu.direct.len(), 2);
+    assert!(profile.cpu.launch_s > 0.0 && profile.links.disk_to_cpu.latency_s > 0.0);
+    assert!(summary(&profile).len() >= 7);
+
+    let path = save_profile(&offload, &profile).unwrap();
+    assert!(path.starts_with(profiles_dir(&offload)));
+    let key = ProfileKey::of_this_machine(&offload, 2, Isa::detect().name());
+    assert_eq!(find_profile(&offload, &key), Some(profile.clone()));
+    let other = ProfileKey {
+        threads: 3,
+        ..key.clone()
+    };
+    assert_eq!(find_profile(&offload, &other), None);
+    std::fs::write(profiles_dir(&offload).join("broken.toml"), "schema = 9").unwrap();
+    assert_eq!(find_profile(&offload, &key), Some(profile));
+}
+
+#[test]
+fn a_stopped_probe_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let stop = AtomicBool::new(false);
+    let mut heard = 0;
+    let result = probe(ProbeOptions {
+        offload_dir: dir.path(),
+        threads: 1,
+        budget_bytes: ROOMY_BYTES,
+        isa: Isa::detect(),
+        scale: ProbeScale::Quick,
+        command: "loadmaster probe",
+        progress: &mut |_| {
+            heard += 1;
+            stop.store(true, Ordering::Relaxed);
+        },
+        stop: &stop,
+    });
+    assert!(matches!(result, Err(ProbeError::Stopped)), "{result:?}");
+    assert!(heard > 0);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_budget_that_is_too_small_is_an_error_that_says_how_much_is_needed() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = quick(dir.path(), &AtomicBool::new(false), 8 << 20).unwrap_err();
+    assert!(matches!(error, ProbeError::Budget { .. }), "{error}");
+    assert!(error.to_string().contains("--cpu-mem"), "{error}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_is_no_place_to_probe() {
+    let result = quick(
+        Path::new("/dev/shm/x"),
+        &AtomicBool::new(false),
+        ROOMY_BYTES,
+    );
+    assert!(matches!(
+        result,
+        Err(ProbeError::Disk(DiskError::MemoryBacked { .. }))
+    ));
+    assert!(!Path::new("/dev/shm/x").exists());
+}
+
+#[test]
+fn a_busy_machine_is_named_in_the_profile() {
+    assert_eq!(provenance(Some(0.3), 2), "measured");
+    assert_eq!(provenance(None, 2), "measured");
+    assert!(provenance(Some(3.0), 2).contains("load 3.0"));
+}

@@ -1,0 +1,271 @@
+//! Packing and products.
+
+use crate::*;
+use loadmaster::dtype::{PANEL_ROWS, panels};
+use loadmaster::machine::cpu::kernels::*;
+
+/// A matrix packed, and what its elements are as stored.
+struct Packed {
+    bytes: Vec<u8>,
+    values: Vec<f32>,
+}
+
+fn pack(values: &[f32], (rows, inputs): (usize, usize), from: Dtype, format: Dtype) -> Packed {
+    let source = encode(values, from);
+    let size = panels(rows) * format.panel_bytes(inputs) as usize;
+    let bytes = same_everywhere(|pool, isa| {
+        let mut out = vec![0xaa; size];
+        let source = PackSource {
+            bytes: &source,
+            dtype: from,
+            rows,
+            inputs,
+        };
+        pack_panels(pool, isa, source, format, &mut out);
+        out
+    });
+    let mut all = vec![0.0; panels(rows) * PANEL_ROWS * inputs];
+    for (panel, out) in bytes
+        .chunks_exact(format.panel_bytes(inputs) as usize)
+        .zip(all.chunks_exact_mut(PANEL_ROWS * inputs))
+    {
+        unpack_panel(format, panel, inputs, out);
+    }
+    assert!(
+        all[rows * inputs..].iter().all(|&v| v == 0.0),
+        "rows past the matrix are zero"
+    );
+    all.truncate(rows * inputs);
+    Packed { bytes, values: all }
+}
+
+const SHAPES: [(usize, usize); 6] = [
+    (1, 1),
+    (64, 64),
+    (70, 33),
+    (130, 100),
+    (200, 259),
+    (65, 576),
+];
+
+#[test]
+fn packing_keeps_every_element() {
+    let mut random = Random(1);
+    for shape in SHAPES {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            let values = random.values(shape.0 * shape.1);
+            let packed = pack(&values, shape, dtype, dtype);
+            assert_eq!(
+                bits(&packed.values),
+                bits(&rounded(&values, dtype)),
+                "{shape:?} {dtype:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn four_bits_are_within_half_a_step() {
+    let mut random = Random(2);
+    for shape in SHAPES {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            let size = 10f32.powi(random.below(5) as i32 - 2);
+            let values: Vec<f32> = random
+                .values(shape.0 * shape.1)
+                .iter()
+                .map(|v| v * size)
+                .collect();
+            let packed = pack(&values, shape, dtype, Dtype::Q4);
+            let values = rounded(&values, dtype);
+            let rows = values.chunks(shape.1).zip(packed.values.chunks(shape.1));
+            for (from, to) in rows.flat_map(|(a, b)| a.chunks(64).zip(b.chunks(64))) {
+                let low = from.iter().fold(f32::MAX, |a, &b| a.min(b));
+                let high = from.iter().fold(f32::MIN, |a, &b| a.max(b));
+                // Half a step, and what rounding scale (15 of them) and minimum to fp16 adds.
+                let bound = (high - low) / 30.0 * 1.001 + (high - low + low.abs()) / 2048.0 + 1e-6;
+                for (a, b) in from.iter().zip(to) {
+                    assert!((a - b).abs() <= bound, "{a} became {b}, bound {bound}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn four_bits_survive_extremes() {
+    let groups = [
+        [3.25f32; 64],
+        [0.0; 64],
+        [1e-9; 64],
+        [-7e4; 64],
+        [f32::MAX; 64],
+    ];
+    let mut mixed = [0.5; 64];
+    (mixed[3], mixed[7]) = (f32::MAX, f32::MIN);
+    let mut tiny = [0.0; 64];
+    tiny[5] = 1e-8;
+    let values: Vec<f32> = groups
+        .iter()
+        .chain([&mixed, &tiny])
+        .flatten()
+        .copied()
+        .collect();
+    let packed = pack(&values, (1, values.len()), Dtype::F32, Dtype::Q4);
+    assert!(packed.values.iter().all(|v| v.is_finite()));
+    assert!(
+        packed.values[..64].iter().all(|&v| v == 3.25),
+        "equal values come back as they were"
+    );
+    assert!(packed.values[64..128].iter().all(|&v| v == 0.0));
+}
+
+struct Case {
+    m: usize,
+    shape: (usize, usize),
+    format: Dtype,
+    bias: bool,
+    activation: Activation,
+}
+
+fn product(case: &Case, random: &mut Random) {
+    let ((rows, inputs), m) = (case.shape, case.m);
+    let from = if case.format == Dtype::Q4 {
+        Dtype::F16
+    } else {
+        case.format
+    };
+    let packed = pack(&random.values(rows * inputs), case.shape, from, case.format);
+    let (ldx, ldo) = (inputs + random.below(5), rows + random.below(5));
+    let (x, bias) = (random.values(m * ldx), random.values(rows));
+    let found = same_everywhere(|pool, isa| {
+        let mut out = vec![7.0; m * ldo];
+        let bias = case.bias.then_some(&bias[..]);
+        let (format, activation) = (case.format, case.activation);
+        let weights = &packed.bytes;
+        gemm(
+            pool,
+            isa,
+            GemmArgs {
+                x: &x,
+                ldx,
+                m,
+                inputs,
+                weights,
+                format,
+                rows,
+                bias,
+                activation,
+                out: &mut out,
+                ldo,
+            },
+        );
+        bits(&out)
+    });
+    for (i, line) in floats(&found).chunks(ldo).enumerate() {
+        assert!(
+            line[rows..].iter().all(|&v| v == 7.0),
+            "beyond the rows nothing is written"
+        );
+        for (n, &value) in line[..rows].iter().enumerate() {
+            let products =
+                (0..inputs).map(|k| x[i * ldx + k] as f64 * packed.values[n * inputs + k] as f64);
+            let sum = products.clone().sum::<f64>() + if case.bias { bias[n] as f64 } else { 0.0 };
+            if case.activation != Activation::Gelu {
+                let exact = if case.activation == Activation::Relu {
+                    sum.max(0.0)
+                } else {
+                    sum
+                };
+                let bound = 1e-6 * (1.0 + products.clone().map(f64::abs).sum::<f64>());
+                assert!(
+                    (value as f64 - exact).abs() < bound,
+                    "[{i}, {n}] = {value}, not {exact}"
+                );
+            } else {
+                assert!(value as f64 >= -0.17 && value as f64 <= sum.max(0.0) + 1e-4);
+            }
+        }
+    }
+}
+
+#[test]
+fn products_are_right_and_the_same_everywhere() {
+    let mut random = Random(3);
+    let activations = [Activation::None, Activation::Relu, Activation::Gelu];
+    for format in Dtype::ALL {
+        for m in (1..=8).chain([13, 20, 25, 70]) {
+            let shape = SHAPES[1 + random.below(SHAPES.len() - 1)];
+            let (bias, activation) = (random.below(2) == 0, activations[random.below(3)]);
+            product(
+                &Case {
+                    m,
+                    shape,
+                    format,
+                    bias,
+                    activation,
+                },
+                &mut random,
+            );
+        }
+    }
+}
+
+#[test]
+fn a_large_batch_crosses_every_block() {
+    let mut random = Random(4);
+    let (bias, activation) = (true, Activation::None);
+    let case = Case {
+        m: 250,
+        shape: (330, 300),
+        format: Dtype::F16,
+        bias,
+        activation,
+    };
+    product(&case, &mut random);
+}
+
+#[test]
+fn neither_batch_nor_split_changes_a_row() {
+    let mut random = Random(5);
+    let (rows, inputs, m) = (200, 520, 70);
+    for format in [Dtype::F16, Dtype::Q4] {
+        let packed = pack(
+            &random.values(rows * inputs),
+            (rows, inputs),
+            Dtype::F16,
+            format,
+        );
+        let x = random.values(m * inputs);
+        let pool = Pool::new(2);
+        let run = |from: usize, m: usize, panel: usize, rows: usize| {
+            let mut out = vec![0.0; m * rows];
+            let weights = &packed.bytes[panel * format.panel_bytes(inputs) as usize..];
+            let (x, bias, activation) = (&x[from * inputs..], None, Activation::None);
+            gemm(
+                &pool,
+                Isa::detect(),
+                GemmArgs {
+                    x,
+                    ldx: inputs,
+                    m,
+                    inputs,
+                    weights,
+                    format,
+                    rows,
+                    bias,
+                    activation,
+                    out: &mut out,
+                    ldo: rows,
+                },
+            );
+            bits(&out)
+        };
+        let whole = run(0, m, 0, rows);
+        for (from, count) in [(0, 1), (3, 2), (5, 6), (10, 7), (40, 30)] {
+            let some = run(from, count, 1, rows - 64);
+            for (i, line) in some.chunks(rows - 64).enumerate() {
+                assert_eq!(line, &whole[(from + i) * rows + 64..(from + i + 1) * rows]);
+            }
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The tokenizer against transformers' own, text by text.
+
+use loadmaster::tokenizer::{Tokenizer, byte_level_files};
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+
+#[derive(Deserialize)]
+struct Golden {
+    vocab: usize,
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    text: String,
+    ids: Vec<u32>,
+    decoded: String,
+}
+
+fn golden_dir(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/goldens")
+        .join(name)
+}
+
+fn check(name: &str, least_cases: usize) {
+    let dir = golden_dir(name);
+    let golden = std::fs::read(dir.join("cases.json")).expect("there");
+    let golden: Golden = serde_json::from_slice(&golden).expect("valid");
+    let tokenizer = Tokenizer::open(&dir, golden.vocab).expect("opens");
+    assert!(golden.cases.len() >= least_cases);
+    for case in golden.cases {
+        assert_eq!(
+            tokenizer.encode(&case.text).expect("encodes"),
+            case.ids,
+            "{:?}",
+            case.text
+        );
+        assert_eq!(
+            tokenizer.decode(&case.ids).expect("decodes"),
+            case.decoded,
+            "{:?}",
+            case.text
+        );
+    }
+}
+
+#[test]
+fn vocab_and_merges_as_the_slow_gpt2_tokenizer() {
+    check("tokenizer-opt", 300);
+}
+
+#[test]
+fn tokenizer_json_as_galactica_has_it() {
+    check("tokenizer-galactica", 100);
+}
+
+#[test]
+fn ids_beyond_the_model_are_errors() {
+    let tokenizer = Tokenizer::open(&golden_dir("tokenizer-opt"), 200).expect("opens");
+    let error = tokenizer.encode("The loadmaster 😀").expect_err("beyond");
+    assert!(error.to_string().contains("another model"), "{error}");
+    assert!(tokenizer.decode(&[200]).is_err());
+}
+
+#[test]
+fn synthetic_models_speak_bytes_with_and_without_files() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (vocab, merges) = byte_level_files(1000);
+    std::fs::write(dir.path().join("vocab.json"), vocab).expect("written");
+    std::fs::write(dir.path().join("merges.txt"), merges).expect("written");
+    let (files, bytes) = (
+        Tokenizer::open(dir.path(), 1000).expect("opens"),
+        Tokenizer::byte_level(1000),
+    );
+    let texts = [
+        "",
+        "a",
+        " two  words\r\n",
+        "</s>x<pad><s>",
+        "naïve 敏捷 😀\0",
+        "it's\t1",
+    ];
+    for text in texts {
+        let ids = bytes.encode(text).expect("encodes");
+        assert_eq!(files.encode(text).expect("encodes"), ids, "{text:?}");
+        assert_eq!(
+            files.decode(&ids).expect("decodes"),
+            bytes.decode(&ids).expect("decodes")
+        );
+        let plain = text.replace("</s>", "").replace("<pad>", "");
+        assert_eq!(bytes.decode(&ids).expect("decodes"), plain);
+    }
+    let odd = [0, 3, 5, 260, 999, 4];
+    assert_eq!(
+        files.decode(&odd).expect("decodes"),
+        bytes.decode(&odd).expect("decodes")
+    );
+}
+
+#[test]
+fn damaged_or_missing_tokenizers_are_errors() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let message = |dir: &Path| match Tokenizer::open(dir, 1000) {
+        Ok(_) => panic!("opened"),
+        Err(error) => error.to_string(),
+    };
+    assert!(message(dir.path()).contains("token ids"));
+    std::fs::write(dir.path().join("vocab.json"), "{\"a\": 0}").expect("written");
+    std::fs::write(dir.path().join("merges.txt"), "#version: 0.2\n").expect("written");
+    assert!(message(dir.path()).contains("<pad>"));
+    std::fs::write(dir.path().join("vocab.json"), "{").expect("written");
+    assert!(message(dir.path()).contains("vocab.json"));
+    std::fs::write(dir.path().join("tokenizer.json"), "[]").expect("written");
+    assert!(message(dir.path()).contains("tokenizer.json"));
+}
