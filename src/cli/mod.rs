@@ -1,4 +1,9 @@
 //! The door: what a person sees. Rendering of a plan lives in show_plan; nothing is decided here.
 
 pub mod args;
+pub mod failure;
+pub mod progress;
+pub mod prompt_lines;
+pub mod prompts;
+pub mod results;
 pub mod values;
