@@ -174,11 +174,12 @@ fn add_values<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Rang
                 K::open::<V>(part.row(token, 1), part.elements(), buffer)
             };
         }
-        match together {
-            ROWS_TOGETHER => add_rows::<V, K, ROWS_TOGETHER>(part, carved, rows, at),
-            _ => rows[..together].iter().enumerate().for_each(|(j, &row)| {
+        if together == ROWS_TOGETHER {
+            add_rows::<V, K, ROWS_TOGETHER>(part, carved, rows, at);
+        } else {
+            for (j, &row) in rows[..together].iter().enumerate() {
                 add_rows::<V, K, 1>(part, carved, [row], at + j);
-            }),
+            }
         }
         at += together;
     }

@@ -183,10 +183,10 @@ impl Part<'_> {
     fn run_format<V: Simd, P: Panel>(mut self) {
         let fused_rows = if V::WIDE { TILE_ROWS } else { 1 };
         if self.rows.len() <= fused_rows {
-            return self
-                .panels
-                .clone()
-                .for_each(|panel| self.fused::<V, P>(panel));
+            for panel in self.panels.clone() {
+                self.fused::<V, P>(panel);
+            }
+            return;
         }
         let inputs = self.problem.inputs;
         for from in (0..inputs).step_by(BLOCK_INPUTS) {

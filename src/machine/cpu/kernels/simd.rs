@@ -71,7 +71,8 @@ impl Isa {
 }
 
 /// Work that is compiled once per instruction set. `run` and all it calls are `inline(always)`:
-/// what is not inlined into the functions below would be compiled without their features.
+/// what is not inlined into the functions below would be compiled without their features. So no
+/// vector words in closures, which cannot be marked, except tiny ones that inline by themselves.
 pub(super) trait Body {
     type Out;
     fn run<V: Simd>(self) -> Self::Out;
