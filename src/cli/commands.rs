@@ -1,6 +1,9 @@
 //! The commands, each a short way from flags to a document or a table on stdout.
 
-use super::args::{Cli, Command, CompareArgs, ExecArgs, PlanArgs, ProbeArgs, RunArgs, StoreAction, StoreArgs, SynthArgs};
+use super::args::{
+    Cli, Command, CompareArgs, ExecArgs, PlanArgs, ProbeArgs, RunArgs, StoreAction, StoreArgs,
+    SynthArgs,
+};
 use super::execute::{Execution, execute};
 use super::failure::Failure;
 use super::progress::{Talk, Unit};
@@ -14,6 +17,7 @@ use crate::checkpoint::{SynthJob, write_synth};
 use crate::compare::Comparison;
 use crate::machine::disk::write_atomically;
 use crate::machine::os;
+use crate::model::ModelSpec;
 use crate::plan::Plan;
 use crate::probe;
 use crate::report::RunReport;
@@ -44,15 +48,16 @@ pub fn dispatch(cli: Cli, stop: &AtomicBool) -> Result<(), Failure> {
 fn say(text: &str) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Failure::failed(format!("standard output cannot be written ({e})")))
-        }
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::failed(format!(
+            "standard output cannot be written ({e})"
+        ))),
         _ => Ok(()),
     }
 }
 
 fn say_json(document: &impl Serialize) -> Result<(), Failure> {
-    let text = serde_json::to_string_pretty(document).map_err(|e| Failure::failed(e.to_string()))?;
+    let text =
+        serde_json::to_string_pretty(document).map_err(|e| Failure::failed(e.to_string()))?;
     say(&(text + "\n"))
 }
 
@@ -72,7 +77,12 @@ fn probe(args: &ProbeArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Fai
     }
     let saved = probe::profiles_dir(&offload_dir).join(format!("{}.toml", profile.machine.name));
     let mut lines = probe::summary(&profile);
-    lines.push(format!("profile {} of {}: {}", profile.machine.name, profile.machine.date, saved.display()));
+    lines.push(format!(
+        "profile {} of {}: {}",
+        profile.machine.name,
+        profile.machine.date,
+        saved.display()
+    ));
     say(&(lines.join("\n") + "\n"))
 }
 
@@ -104,10 +114,21 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
     make_offload_dir(&offload_dir)?;
     let model = Model::find(&plan.model.name, args.work.seed, false)?;
     let lines = planned_lines(args, &plan, &model)?;
-    let threads = plan.policy.as_ref().map_or_else(os::default_threads, |p| p.threads);
+    let threads = plan
+        .policy
+        .as_ref()
+        .map_or_else(os::default_threads, |p| p.threads);
     let profile = match named_profile(&plan.profile.name, &offload_dir) {
         Ok(profile) => profile,
-        Err(_) => own_profile(&offload_dir, (threads, Some(plan.budget.cpu_bytes)), talk, stop)?.0,
+        Err(_) => {
+            own_profile(
+                &offload_dir,
+                (threads, Some(plan.budget.cpu_bytes)),
+                talk,
+                stop,
+            )?
+            .0
+        }
     };
     let done = execute(
         Execution {
@@ -126,8 +147,15 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
     if args.json {
         say_json(&done.report)?;
     } else {
-        let name = args.results.report.as_ref().map_or("this run".to_owned(), |p| p.display().to_string());
-        talk.note(&show_compare::show(&Comparison::new(vec![(name, done.report)])));
+        let name = args
+            .results
+            .report
+            .as_ref()
+            .map_or("this run".to_owned(), |p| p.display().to_string());
+        talk.note(&show_compare::show(&Comparison::new(vec![(
+            name,
+            done.report,
+        )])));
     }
     done.failure.map_or(Ok(()), Err)
 }
@@ -138,7 +166,11 @@ fn read_plan(path: &Path) -> Result<Plan, Failure> {
             .with_hint("make one with `loadmaster plan … -o plan.toml`")
     })?;
     let json = text.trim_start().starts_with('{');
-    let plan = if json { Plan::from_json(&text) } else { Plan::from_toml(&text) };
+    let plan = if json {
+        Plan::from_json(&text)
+    } else {
+        Plan::from_toml(&text)
+    };
     plan.map_err(|e| Failure::failed(format!("{}: {e}", path.display())))
 }
 
@@ -156,7 +188,8 @@ fn compare(args: &CompareArgs) -> Result<(), Failure> {
     let read = |path: &std::path::PathBuf| {
         let text = std::fs::read_to_string(path)
             .map_err(|e| Failure::failed(format!("{}: cannot be read ({e})", path.display())))?;
-        let report = RunReport::from_json(&text).map_err(|e| Failure::failed(format!("{}: {e}", path.display())))?;
+        let report = RunReport::from_json(&text)
+            .map_err(|e| Failure::failed(format!("{}: {e}", path.display())))?;
         Ok((path.display().to_string(), report))
     };
     let reports: Result<Vec<_>, Failure> = args.reports.iter().map(read).collect();
@@ -197,11 +230,20 @@ fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure
         talk,
         stop,
     )?;
-    let name = args.results.report.as_ref().map_or("this run".to_owned(), |p| p.display().to_string());
+    let name = args
+        .results
+        .report
+        .as_ref()
+        .map_or("this run".to_owned(), |p| p.display().to_string());
     let comparison = Comparison::new(vec![(name, done.report.clone())]);
     if args.solve.json {
         let schema = "loadmaster.run/1";
-        say_json(&RunDocument { schema, plan: &solved.plan, report: &done.report, compare: &comparison })?;
+        say_json(&RunDocument {
+            schema,
+            plan: &solved.plan,
+            report: &done.report,
+            compare: &comparison,
+        })?;
     } else {
         talk.note(&show_compare::show(&comparison));
     }
@@ -211,25 +253,42 @@ fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure
 /// Random prompts that fill the block that was planned.
 fn block_lines(args: &RunArgs, solved: &Solved) -> Result<Vec<Line>, Failure> {
     let w = &solved.plan.workload;
-    let random = Source::Random { prompts: w.prompts as usize, prompt_tokens: w.prompt_tokens_max as u32 };
-    work_lines(&args.solve.work, &solved.model, (random, w.gen_tokens_max as u32))
+    let random = Source::Random {
+        prompts: w.prompts as usize,
+        prompt_tokens: w.prompt_tokens_max as u32,
+    };
+    work_lines(
+        &args.solve.work,
+        &solved.model,
+        (random, w.gen_tokens_max as u32),
+    )
 }
 
 fn synth(args: &SynthArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
-    talk.stage(&format!("writing random weights of {} to {}", args.model.name, args.out.display()));
+    talk.stage(&format!(
+        "writing random weights of {} to {}",
+        args.model.name,
+        args.out.display()
+    ));
     let mut progress = |done: u64, total: u64| talk.step(done, total, Unit::Bytes, 0.0);
     write_synth(SynthJob {
-        spec: &args.model,
+        spec: ModelSpec {
+            dtype: args.dtype,
+            ..args.model.clone()
+        },
         seed: args.seed,
         dir: &args.out,
-        dtype: args.dtype,
         shard_bytes: args.shard_bytes,
         progress: &mut progress,
         stop,
     })
     .map_err(Failure::failed)?;
     talk.end();
-    say(&format!("{}: a checkpoint of {} with random weights\n", args.out.display(), args.model.name))
+    say(&format!(
+        "{}: a checkpoint of {} with random weights\n",
+        args.out.display(),
+        args.model.name
+    ))
 }
 
 fn stores(args: &StoreArgs) -> Result<(), Failure> {
@@ -240,16 +299,30 @@ fn stores(args: &StoreArgs) -> Result<(), Failure> {
             let line = |s: &store::StoreInfo| format!("{}  {}\n", s.name, show_bytes(s.bytes));
             let total: u64 = list.iter().map(|s| s.bytes).sum();
             let lines: String = list.iter().map(line).collect();
-            say(&format!("{lines}{} stores, {} in {}\n", list.len(), show_bytes(total), store::store_dir(&offload_dir).display()))
+            say(&format!(
+                "{lines}{} stores, {} in {}\n",
+                list.len(),
+                show_bytes(total),
+                store::store_dir(&offload_dir).display()
+            ))
         }
         StoreAction::Rm { name } => {
             let removed = store::remove(&offload_dir, name).map_err(Failure::failed)?;
-            say(&format!("removed {} ({})\n", removed.name, show_bytes(removed.bytes)))
+            say(&format!(
+                "removed {} ({})\n",
+                removed.name,
+                show_bytes(removed.bytes)
+            ))
         }
         StoreAction::Prune => {
             let removed = store::prune(&offload_dir).map_err(Failure::failed)?;
-            let line = |r: &store::Removed| format!("removed {} ({})\n", r.name, show_bytes(r.bytes));
-            say(&format!("{}{} removed\n", removed.iter().map(line).collect::<String>(), removed.len()))
+            let line =
+                |r: &store::Removed| format!("removed {} ({})\n", r.name, show_bytes(r.bytes));
+            say(&format!(
+                "{}{} removed\n",
+                removed.iter().map(line).collect::<String>(),
+                removed.len()
+            ))
         }
     }
 }

@@ -58,9 +58,12 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
     check_model(job.plan, job.model)?;
     let rates = Rates::new(job.profile, device, policy.threads).map_err(Failure::failed)?;
     let tokenizer = job.model.tokenizer.as_ref();
-    let mut results =
-        Results::open(job.results.output_file(), job.results.overwrite, tokenizer).map_err(Failure::failed)?;
-    let mut setup = SetupFigures { probe_s: job.probe_s, ..SetupFigures::default() };
+    let mut results = Results::open(job.results.output_file(), job.results.overwrite, tokenizer)
+        .map_err(Failure::failed)?;
+    let mut setup = SetupFigures {
+        probe_s: job.probe_s,
+        ..SetupFigures::default()
+    };
     let store = packed_store(&job, &policy, (&mut setup, talk), stop)?;
     let packed = packed(&store)?;
     let run = RunJob {
@@ -75,11 +78,24 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
     };
     check_room(&run, job.offload_dir)?;
     let (requests, bad) = prompts::split(job.lines.clone());
-    bad.iter().try_for_each(|(line, error)| results.failed(*line, error)).map_err(Failure::failed)?;
-    let shapes = requests.iter().map(|r| (r.line, r.prompt.len(), r.max_tokens)).collect();
-    let mut measured = Measured { lines: shapes, ..Measured::new(job.plan.budget) };
-    let options = RunOptions { ignore_eos: job.ignore_eos };
-    let ran = generate(&run, (requests, options), (&mut measured, &mut setup), (&mut results, talk), stop);
+    bad.iter()
+        .try_for_each(|(line, error)| results.failed(*line, error))
+        .map_err(Failure::failed)?;
+    let shapes = requests
+        .iter()
+        .map(|r| (r.line, r.prompt.len(), r.max_tokens))
+        .collect();
+    let mut measured = Measured::new(job.plan.budget, shapes);
+    let options = RunOptions {
+        ignore_eos: job.ignore_eos,
+    };
+    let ran = generate(
+        &run,
+        (requests, options),
+        (&mut measured, &mut setup),
+        (&mut results, talk),
+        stop,
+    );
     talk.end();
     let counts = results.counts();
     let failure = how_it_ended(&ran, (counts.failed, bad.first()), results.is_closed());
@@ -107,8 +123,10 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
 
 fn runnable_device(plan: &Plan) -> Result<DeviceKind, Failure> {
     match plan.device_kind().map_err(Failure::failed)? {
-        DeviceKind::Cuda => Err(Failure::usage("this plan is for a GPU, and this version computes on the CPU only")
-            .with_hint("plan again with --device cpu")),
+        DeviceKind::Cuda => Err(Failure::usage(
+            "this plan is for a GPU, and this version computes on the CPU only",
+        )
+        .with_hint("plan again with --device cpu")),
         device => Ok(device),
     }
 }
@@ -116,10 +134,11 @@ fn runnable_device(plan: &Plan) -> Result<DeviceKind, Failure> {
 /// A plan holds for the weights that it was made for.
 fn check_model(plan: &Plan, model: &Model) -> Result<(), Failure> {
     match (&plan.model.fingerprint, model.fingerprint()) {
-        (Some(planned), Some(here)) if *planned != here => {
-            Err(Failure::failed(format!("the plan was made for other weights than {} has now", model.name))
-                .with_hint("plan again with this model"))
-        }
+        (Some(planned), Some(here)) if *planned != here => Err(Failure::failed(format!(
+            "the plan was made for other weights than {} has now",
+            model.name
+        ))
+        .with_hint("plan again with this model")),
         _ => Ok(()),
     }
 }
@@ -150,16 +169,23 @@ fn check_room(run: &RunJob, offload_dir: &Path) -> Result<(), Failure> {
     if memory > free {
         return Err(Failure::failed(format!(
             "the plan needs {} of memory and {} are free: {} are missing",
-            show_bytes(memory), show_bytes(free), show_bytes(memory - free)
+            show_bytes(memory),
+            show_bytes(free),
+            show_bytes(memory - free)
         ))
-        .with_hint(format!("end other programs, or plan again with --cpu-mem {}MiB", free / MIB * 9 / 10)));
+        .with_hint(format!(
+            "end other programs, or plan again with --cpu-mem {}MiB",
+            free / MIB * 9 / 10
+        )));
     }
     let spill = needed.spill_cache_bytes + needed.spill_hidden_bytes;
     let room = disk::free_bytes(offload_dir).map_err(Failure::failed)?;
     if spill > room {
         return Err(Failure::failed(format!(
             "the plan keeps {} of cache and hidden state on disk and {} are free: {} are missing",
-            show_bytes(spill), show_bytes(room), show_bytes(spill - room)
+            show_bytes(spill),
+            show_bytes(room),
+            show_bytes(spill - room)
         ))
         .with_hint("make room, or name another disk with --offload-dir"));
     }
@@ -174,11 +200,22 @@ fn packed_store(
     stop: &AtomicBool,
 ) -> Result<Store, Failure> {
     let Some(source) = &job.model.source else {
-        return Err(Failure::failed(format!("{} is only a size's name", job.model.name))
-            .with_hint(format!("give a model's directory, or synth:{} for random weights", job.model.name)));
+        return Err(
+            Failure::failed(format!("{} is only a size's name", job.model.name)).with_hint(
+                format!(
+                    "give a model's directory, or synth:{} for random weights",
+                    job.model.name
+                ),
+            ),
+        );
     };
     let compress = policy.compress_weight;
-    if let Some(store) = store::find(job.offload_dir, source.spec(), &source.fingerprint(), compress) {
+    if let Some(store) = store::find(
+        job.offload_dir,
+        source.spec(),
+        &source.fingerprint(),
+        compress,
+    ) {
         return Ok(store);
     }
     let bytes = source.spec().weights_bytes(compress);
@@ -195,7 +232,12 @@ fn packed_store(
     let start = Instant::now();
     let pool = Pool::new(policy.threads);
     let mut progress = |done: u64, total: u64| {
-        talk.step(done, total, Unit::Bytes, done as f64 / start.elapsed().as_secs_f64().max(1e-9));
+        talk.step(
+            done,
+            total,
+            Unit::Bytes,
+            done as f64 / start.elapsed().as_secs_f64().max(1e-9),
+        );
     };
     let store = store::pack(PackJob {
         source: source.as_ref(),
@@ -217,12 +259,16 @@ fn packed_store(
 fn packed(store: &Store) -> Result<Packed, Failure> {
     let whole = round_up(store.smalls_bytes(), PAGE_BYTES);
     let mut buffer = AlignedBuffer::new(whole).map_err(Failure::failed)?;
-    store.read_smalls(&mut buffer[..]).map_err(Failure::failed)?;
+    store
+        .read_smalls(&mut buffer[..])
+        .map_err(Failure::failed)?;
     let spec = store.spec();
     let small = |index: usize| buffer[store.small_range(index)].to_vec();
     Ok(Packed {
         file: store.file_path(),
-        matrix_offsets: (0..spec.matrices().len()).map(|i| store.matrix_offset(i)).collect(),
+        matrix_offsets: (0..spec.matrices().len())
+            .map(|i| store.matrix_offset(i))
+            .collect(),
         smalls: (0..spec.smalls().len()).map(small).collect(),
     })
 }
@@ -241,11 +287,16 @@ fn generate(
     let start = Instant::now();
     let (mut machine, facts) = open(run)?;
     setup.load_s = start.elapsed().as_secs_f64();
-    setup.written_bytes += facts.footprint.spill_cache_bytes * u64::from(facts.block.kv_tokens.disk > 0);
+    setup.written_bytes +=
+        facts.footprint.spill_cache_bytes * u64::from(facts.block.kv_tokens.disk > 0);
     talk.stage("generating");
     let most_tokens = requests.iter().map(|r| r.max_tokens as u64).sum();
     let mut sink = ResultSink::new(results, talk, most_tokens);
-    let outcome = Engine::new(&mut machine, facts, options).run(requests, measured.watch(&mut sink), stop);
+    let outcome = Engine::new(&mut machine, facts, options).run(
+        requests,
+        &mut *measured.watch(&mut sink),
+        stop,
+    );
     let all = machine.submitted();
     let settled = machine.wait(&all);
     measured.lanes = machine.lane_figures();
@@ -266,11 +317,17 @@ fn how_it_ended(
         Err(error) => Some(Failure::failed(error)),
         Ok(outcome) if outcome.interrupted => {
             let done = outcome.lines_done;
-            Some(Failure::failed(format!("interrupted after {done} finished lines, which are all written")))
+            Some(Failure::failed(format!(
+                "interrupted after {done} finished lines, which are all written"
+            )))
         }
         Ok(_) if failed_lines > 0 => {
-            let first = first_bad.map_or(String::new(), |(_, e)| format!("; the first: {}", e.message));
-            Some(Failure::failed(format!("{failed_lines} input lines failed, the others are done{first}")))
+            let first = first_bad.map_or(String::new(), |(_, e)| {
+                format!("; the first: {}", e.message)
+            });
+            Some(Failure::failed(format!(
+                "{failed_lines} input lines failed, the others are done{first}"
+            )))
         }
         Ok(_) => None,
     }

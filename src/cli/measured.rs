@@ -32,8 +32,12 @@ pub struct Measured {
 }
 
 impl Measured {
-    pub fn new(budget: PlanBudget) -> Self {
-        Measured { budget, ..Measured::default() }
+    pub fn new(budget: PlanBudget, lines: Vec<(usize, usize, usize)>) -> Self {
+        Measured {
+            budget,
+            lines,
+            ..Measured::default()
+        }
     }
 
     /// Memory in use by others, before the arenas are mapped.
@@ -48,7 +52,10 @@ impl Measured {
 
     /// The run's own sink, with each line's length noted on the way.
     pub fn watch<'s>(&'s mut self, sink: &'s mut dyn Sink) -> Box<dyn Sink + 's> {
-        Box::new(Watch { generated: &mut self.generated, sink })
+        Box::new(Watch {
+            generated: &mut self.generated,
+            sink,
+        })
     }
 
     /// Lengths as they came: lines that ended early count with what they generated.
@@ -57,7 +64,9 @@ impl Measured {
             prompt_tokens: prompt as u32,
             gen_tokens: self.generated.get(&line).copied().unwrap_or(most) as u32,
         };
-        Workload { lines: self.lines.iter().map(line).collect() }
+        Workload {
+            lines: self.lines.iter().map(line).collect(),
+        }
     }
 }
 
@@ -91,7 +100,14 @@ pub fn repriced_figures(run: &RunJob, rates: &Rates, measured: &Measured) -> Fig
         cpu: measured.budget.cpu_bytes,
         disk: measured.budget.disk_bytes,
     };
-    let input = EstimateInput { model: run.model, workload: &workload, rates, policy: run.policy, host: run.host, budget };
+    let input = EstimateInput {
+        model: run.model,
+        workload: &workload,
+        rates,
+        policy: run.policy,
+        host: run.host,
+        budget,
+    };
     replay(&input).unwrap_or_else(|_| estimate(&input))
 }
 
@@ -131,7 +147,9 @@ fn tier_bytes(footprint: &Footprint, tier: Tier, measured: &Measured) -> TierFig
     match tier {
         Tier::Cpu => {
             // On the host machine the Gpu tier is DRAM of this process too.
-            bytes.peak_bytes = measured.peak_bytes.saturating_sub(footprint.arena_bytes(Tier::Gpu));
+            bytes.peak_bytes = measured
+                .peak_bytes
+                .saturating_sub(footprint.arena_bytes(Tier::Gpu));
             bytes.total_bytes = measured.total_bytes;
             bytes.others_bytes = measured.others_bytes;
             bytes.free_bytes = measured.free_bytes.saturating_sub(bytes.peak_bytes);
@@ -143,7 +161,11 @@ fn tier_bytes(footprint: &Footprint, tier: Tier, measured: &Measured) -> TierFig
         }
         Tier::Disk => bytes.peak_bytes = footprint.total(Tier::Disk),
     }
-    let known = bytes.weights_bytes + bytes.cache_bytes + bytes.activations_bytes + bytes.buffers_bytes + bytes.process_bytes;
+    let known = bytes.weights_bytes
+        + bytes.cache_bytes
+        + bytes.activations_bytes
+        + bytes.buffers_bytes
+        + bytes.process_bytes;
     if tier != Tier::Disk {
         bytes.unaccounted_bytes = bytes.peak_bytes as i64 - known as i64;
     }

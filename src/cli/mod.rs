@@ -1,9 +1,16 @@
 //! The door: what a person sees. Rendering of a plan lives in show_plan; nothing is decided here.
 
 pub mod args;
+pub mod commands;
+pub mod execute;
 pub mod failure;
+pub mod measured;
 pub mod progress;
 pub mod prompt_lines;
 pub mod prompts;
 pub mod results;
+pub mod session;
+pub mod show_compare;
+pub mod show_plan;
+pub mod solve;
 pub mod values;

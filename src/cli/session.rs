@@ -43,7 +43,15 @@ impl Model {
         let location = match find_model(name, None) {
             Ok(location) => location,
             Err(error) => match named_size(name).filter(|_| sizes_do) {
-                Some(spec) => return Ok(Model { name: name.into(), spec, location: None, source: None, tokenizer: None }),
+                Some(spec) => {
+                    return Ok(Model {
+                        name: name.into(),
+                        spec,
+                        location: None,
+                        source: None,
+                        tokenizer: None,
+                    });
+                }
                 None => return Err(Failure::failed(error)),
             },
         };
@@ -56,7 +64,13 @@ impl Model {
             }
             ModelLocation::Directory { .. } => None,
         };
-        Ok(Model { name: name.into(), spec, location: Some(location), source: Some(source), tokenizer })
+        Ok(Model {
+            name: name.into(),
+            spec,
+            location: Some(location),
+            source: Some(source),
+            tokenizer,
+        })
     }
 
     pub fn fingerprint(&self) -> Option<String> {
@@ -67,7 +81,10 @@ impl Model {
     pub fn host_bytes(&self, prompt_tokens: u64) -> HostBytes {
         let tokenizer = self.tokenizer.as_ref().map_or(0, Tokenizer::held_bytes);
         // A token id is held with its line, and again with its sequence.
-        HostBytes { process_bytes: PROCESS_BYTES + tokenizer + 8 * prompt_tokens, gpu_context_bytes: 0 }
+        HostBytes {
+            process_bytes: PROCESS_BYTES + tokenizer + 8 * prompt_tokens,
+            gpu_context_bytes: 0,
+        }
     }
 }
 
@@ -88,7 +105,11 @@ pub struct Target {
 
 impl Target {
     /// Profile, device and budgets from the flags; probes where this machine has no profile yet.
-    pub fn settle(limits: &LimitArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<Target, Failure> {
+    pub fn settle(
+        limits: &LimitArgs,
+        talk: &mut Talk,
+        stop: &AtomicBool,
+    ) -> Result<Target, Failure> {
         let threads = limits.threads.unwrap_or_else(os::default_threads);
         let offload_dir = limits.place.offload_dir();
         let started = Instant::now();
@@ -100,15 +121,31 @@ impl Target {
                 (profile, foreign, false)
             }
             None => {
-                let (profile, probed) = own_profile(&offload_dir, (threads, limits.cpu_mem_bytes), talk, stop)?;
+                let (profile, probed) =
+                    own_profile(&offload_dir, (threads, limits.cpu_mem_bytes), talk, stop)?;
                 (profile, false, probed)
             }
         };
-        let probe_s = if probed { started.elapsed().as_secs_f64() } else { 0.0 };
+        let probe_s = if probed {
+            started.elapsed().as_secs_f64()
+        } else {
+            0.0
+        };
         let (device, device_name) = choose_device(&limits.device, foreign.then_some(&profile))?;
-        let threads = if foreign { limits.threads.unwrap_or(profile.machine.threads) } else { threads };
+        let threads = if foreign {
+            limits.threads.unwrap_or(profile.machine.threads)
+        } else {
+            threads
+        };
         let budget = budgets(limits, (device, foreign), &profile, &offload_dir)?;
-        Ok(Target { profile, device, device_name, budget, threads, probe_s })
+        Ok(Target {
+            profile,
+            device,
+            device_name,
+            budget,
+            threads,
+            probe_s,
+        })
     }
 }
 
@@ -138,7 +175,9 @@ pub fn measure(
 ) -> Result<HardwareProfile, Failure> {
     make_offload_dir(offload_dir)?;
     let free = os::default_cpu_budget().unwrap_or(probe::DEFAULT_BUDGET_BYTES);
-    let budget_bytes = cpu_mem_bytes.unwrap_or(free).min(probe::DEFAULT_BUDGET_BYTES);
+    let budget_bytes = cpu_mem_bytes
+        .unwrap_or(free)
+        .min(probe::DEFAULT_BUDGET_BYTES);
     let profile = probe::probe(ProbeOptions {
         offload_dir,
         threads,
@@ -167,18 +206,30 @@ pub fn make_offload_dir(offload_dir: &Path) -> Result<(), Failure> {
 /// A profile by file, by a name saved here, or by a name compiled in.
 pub fn named_profile(name: &str, offload_dir: &Path) -> Result<HardwareProfile, Failure> {
     let saved = probe::profiles_dir(offload_dir).join(format!("{name}.toml"));
-    let compiled = COMPILED_IN.iter().find(|(n, _)| *n == name).map(|(_, text)| (*text).to_owned());
+    let compiled = COMPILED_IN
+        .iter()
+        .find(|(n, _)| *n == name)
+        .map(|(_, text)| (*text).to_owned());
     let from_file = |path: &Path| std::fs::read_to_string(path).ok();
-    let text = from_file(Path::new(name)).or_else(|| from_file(&saved)).or(compiled);
+    let text = from_file(Path::new(name))
+        .or_else(|| from_file(&saved))
+        .or(compiled);
     let names = COMPILED_IN.map(|(n, _)| n).join(", ");
     let text = text.ok_or_else(|| {
-        Failure::usage(format!("--profile {name}: no such file, and no profile of that name"))
-            .with_hint(format!("compiled in: {names}; `loadmaster probe` measures this machine"))
+        Failure::usage(format!(
+            "--profile {name}: no such file, and no profile of that name"
+        ))
+        .with_hint(format!(
+            "compiled in: {names}; `loadmaster probe` measures this machine"
+        ))
     })?;
     HardwareProfile::from_toml(&text).map_err(|e| Failure::failed(format!("{name}: {e}")))
 }
 
-fn choose_device(asked: &DeviceChoice, foreign: Option<&HardwareProfile>) -> Result<(DeviceKind, String), Failure> {
+fn choose_device(
+    asked: &DeviceChoice,
+    foreign: Option<&HardwareProfile>,
+) -> Result<(DeviceKind, String), Failure> {
     let other_gpu = foreign.is_some_and(|p| p.gpu.is_some());
     let kind = match asked {
         DeviceChoice::Cpu => DeviceKind::Cpu,
@@ -204,7 +255,11 @@ fn budgets(
         (DeviceChoice::Host { gpu_bytes }, _) => Some(limits.gpu_mem_bytes.unwrap_or(*gpu_bytes)),
         (_, DeviceKind::Cuda) => {
             let total = profile.gpu.as_ref().map_or(0, |g| g.total_bytes);
-            Some(limits.gpu_mem_bytes.unwrap_or(total.saturating_sub(512 * MIB)))
+            Some(
+                limits
+                    .gpu_mem_bytes
+                    .unwrap_or(total.saturating_sub(512 * MIB)),
+            )
         }
         _ => None,
     };
@@ -223,7 +278,11 @@ fn budgets(
             free - free / 20
         }
     };
-    Ok(PlanBudget { gpu_bytes, cpu_bytes, disk_bytes })
+    Ok(PlanBudget {
+        gpu_bytes,
+        cpu_bytes,
+        disk_bytes,
+    })
 }
 
 /// Whether the flags say what to generate from.

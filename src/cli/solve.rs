@@ -1,6 +1,8 @@
 //! `plan`, and the first half of `run`: flags to a request, the planner's answer to a document.
 
-use super::args::{Compress, DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, Kv, PolicyArgs, SolveArgs, WorkArgs};
+use super::args::{
+    Compress, DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, Kv, PolicyArgs, SolveArgs, WorkArgs,
+};
 use super::failure::Failure;
 use super::progress::Talk;
 use super::prompt_lines::{Line, Rules};
@@ -43,12 +45,24 @@ impl Repricer for ScheduleRepricer {
 }
 
 /// Model, machine, work, plan.
-pub fn solve(args: &SolveArgs, sizes_do: bool, talk: &mut Talk, stop: &AtomicBool) -> Result<Solved, Failure> {
+pub fn solve(
+    args: &SolveArgs,
+    sizes_do: bool,
+    talk: &mut Talk,
+    stop: &AtomicBool,
+) -> Result<Solved, Failure> {
     let model = Model::find(&args.model, args.work.seed, sizes_do)?;
-    let lines = has_work(&args.work).then(|| read_lines(args, &model)).transpose()?;
+    let lines = has_work(&args.work)
+        .then(|| read_lines(args, &model))
+        .transpose()?;
     let target = Target::settle(&args.limits, talk, stop)?;
     let plan = plan(args, &model, &target, lines.as_deref())?;
-    Ok(Solved { model, target, plan, lines })
+    Ok(Solved {
+        model,
+        target,
+        plan,
+        lines,
+    })
 }
 
 fn read_lines(args: &SolveArgs, model: &Model) -> Result<Vec<Line>, Failure> {
@@ -80,7 +94,12 @@ pub fn work_lines(
     prompts::read_lines(source, &rules).map_err(Failure::failed)
 }
 
-fn plan(args: &SolveArgs, model: &Model, target: &Target, lines: Option<&[Line]>) -> Result<Plan, Failure> {
+fn plan(
+    args: &SolveArgs,
+    model: &Model,
+    target: &Target,
+    lines: Option<&[Line]>,
+) -> Result<Plan, Failure> {
     let workload = lines.map(prompts::workload);
     if workload.as_ref().is_some_and(|w| w.prompts() == 0) {
         return Err(nothing_to_do(lines.unwrap_or_default()));
@@ -94,7 +113,14 @@ fn plan(args: &SolveArgs, model: &Model, target: &Target, lines: Option<&[Line]>
     };
     let fingerprint = model.fingerprint();
     let prompt_tokens = workload.as_ref().map_or(0, |w| w.prompt_tokens());
-    let stored = |compress| stored_bytes(&args.limits.place.offload_dir(), model, fingerprint.as_deref(), compress);
+    let stored = |compress| {
+        stored_bytes(
+            &args.limits.place.offload_dir(),
+            model,
+            fingerprint.as_deref(),
+            compress,
+        )
+    };
     let request = PlanRequest {
         model: &model.spec,
         fingerprint: fingerprint.as_deref(),
@@ -133,9 +159,16 @@ fn nothing_to_do(lines: &[Line]) -> Failure {
     Failure::failed(format!("no line can be generated from: {why}"))
 }
 
-fn stored_bytes(offload_dir: &Path, model: &Model, fingerprint: Option<&str>, compress: bool) -> u64 {
+fn stored_bytes(
+    offload_dir: &Path,
+    model: &Model,
+    fingerprint: Option<&str>,
+    compress: bool,
+) -> u64 {
     let find = |f: &str| store::find(offload_dir, &model.spec, f, compress);
-    fingerprint.and_then(find).map_or(0, |store| store.file_bytes())
+    fingerprint
+        .and_then(find)
+        .map_or(0, |store| store.file_bytes())
 }
 
 fn fixed(policy: &PolicyArgs) -> Fixed {

@@ -10,7 +10,7 @@ mod samples;
 mod saved;
 mod scale;
 
-pub use saved::{ProfileKey, find_profile, profiles_dir, save_profile};
+pub use saved::{ProfileKey, find_profile, profiles_dir, save_profile, timestamp};
 pub use scale::{MAX_WRITTEN_BYTES, ProbeScale};
 
 use crate::machine::arena::MemoryError;

@@ -97,6 +97,17 @@ pub fn today() -> String {
     date_of_day(since.map_or(0, |d| d.as_secs() / 86_400))
 }
 
+/// Now as "2026-11-23T18:05:00Z".
+pub fn timestamp() -> String {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    let seconds = since.map_or(0, |d| d.as_secs());
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!(
+        "{}T{hour:02}:{minute:02}:{second:02}Z",
+        date_of_day(seconds / 86_400)
+    )
+}
+
 /// The civil date of a day counted from 1970-01-01 (Gregorian, eras of 400 years from March).
 fn date_of_day(day: u64) -> String {
     let day = day + 719_468;
