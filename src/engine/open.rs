@@ -16,12 +16,12 @@ use crate::placement::{Placement, WeightHome};
 use crate::policy::{DeviceKind, Policy};
 use crate::tier::{Lane, Tier};
 use crate::workload::Lengths;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A packed store as the engine sees it: one file, and where everything lies in it.
-pub struct Packed<'a> {
-    pub file: &'a Path,
+pub struct Packed {
+    pub file: PathBuf,
     /// Per matrix of `ModelSpec::matrices`.
     pub matrix_offsets: Vec<u64>,
     /// Bytes of each of `ModelSpec::smalls`.
@@ -35,7 +35,7 @@ pub struct RunJob<'a> {
     pub device: DeviceKind,
     pub lengths: Lengths,
     pub host: HostBytes,
-    pub packed: &'a Packed<'a>,
+    pub packed: &'a Packed,
     /// Where spill files go.
     pub spill: &'a Path,
     pub pricer: Pricer,
@@ -102,7 +102,7 @@ pub fn open(job: &RunJob) -> Result<(ThreadedMachine, RunFacts), EngineError> {
 /// that ids stay fixed.
 fn open_files(job: &RunJob, facts: &RunFacts) -> Result<Vec<Arc<DiskFile>>, MachineError> {
     let failed = |e: crate::machine::disk::DiskError| MachineError::Disk(e.to_string());
-    let store = Arc::new(DiskFile::open_read(job.packed.file).map_err(failed)?);
+    let store = Arc::new(DiskFile::open_read(&job.packed.file).map_err(failed)?);
     let spill = |bytes: u64| match bytes {
         0 => Ok(store.clone()),
         _ => DiskFile::create_unlinked(job.spill, bytes)

@@ -11,7 +11,7 @@ use crate::plan::{
 use crate::planner::explain::{explain, runners_up};
 use crate::planner::ladder::{ladder, per_tier};
 use crate::planner::shortfall::shortfall;
-use crate::planner::{Found, Job, PlanRequest, Space};
+use crate::planner::{Found, PlanRequest, Space};
 use crate::policy::Policy;
 use crate::tier::PerTier;
 use crate::workload::Workload;
@@ -28,6 +28,8 @@ pub fn feasible(request: &PlanRequest, space: &Space, found: &Found) -> Plan {
     let mut estimate = found.chosen.figures.clone();
     estimate.tiers = tier_figures(&chosen.footprint, &space.budget);
     let flags = flags(&policy, space);
+    let frame = frame(request, space, Some(found));
+    let explain = explain(request, space, (found, &frame.ladder));
     let mut plan = Plan {
         feasible: true,
         lossless: chosen.candidate.lossless(),
@@ -40,8 +42,8 @@ pub fn feasible(request: &PlanRequest, space: &Space, found: &Found) -> Plan {
         setup: setup(space, &chosen.footprint, chosen.candidate.compress_weight),
         missing_bytes: per_tier(space, |_| 0),
         runners_up: runners_up(space, found),
-        explain: explain(request, space, found),
-        ..frame(request, space)
+        explain,
+        ..frame
     };
     plan.id = plan.content_id();
     plan
@@ -50,7 +52,7 @@ pub fn feasible(request: &PlanRequest, space: &Space, found: &Found) -> Plan {
 /// What is missing, and the ladder all the same.
 pub fn infeasible(request: &PlanRequest, space: &Space) -> Plan {
     let lack = shortfall(space, &|_| true);
-    let mut plan = frame(request, space);
+    let mut plan = frame(request, space, None);
     if let Some(lack) = lack {
         let candidate = &lack.nearest.candidate;
         plan.lossless = candidate.lossless();
@@ -74,11 +76,7 @@ pub fn infeasible(request: &PlanRequest, space: &Space) -> Plan {
 }
 
 /// What both kinds of plan say.
-fn frame(request: &PlanRequest, space: &Space) -> Plan {
-    let first = match request.job {
-        Job::Given(_) => space.workload(1),
-        Job::BestBlock { .. } => space.workload(1),
-    };
+fn frame(request: &PlanRequest, space: &Space, found: Option<&Found>) -> Plan {
     Plan {
         schema: PLAN_SCHEMA.to_owned(),
         id: String::new(),
@@ -91,7 +89,7 @@ fn frame(request: &PlanRequest, space: &Space) -> Plan {
         ),
         check_command: "loadmaster compare report.json".to_owned(),
         model: model(request, false),
-        workload: lengths(&first),
+        workload: lengths(&space.workload(1)),
         profile: PlanProfile {
             name: request.profile.machine.name.clone(),
             measured_at: request.profile.machine.date.clone(),
@@ -103,7 +101,7 @@ fn frame(request: &PlanRequest, space: &Space) -> Plan {
         setup: PlanSetup::default(),
         missing_bytes: PerTier::default(),
         enough_bytes: None,
-        ladder: ladder(request, space),
+        ladder: ladder(request, space, found),
         runners_up: Vec::new(),
         explain: Explain::default(),
     }

@@ -1,13 +1,15 @@
 //! Why the plan is as it is: what more memory or faster parts would bring (solved again, not guessed),
 //! what 4-bit would bring, and which other plans lost by how much.
 
-use crate::plan::{Explain, PlanPolicy, RunnerUp, WhatIf};
+use crate::plan::{Explain, PlanPolicy, Rung, RunnerUp, WhatIf};
+use crate::planner::realise::Realised;
 use crate::planner::search::search;
 use crate::planner::space::{Candidate, Space};
 use crate::planner::{CompressMode, Found, PlanRequest, closed_form, speed};
 use crate::profile::{DiskPoint, GemmCurve, HardwareProfile};
 use crate::tier::Tier;
 use crate::units::GIB;
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 /// Gains under this are not worth a line.
@@ -15,54 +17,52 @@ const WORTH_SAYING: f64 = 1.02;
 const RUNNERS_UP: usize = 3;
 
 /// The lines below the plan.
-pub fn explain(request: &PlanRequest, space: &Space, found: &Found) -> Explain {
+pub fn explain(request: &PlanRequest, space: &Space, (found, rungs): (&Found, &[Rung])) -> Explain {
     Explain {
-        four_bit: four_bit(request, space, found),
+        four_bit: four_bit(request, rungs, found),
         warning: found.forced_lossy.then(|| warning(found)),
         what_if: what_if(request, space, found),
     }
 }
 
 fn warning(found: &Found) -> String {
+    let candidate = &found.chosen.realised.candidate;
     format!(
         "nothing lossless fits into this budget: the plan keeps {} in 4 bits, which changes results; --compress never refuses instead",
-        lossy_parts(&found.chosen.realised.candidate)
+        lossy_parts(candidate.compress_weight, candidate.compress_cache).1
     )
 }
 
-fn lossy_parts(candidate: &Candidate) -> &'static str {
-    match (candidate.compress_weight, candidate.compress_cache) {
-        (true, true) => "weights and cache",
-        (true, false) => "weights",
-        _ => "the cache",
+/// The `--compress` word for 4-bit parts, and the parts themselves.
+fn lossy_parts(weights: bool, cache: bool) -> (&'static str, &'static str) {
+    match (weights, cache) {
+        (true, true) => ("both", "weights and cache"),
+        (true, false) => ("weights", "weights"),
+        _ => ("cache", "cache"),
     }
 }
 
 /// How much faster 4-bit would be, and by which flag, where the plan is lossless by the planner's choice.
-fn four_bit(request: &PlanRequest, space: &Space, found: &Found) -> Option<String> {
+fn four_bit(request: &PlanRequest, rungs: &[Rung], found: &Found) -> Option<String> {
     let candidate = &found.chosen.realised.candidate;
     if request.compress != CompressMode::Auto || !candidate.lossless() {
         return None;
     }
-    let best = search(space, &|c| !c.lossless(), 0.0).into_iter().next()?;
-    let now = speed(&closed_form(space, &found.chosen.realised));
-    let then = speed(&closed_form(space, &best));
+    let lossy = rungs.iter().filter(|r| !r.lossless && r.fits);
+    let best = lossy.max_by(|a, b| {
+        a.throughput_tok_s
+            .partial_cmp(&b.throughput_tok_s)
+            .unwrap_or(Ordering::Equal)
+    })?;
+    let (now, then) = (speed(&found.chosen.figures), best.throughput_tok_s?);
     if then < now * WORTH_SAYING {
         return None;
     }
-    let flag = match (
-        best.candidate.compress_weight,
-        best.candidate.compress_cache,
-    ) {
-        (true, true) => "both",
-        (true, false) => "weights",
-        _ => "cache",
-    };
+    let policy = best.policy.as_ref()?;
+    let (flag, what) = lossy_parts(policy.compress_weight, policy.compress_cache);
     Some(format!(
-        "4-bit {} would be {:.1} times as fast ({:.2} tok/s) and is not lossless: --compress {flag}",
-        lossy_parts(&best.candidate),
+        "4-bit {what} would be {:.1} times as fast ({then:.2} tok/s) and is not lossless: --compress {flag}",
         then / now,
-        then
     ))
 }
 
@@ -86,7 +86,7 @@ fn what_if(request: &PlanRequest, space: &Space, found: &Found) -> Vec<WhatIf> {
         }
     }
     let solved = list.into_iter().filter_map(|(change, space)| {
-        let best = search(&space, &like(&found.chosen.realised.candidate), 0.0);
+        let best = search(&space, &like(&found.chosen.realised.candidate));
         let then = speed(&closed_form(&space, best.first()?));
         Some(WhatIf {
             change,
@@ -154,41 +154,63 @@ fn faster_gemm(tables: &mut BTreeMap<String, GemmCurve>) {
     points.for_each(|p| p.3 /= 2.0);
 }
 
-/// The best plans with another block size or another place of attention, and why they lost.
+/// Other plans with the same formats, the best of each block size and place of attention, and why
+/// they lost. Those that the search met come first; a few near ones are solved where it met too few.
 pub fn runners_up(space: &Space, found: &Found) -> Vec<RunnerUp> {
-    let chosen = &found.chosen.realised;
-    let now = speed(&closed_form(space, chosen));
-    let mut shapes = vec![(chosen.candidate.slots(), chosen.candidate.cpu_cache_compute)];
-    let mut list = Vec::new();
-    for _ in 0..RUNNERS_UP {
-        let formats = chosen.candidate;
-        let open = |c: &Candidate| {
-            let same = c.compress_weight == formats.compress_weight
-                && c.compress_cache == formats.compress_cache;
-            let near = 4 * c.slots() >= formats.slots() && c.slots() <= 4 * formats.slots();
-            same && near && !shapes.contains(&(c.slots(), c.cpu_cache_compute))
-        };
-        if !space.candidates().iter().any(open) {
-            break;
-        }
-        let Some(other) = search(space, &open, 0.0).into_iter().next() else {
-            break;
-        };
-        shapes.push((other.candidate.slots(), other.candidate.cpu_cache_compute));
-        let figures = closed_form(space, &other);
-        let then = speed(&figures);
-        let slower = 100.0 * (1.0 - then / now);
-        list.push(RunnerUp {
-            throughput_tok_s: then,
-            why: format!(
-                "{}: {slower:.1} % slower, {} binds while decoding",
-                difference(&chosen.candidate, &other.candidate),
-                figures.binding.decode
-            ),
-            policy: PlanPolicy::new(&other.policy, &other.placement.realised()),
-        });
+    let chosen = &found.chosen.realised.candidate;
+    let mut others = found.others.clone();
+    let is_other = |c: &Candidate| shape(c) != shape(chosen) && formats(c) == formats(chosen);
+    if distinct(&others, &is_other).len() < 2 {
+        let near =
+            |c: &Candidate| 2 * c.slots() >= chosen.slots() && c.slots() <= 2 * chosen.slots();
+        others.extend(search(space, &|c| is_other(c) && near(c)));
+        others.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s));
     }
+    let now = speed(&closed_form(space, &found.chosen.realised));
+    let mut list: Vec<RunnerUp> = distinct(&others, &is_other)
+        .into_iter()
+        .take(RUNNERS_UP)
+        .map(|other| runner_up(space, chosen, (other, now)))
+        .collect();
+    list.sort_by(|a, b| b.throughput_tok_s.total_cmp(&a.throughput_tok_s));
     list
+}
+
+fn shape(c: &Candidate) -> (usize, bool) {
+    (c.slots(), c.cpu_cache_compute)
+}
+
+fn formats(c: &Candidate) -> (bool, bool) {
+    (c.compress_weight, c.compress_cache)
+}
+
+/// The first of each shape.
+fn distinct<'r>(others: &'r [Realised], keep: &dyn Fn(&Candidate) -> bool) -> Vec<&'r Realised> {
+    let mut first: Vec<&Realised> = Vec::new();
+    for other in others.iter().filter(|o| keep(&o.candidate)) {
+        if first
+            .iter()
+            .all(|f| shape(&f.candidate) != shape(&other.candidate))
+        {
+            first.push(other);
+        }
+    }
+    first
+}
+
+fn runner_up(space: &Space, chosen: &Candidate, (other, now): (&Realised, f64)) -> RunnerUp {
+    let figures = closed_form(space, other);
+    let then = speed(&figures);
+    RunnerUp {
+        throughput_tok_s: then,
+        why: format!(
+            "{}: {:.1} % slower, {} binds while decoding",
+            difference(chosen, &other.candidate),
+            100.0 * (1.0 - then / now),
+            figures.binding.decode
+        ),
+        policy: PlanPolicy::new(&other.policy, &other.placement.realised()),
+    }
 }
 
 fn difference(chosen: &Candidate, other: &Candidate) -> String {

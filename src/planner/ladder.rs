@@ -1,11 +1,10 @@
 //! The out-of-memory strategies that people know, from least to most aggressive, each solved on this
 //! machine: what it takes, whether it fits and what it would bring. Search is search.rs.
 
-use crate::cost::footprint::Footprint;
 use crate::plan::{PlanPolicy, Rung};
 use crate::planner::search::{nearest, search};
 use crate::planner::space::{Candidate, Fixed, Space};
-use crate::planner::{PlanRequest, price, speed};
+use crate::planner::{Chosen, Found, PlanRequest, price, speed};
 use crate::tier::{PerTier, Tier};
 
 /// One strategy: what it fixes on top of what the caller fixed.
@@ -27,7 +26,7 @@ const fn strategy(name: &'static str, note: &'static str) -> Strategy {
     }
 }
 
-const STRATEGIES: [Strategy; 7] = [
+const STRATEGIES: [Strategy; 8] = [
     strategy("lossless", ""),
     Strategy {
         unpin: true,
@@ -39,6 +38,10 @@ const STRATEGIES: [Strategy; 7] = [
     Strategy {
         compress: (true, false),
         ..strategy("4-bit weights", "")
+    },
+    Strategy {
+        compress: (false, true),
+        ..strategy("4-bit cache", "")
     },
     Strategy {
         compress: (true, true),
@@ -60,9 +63,25 @@ const STRATEGIES: [Strategy; 7] = [
     },
 ];
 
-/// All rungs. `space` carries what the caller fixed by flags; a strategy overrides it.
-pub fn ladder(request: &PlanRequest, space: &Space) -> Vec<Rung> {
-    let one = |strategy: &Strategy| rung(request, &with(space, strategy), strategy);
+/// All rungs. `space` carries what the caller fixed by flags; a strategy overrides it. Where the plan
+/// itself is the lossless rung, it is not solved again, and unpinned weights keep its batches.
+pub fn ladder(request: &PlanRequest, space: &Space, found: Option<&Found>) -> Vec<Rung> {
+    let plan = found
+        .map(|f| &f.chosen)
+        .filter(|c| c.realised.candidate.lossless());
+    let one = |strategy: &Strategy| {
+        let mut space = with(space, strategy);
+        let lossless = strategy.compress == (false, false) && !strategy.weights_on_disk;
+        match plan {
+            Some(plan) if lossless && !strategy.unpin => fitting(&space, strategy, plan),
+            Some(plan) if lossless => {
+                space.fixed.gpu_batch_size = Some(plan.realised.candidate.gpu_batch_size);
+                space.fixed.num_gpu_batches = Some(plan.realised.candidate.num_gpu_batches);
+                rung(request, &space, strategy)
+            }
+            _ => rung(request, &space, strategy),
+        }
+    };
     STRATEGIES.iter().map(one).collect()
 }
 
@@ -91,44 +110,47 @@ fn with<'a>(space: &Space<'a>, strategy: &Strategy) -> Space<'a> {
 
 fn rung(request: &PlanRequest, space: &Space, strategy: &Strategy) -> Rung {
     let any = |_: &Candidate| true;
-    let lossless = strategy.compress == (false, false);
-    let base = Rung {
+    if let Some(realised) = search(space, &any).into_iter().next() {
+        let figures = price(request, space, &realised);
+        return fitting(space, strategy, &Chosen { realised, figures });
+    }
+    let base = empty(strategy);
+    let Some(nearest) = nearest(space, &any) else {
+        return base;
+    };
+    let built = &nearest.built;
+    Rung {
+        missing_bytes: per_tier(space, |tier| nearest.missing_bytes[tier]),
+        tier_bytes: per_tier(space, |tier| built.footprint.total(tier)),
+        policy: Some(PlanPolicy::new(&built.policy, &built.placement.realised())),
+        ..base
+    }
+}
+
+fn fitting(space: &Space, strategy: &Strategy, chosen: &Chosen) -> Rung {
+    let realised = &chosen.realised;
+    let shares = realised.placement.realised();
+    Rung {
+        fits: true,
+        throughput_tok_s: Some(speed(&chosen.figures)),
+        missing_bytes: per_tier(space, |_| 0),
+        tier_bytes: per_tier(space, |tier| realised.footprint.total(tier)),
+        policy: Some(PlanPolicy::new(&realised.policy, &shares)),
+        ..empty(strategy)
+    }
+}
+
+fn empty(strategy: &Strategy) -> Rung {
+    Rung {
         name: strategy.name.to_owned(),
-        lossless,
+        lossless: strategy.compress == (false, false),
         fits: false,
         throughput_tok_s: None,
         missing_bytes: PerTier::default(),
         tier_bytes: PerTier::default(),
         note: strategy.note.to_owned(),
         policy: None,
-    };
-    if let Some(best) = search(space, &any, 0.0).into_iter().next() {
-        let realised = best.placement.realised();
-        return Rung {
-            fits: true,
-            throughput_tok_s: Some(speed(&price(request, space, &best))),
-            missing_bytes: per_tier(space, |_| 0),
-            tier_bytes: per_tier(space, |tier| best.footprint.total(tier)),
-            policy: Some(PlanPolicy::new(&best.policy, &realised)),
-            ..base
-        };
     }
-    let Some(nearest) = nearest(space, &any) else {
-        return base;
-    };
-    Rung {
-        missing_bytes: per_tier(space, |tier| nearest.missing_bytes[tier]),
-        tier_bytes: per_tier(space, |tier| total(&nearest.built.footprint, tier)),
-        policy: Some(PlanPolicy::new(
-            &nearest.built.policy,
-            &nearest.built.placement.realised(),
-        )),
-        ..base
-    }
-}
-
-fn total(footprint: &Footprint, tier: Tier) -> u64 {
-    footprint.total(tier)
 }
 
 /// A figure for each tier that there is.

@@ -163,7 +163,7 @@ fn choose(request: &PlanRequest, space: &Space) -> Option<Found> {
         &[|_| true]
     };
     for (level, keep) in levels.iter().enumerate() {
-        let realised = search::search(space, keep, 0.0);
+        let realised = search::search(space, keep);
         if let Some(found) = best(request, space, realised) {
             return Some(Found {
                 forced_lossy: level > 0 && is_auto_free(request),

@@ -15,6 +15,10 @@ use crate::tier::{PerTier, Tier};
 const REPAIRS: usize = 8;
 /// Blocks of up to this many sequences try every way to round cache and hidden states.
 const ROUNDED_ONE_BY_ONE: usize = 64;
+/// A rounding this near (relative) to the program's optimum needs no other.
+const ROUNDED_WELL: f64 = 0.002;
+/// Whole panels make two equal optima differ by this much (relative).
+const EQUALLY_FAST: f64 = 1e-5;
 /// Bytes that a repair takes off beyond what was missing, so that it ends.
 const REPAIR_BYTES: f64 = 65536.0;
 /// Unused bytes, as part of the budget, that are worth another solve.
@@ -93,20 +97,29 @@ impl Realiser<'_, '_> {
     pub fn relaxed(&self) -> Option<Optimum> {
         let input = (self.equalities, self.priced.overhead_bytes);
         let program = self.space.program(self.candidate, self.priced, input);
-        program.least_time_and_disk()
+        program.least_time()
     }
 
-    /// The best policy that fits, near the program's optimum.
-    pub fn realise(&self, relaxed: &Optimum) -> Option<Realised> {
-        let start = self.settle(relaxed);
+    /// The best policy that fits, near the program's optimum; none where it cannot get under `limit_s`
+    /// (in units of `cost_s`).
+    pub fn realise(&self, relaxed: &Optimum, limit_s: f64) -> Option<Realised> {
+        let (start, overhead_bytes) = self.settle(relaxed);
+        let start_s = start.seconds / self.priced.per(self.space.job);
+        if start_s > limit_s {
+            return None;
+        }
         let mut best: Option<Realised> = None;
-        for rounding in self.roundings(&start.0.shares) {
-            let Some(found) = self.fit(&rounding, start.1) else {
+        for rounding in self.roundings(&start.shares) {
+            let Some(found) = self.fit(&rounding, overhead_bytes) else {
                 continue;
             };
             let better = |b: &Realised| found.cost_s < b.cost_s * (1.0 - 1e-12);
+            let near = found.cost_s < start_s * (1.0 + ROUNDED_WELL);
             if best.as_ref().is_none_or(better) {
                 best = Some(found);
+            }
+            if near {
+                break;
             }
         }
         best
@@ -175,7 +188,7 @@ impl Realiser<'_, '_> {
         for _ in 0..REPAIRS {
             let input = (equalities.as_slice(), overhead_bytes);
             let program = self.space.program(self.candidate, self.priced, input);
-            let Some(optimum) = program.least_time_and_disk() else {
+            let Some(optimum) = program.least_time() else {
                 break;
             };
             let built = Built::new(self.space, self.priced, &optimum.shares);
@@ -199,7 +212,25 @@ impl Realiser<'_, '_> {
                 }
             }
         }
-        best
+        best.map(|best| self.with_least_disk(best, (&equalities, overhead_bytes)))
+    }
+
+    /// Among equally fast weights the ones with least disk, where they fit as well.
+    fn with_least_disk(&self, best: Realised, input: (&[Equality], PerTier<f64>)) -> Realised {
+        let program = self.space.program(self.candidate, self.priced, input);
+        let Some(optimum) = program.least_time_and_disk() else {
+            return best;
+        };
+        let built = Built::new(self.space, self.priced, &optimum.shares);
+        if !built.fits(self.space) {
+            return best;
+        }
+        let found = built.realised(self.space, self.candidate, self.priced);
+        if found.cost_s <= best.cost_s * (1.0 + EQUALLY_FAST) {
+            found
+        } else {
+            best
+        }
     }
 
     /// Where buffers turned out smaller than assumed, gives the bytes back. True if any are worth it.

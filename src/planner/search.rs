@@ -7,17 +7,16 @@ use crate::planner::realise::{Built, Realised, Realiser};
 use crate::planner::space::{Candidate, Space};
 use crate::tier::{PerTier, Tier};
 
-/// Plans that differ by less than this are as good as each other.
-const SAME: f64 = 1e-9;
+/// A candidate that cannot be better by more than this (relative) is not looked at further.
+const WORTH_A_LOOK: f64 = 1e-3;
 
-/// Realised policies, best first: the best one is the best of the whole space within the rounding.
-/// `slack` > 0 also realises candidates whose bound is that much (relative) above the best.
-pub fn search(space: &Space, keep: &dyn Fn(&Candidate) -> bool, slack: f64) -> Vec<Realised> {
+/// Realised policies, best first: the best one is the best of the whole space within rounding.
+pub fn search(space: &Space, keep: &dyn Fn(&Candidate) -> bool) -> Vec<Realised> {
     let equalities = space.equalities();
     let mut found: Vec<Realised> = Vec::new();
-    let mut best_s = f64::INFINITY;
+    let mut limit_s = f64::INFINITY;
     for (bound_s, candidate) in space.bounds(keep) {
-        if bound_s > best_s * (1.0 + slack + SAME) {
+        if bound_s > limit_s {
             break;
         }
         let priced = space.price(&candidate);
@@ -27,14 +26,12 @@ pub fn search(space: &Space, keep: &dyn Fn(&Candidate) -> bool, slack: f64) -> V
             priced: &priced,
             equalities: &equalities,
         };
-        let Some(relaxed) = realiser.relaxed() else {
+        let relaxed = realiser.relaxed();
+        let Some(relaxed) = relaxed.filter(|r| r.seconds / priced.per(space.job) <= limit_s) else {
             continue;
         };
-        if relaxed.seconds / priced.per(space.job) > best_s * (1.0 + slack + SAME) {
-            continue;
-        }
-        if let Some(realised) = realiser.realise(&relaxed) {
-            best_s = best_s.min(realised.cost_s);
+        if let Some(realised) = realiser.realise(&relaxed, limit_s) {
+            limit_s = limit_s.min(realised.cost_s * (1.0 - WORTH_A_LOOK));
             found.push(realised);
         }
     }

@@ -83,7 +83,7 @@ pub fn anything_fits(space: &Space, keep: &dyn Fn(&Candidate) -> bool) -> bool {
             equalities: &equalities,
         };
         let relaxed = realiser.relaxed();
-        relaxed.is_some_and(|r| realiser.realise(&r).is_some())
+        relaxed.is_some_and(|r| realiser.realise(&r, f64::INFINITY).is_some())
     });
     by_program
         || corners(space, keep)

@@ -16,12 +16,14 @@ use crate::workload::Workload;
 use std::borrow::Cow;
 
 /// Sequences per batch and batches per block that are tried besides even cuts of the prompts.
-const BATCH_SIZES: [usize; 21] = [
-    1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512, 1024,
+const BATCH_SIZES: [usize; 19] = [
+    1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024,
 ];
-const BATCH_COUNTS: [usize; 11] = [1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32];
-/// Even cuts of the prompts into this many batches are tried as well.
-const EVEN_CUTS: usize = 12;
+const BATCH_COUNTS: [usize; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
+/// Even cuts of the prompts into this many rounds of batches are tried as well.
+const EVEN_CUTS: usize = 6;
+/// A block of free size holds at most this many sequences: beyond, nothing is gained per token.
+const FREE_BLOCK_MAX: usize = 4096;
 
 /// What the caller has decided already; None leaves it to the planner.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -165,7 +167,7 @@ impl<'a> Space<'a> {
     fn shapes(&self) -> Vec<(usize, usize)> {
         let lines = match self.job {
             Job::Given(workload) => workload.prompts().max(1),
-            Job::BestBlock { .. } => usize::MAX,
+            Job::BestBlock { .. } => FREE_BLOCK_MAX,
         };
         let counts: Vec<usize> = match self.fixed.num_gpu_batches {
             Some(count) => vec![count],
@@ -194,7 +196,7 @@ impl<'a> Space<'a> {
             .copied()
             .filter(|&s| s <= lines)
             .collect();
-        if lines < usize::MAX {
+        if matches!(self.job, Job::Given(_)) {
             sizes.extend((1..=EVEN_CUTS).map(|cut| lines.div_ceil(cut * count)));
         }
         sizes.sort_unstable();
@@ -271,14 +273,6 @@ impl<'a> Space<'a> {
     pub fn price(&self, candidate: &Candidate) -> Priced<'a> {
         let workload = self.workload(candidate.slots());
         let moments = Moments::new(&workload);
-        self.price_with(candidate, (workload, moments))
-    }
-
-    fn price_with(
-        &self,
-        candidate: &Candidate,
-        (workload, moments): (Cow<'a, Workload>, Moments),
-    ) -> Priced<'a> {
         let policy = self.policy(candidate, self.nearest_home());
         let terms = Terms::new(&TermInput {
             model: self.model,
@@ -300,17 +294,14 @@ impl<'a> Space<'a> {
     /// Lower bounds of all candidates in seconds (per token where the block is free), rising.
     pub fn bounds(&self, keep: &dyn Fn(&Candidate) -> bool) -> Vec<(f64, Candidate)> {
         let equalities = self.equalities();
-        let mut bounds: Vec<(f64, Candidate)> = self
-            .candidates()
-            .into_iter()
-            .filter(keep)
-            .filter_map(|candidate| {
-                let priced = self.price(&candidate);
-                let program =
-                    self.program(&candidate, &priced, (&equalities, priced.overhead_bytes));
-                Some((program.bound_s()? / priced.per(self.job), candidate))
-            })
-            .collect();
+        let candidates: Vec<Candidate> = self.candidates().into_iter().filter(keep).collect();
+        let one = |candidate: &Candidate| {
+            let priced = self.price(candidate);
+            let program = self.program(candidate, &priced, (&equalities, priced.overhead_bytes));
+            Some((program.bound_s()? / priced.per(self.job), *candidate))
+        };
+        let mut bounds = in_parallel(&candidates, one);
+        // A stable sort: equal bounds stay in the candidates' order whatever the number of threads.
         bounds.sort_by(|a, b| a.0.total_cmp(&b.0));
         bounds
     }
@@ -385,6 +376,24 @@ impl<'a> Space<'a> {
             host: self.host,
         })
     }
+}
+
+/// Maps in order, on as many threads as there are cores: planning must not take longer than a moment.
+fn in_parallel<T: Sync, R: Send>(items: &[T], one: impl Fn(&T) -> Option<R> + Sync) -> Vec<R> {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let part = items.len().div_ceil(cores.min(16)).max(16);
+    let one = &one;
+    std::thread::scope(|scope| {
+        let parts: Vec<_> = items
+            .chunks(part)
+            .map(|chunk| scope.spawn(move || chunk.iter().filter_map(one).collect::<Vec<R>>()))
+            .collect();
+        let joined = parts.into_iter().map(|part| match part.join() {
+            Ok(found) => found,
+            Err(panic) => std::panic::resume_unwind(panic),
+        });
+        joined.flatten().collect()
+    })
 }
 
 /// A tier's bytes beside weight panels, cache and hidden states at home.

@@ -97,9 +97,9 @@ pub fn pack(source: &dyn WeightSource, compress: bool) -> PackedFile {
 }
 
 impl PackedFile {
-    pub fn packed(&self) -> Packed<'_> {
+    pub fn packed(&self) -> Packed {
         Packed {
-            file: &self.file,
+            file: self.file.clone(),
             matrix_offsets: self.matrix_offsets.clone(),
             smalls: self.smalls.clone(),
         }

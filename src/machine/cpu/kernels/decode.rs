@@ -10,7 +10,7 @@ use crate::machine::cpu::pool::SCRATCH_FLOATS;
 use std::ops::Range;
 
 /// Bytes of rows that are asked for ahead of the one in use.
-const AHEAD_BYTES: usize = 4096;
+const AHEAD_BYTES: usize = 16 * 1024;
 /// V rows folded into one pass over the sums.
 const ROWS_TOGETHER: usize = 4;
 /// What widening a row may need beyond the row itself.
@@ -83,15 +83,29 @@ pub(super) fn run<V: Simd, K: KvFormat>(mut part: Part) {
     finish::<V>(&part, &carved);
 }
 
-/// Asks for the rows that come `AHEAD_BYTES` after this token's.
-#[inline(always)]
-fn ask_ahead<V: Simd>(part: &Part, token: usize, end: usize, side: usize) {
-    let (first, bytes) = extent(part.problem.format, &part.elements());
-    let later = token + (AHEAD_BYTES / bytes.max(1)).max(1);
-    if later < end {
+/// What one head needs of the row `AHEAD_BYTES` after a token's, to be asked for head by head, so that
+/// the requests are spread over the work.
+struct Ahead {
+    row: *const u8,
+    head_bytes: usize,
+}
+
+impl Ahead {
+    #[inline(always)]
+    fn new(part: &Part, token: usize, end: usize, side: usize) -> Ahead {
+        let (first, bytes) = extent(part.problem.format, &part.elements());
+        let later = (token + (AHEAD_BYTES / bytes.max(1)).max(1)).min(end - 1);
         let row = part.row(later, side).wrapping_add(first);
-        for line in (0..bytes + 63).step_by(64) {
-            V::prefetch(row.wrapping_add(line));
+        Ahead {
+            row,
+            head_bytes: bytes.div_ceil(part.heads.len()),
+        }
+    }
+
+    #[inline(always)]
+    fn ask<V: Simd>(&self, head: usize) {
+        for line in (0..self.head_bytes).step_by(64) {
+            V::prefetch(self.row.wrapping_add(head * self.head_bytes + line));
         }
     }
 }
@@ -101,7 +115,7 @@ fn ask_ahead<V: Simd>(part: &Part, token: usize, end: usize, side: usize) {
 fn score<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Range<usize>) {
     let size = part.problem.head_size;
     for (i, token) in keys.clone().enumerate() {
-        ask_ahead::<V>(part, token, keys.end, 0);
+        let ahead = Ahead::new(part, token, keys.end, 0);
         // SAFETY: `check` found the record inside the cache; `heads_that_fit` left the buffer its room.
         let row = unsafe {
             K::open::<V>(
@@ -111,6 +125,7 @@ fn score<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Range<usi
             )
         };
         for head in 0..part.heads.len() {
+            ahead.ask::<V>(head);
             let mut sum = V::splat(0.0);
             for d in (0..size).step_by(LANES) {
                 // SAFETY: queries are padded with zeros to whole vectors, the row is read up to its end.
@@ -166,7 +181,6 @@ fn add_values<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Rang
         let mut rows = [std::ptr::null(); ROWS_TOGETHER];
         for (j, row) in rows[..together].iter_mut().enumerate() {
             let token = keys.start + at + j;
-            ask_ahead::<V>(part, token, keys.end, 1);
             let room = part.elements().len() + BUFFER_SLACK;
             // SAFETY: as in `score`, with room for each of the rows.
             *row = unsafe {
@@ -174,11 +188,14 @@ fn add_values<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Rang
                 K::open::<V>(part.row(token, 1), part.elements(), buffer)
             };
         }
-        match together {
-            ROWS_TOGETHER => add_rows::<V, K, ROWS_TOGETHER>(part, carved, rows, at),
-            _ => rows[..together].iter().enumerate().for_each(|(j, &row)| {
-                add_rows::<V, K, 1>(part, carved, [row], at + j);
-            }),
+        if together == ROWS_TOGETHER {
+            let ahead = std::array::from_fn(|j| Ahead::new(part, keys.start + at + j, keys.end, 1));
+            add_rows::<V, K, ROWS_TOGETHER>(part, carved, (rows, ahead), at);
+        } else {
+            for (j, &row) in rows[..together].iter().enumerate() {
+                let ahead = [Ahead::new(part, keys.start + at + j, keys.end, 1)];
+                add_rows::<V, K, 1>(part, carved, ([row], ahead), at + j);
+            }
         }
         at += together;
     }
@@ -188,11 +205,14 @@ fn add_values<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Rang
 fn add_rows<V: Simd, K: KvFormat, const N: usize>(
     part: &Part,
     carved: &mut Carved,
-    rows: [*const u8; N],
+    (rows, ahead): ([*const u8; N], [Ahead; N]),
     key: usize,
 ) {
     let size = part.problem.head_size;
     for head in 0..part.heads.len() {
+        for ahead in &ahead {
+            ahead.ask::<V>(head);
+        }
         let scores = &carved.scores[head * CHUNK_KEYS + key..][..N];
         let mut weights = [V::splat(0.0); N];
         for (weight, &score) in weights.iter_mut().zip(scores) {

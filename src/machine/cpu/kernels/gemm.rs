@@ -183,10 +183,10 @@ impl Part<'_> {
     fn run_format<V: Simd, P: Panel>(mut self) {
         let fused_rows = if V::WIDE { TILE_ROWS } else { 1 };
         if self.rows.len() <= fused_rows {
-            return self
-                .panels
-                .clone()
-                .for_each(|panel| self.fused::<V, P>(panel));
+            for panel in self.panels.clone() {
+                self.fused::<V, P>(panel);
+            }
+            return;
         }
         let inputs = self.problem.inputs;
         for from in (0..inputs).step_by(BLOCK_INPUTS) {
@@ -216,7 +216,7 @@ impl Part<'_> {
         unsafe { multiply::<V, P>(tile, self.rows.len(), weights, self.finish(panel)) };
     }
 
-    /// One block of inputs: x copied together, each panel's block widened once, then all tiles.
+    /// One block of inputs for all panels and tiles of the part.
     #[inline(always)]
     fn block<V: Simd, P: Panel>(&mut self, inputs: Range<usize>) {
         let copied = self.rows.len() > COPY_ROWS;
@@ -225,27 +225,45 @@ impl Part<'_> {
         }
         for panel in self.panels.clone() {
             let at = self.panel_at(panel, 0);
+            if P::WIDE || (P::SEGMENT > BLOCK_INPUTS && !copied) {
+                let weights = Weights {
+                    panel: at,
+                    first_input: inputs.start,
+                };
+                self.tiles::<V, P>(panel, &inputs, weights, P::LINES);
+                continue;
+            }
+            // Many tiles use these weights: widen them once.
             // SAFETY: the panel has these inputs; scratch begins with 64 × BLOCK_INPUTS.
             unsafe {
                 panel::widen::<V, P>(at, inputs.start, inputs.len(), self.scratch.as_mut_ptr());
             }
-            self.tiles::<V>(panel, &inputs, copied, P::LINES);
+            let weights = Weights {
+                panel: self.scratch.as_ptr().cast(),
+                first_input: 0,
+            };
+            self.tiles::<V, F32>(panel, &inputs, weights, P::LINES);
         }
     }
 
+    /// All tiles of one block, which between them ask for the next block's `lines` per two inputs.
     #[inline(always)]
-    fn tiles<V: Simd>(&self, panel: usize, inputs: &Range<usize>, copied: bool, lines: usize) {
+    fn tiles<V: Simd, P: Panel>(
+        &self,
+        panel: usize,
+        inputs: &Range<usize>,
+        weights: Weights,
+        lines: usize,
+    ) {
+        let copied = self.rows.len() > COPY_ROWS;
         let last = inputs.end == self.problem.inputs;
         let finish = if last {
             self.finish(panel)
         } else {
             Finish::NOTHING
         };
-        let weights = Weights {
-            panel: self.scratch.as_ptr().cast(),
-            first_input: 0,
-        };
         let count = self.rows.len().div_ceil(TILE_ROWS);
+        let share = lines.div_ceil(count);
         for t in 0..count {
             let from = self.rows.len() * t / count;
             let rows = self.rows.len() * (t + 1) / count - from;
@@ -254,16 +272,18 @@ impl Part<'_> {
                 tile.x = self.scratch[PANEL_ROWS * BLOCK_INPUTS + from * BLOCK_INPUTS..].as_ptr();
                 tile.x_stride = BLOCK_INPUTS;
             }
-            if t == 0 {
-                tile.ahead = self.next_block(panel, inputs);
-                tile.ahead_lines = lines;
-            }
-            // SAFETY: as in `fused`; the scratch holds this block as an f32 panel.
-            unsafe { multiply::<V, F32>(tile, rows, weights, finish) };
+            let asked = t * share;
+            tile.ahead_lines = share.min(lines.saturating_sub(asked));
+            tile.ahead = self
+                .next_block(panel, inputs)
+                .wrapping_add(asked * inputs.len() / 2 * 64);
+            // SAFETY: `check` compared every slice with the shape; the tile is inside it, and the
+            // weights are the panel's or this block of it in scratch.
+            unsafe { multiply::<V, P>(tile, rows, weights, finish) };
         }
     }
 
-    /// The weights that this part widens next.
+    /// The weights that this part needs next.
     #[inline(always)]
     fn next_block(&self, panel: usize, inputs: &Range<usize>) -> *const u8 {
         if panel + 1 < self.panels.end {

@@ -86,6 +86,8 @@ pub(super) trait Panel {
     const SEGMENT: usize;
     /// Cache lines of two inputs.
     const LINES: usize;
+    /// Already f32: nothing to gain from widening.
+    const WIDE: bool;
     type At<V: Simd, const NV: usize>: Source<V, NV>;
     /// The weights of rows `row..row + 16 NV` from input `k` on; `k` is a multiple of SEGMENT.
     /// # Safety
@@ -119,6 +121,7 @@ impl<V: Simd, E: Element, const NV: usize> Source<V, NV> for Plain<E> {
 impl<E: Element> Panel for E {
     const SEGMENT: usize = usize::MAX;
     const LINES: usize = 2 * E::BYTES;
+    const WIDE: bool = E::BYTES == 4;
     type At<V: Simd, const NV: usize> = Plain<E>;
     #[inline(always)]
     unsafe fn at<V: Simd, const NV: usize>(panel: *const u8, k: usize, row: usize) -> Plain<E> {
@@ -156,6 +159,7 @@ impl<V: Simd, const NV: usize> Source<V, NV> for Group<V, NV> {
 impl Panel for Q4 {
     const SEGMENT: usize = Q4_GROUP;
     const LINES: usize = 1;
+    const WIDE: bool = false;
     type At<V: Simd, const NV: usize> = Group<V, NV>;
     #[inline(always)]
     unsafe fn at<V: Simd, const NV: usize>(panel: *const u8, k: usize, row: usize) -> Group<V, NV> {

@@ -158,14 +158,14 @@ fn widen<V: Simd, K: KvFormat>(
     }
 }
 
-/// Cuts `rows` into tiles and calls `work(first, rows of the tile)`.
+/// `rows` cut into tiles: (first row, rows of the tile).
 #[inline(always)]
-fn each_tile(rows: usize, mut work: impl FnMut(usize, usize)) {
-    let tiles = rows.div_ceil(TILE_ROWS);
-    for tile in 0..tiles {
-        let first = rows * tile / tiles;
-        work(first, rows * (tile + 1) / tiles - first);
-    }
+fn tiles(rows: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = rows.div_ceil(TILE_ROWS);
+    (0..count).map(move |tile| {
+        let first = rows * tile / count;
+        (first, rows * (tile + 1) / count - first)
+    })
 }
 
 /// scores[key][query] = key · query.
@@ -175,7 +175,7 @@ fn score<V: Simd>(part: &Part, carved: &mut Carved, chunk: Chunk) {
         panel: carved.queries.as_ptr().cast(),
         first_input: 0,
     };
-    each_tile(chunk.keys, |first, rows| {
+    for (first, rows) in tiles(chunk.keys) {
         let tile = Tile {
             x: carved.rows[first * carved.width..].as_ptr(),
             x_stride: carved.width,
@@ -190,7 +190,7 @@ fn score<V: Simd>(part: &Part, carved: &mut Carved, chunk: Chunk) {
         };
         // SAFETY: the scratch was carved for a whole chunk and a whole tile.
         unsafe { multiply_narrow::<V, F32>(tile, rows, weights) };
-    });
+    }
 }
 
 /// Queries of the tile (the first so many) that do not see this key of the chunk.
@@ -291,7 +291,7 @@ fn add_values<V: Simd>(part: &Part, carved: &mut Carved, chunk: Chunk) {
             panel,
             first_input: 0,
         };
-        each_tile(part.queries.len(), |first, rows| {
+        for (first, rows) in tiles(part.queries.len()) {
             let tile = Tile {
                 x: carved.scores[first..].as_ptr(),
                 x_stride: 1,
@@ -306,7 +306,7 @@ fn add_values<V: Simd>(part: &Part, carved: &mut Carved, chunk: Chunk) {
             };
             // SAFETY: the scratch was carved for a whole chunk and a whole tile.
             unsafe { multiply_narrow::<V, F32>(tile, rows, weights) };
-        });
+        }
     }
 }
 

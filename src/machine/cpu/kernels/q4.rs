@@ -102,9 +102,9 @@ pub(super) unsafe fn read_group<V: Simd>(group: *const u8, to: *mut f32) {
     // SAFETY: the caller's.
     unsafe {
         let words = V::load_half_words(group);
-        let ends = group.add(CODE_BYTES).cast::<[u8; 2]>();
-        let scale = V::splat(f16::from_le_bytes(*ends).to_f32());
-        let minimum = V::splat(f16::from_le_bytes(*ends.add(1)).to_f32());
+        let ends = group.add(CODE_BYTES).cast::<u16>();
+        let scale = V::splat_f16(u16::from_le(ends.read_unaligned()));
+        let minimum = V::splat_f16(u16::from_le(ends.add(1).read_unaligned()));
         for j in 0..VECTORS {
             let codes = V::nibbles(words, 4 * j as u32);
             V::store(to.add(j * LANES), V::fma(codes, scale, minimum));

@@ -71,7 +71,8 @@ impl Isa {
 }
 
 /// Work that is compiled once per instruction set. `run` and all it calls are `inline(always)`:
-/// what is not inlined into the functions below would be compiled without their features.
+/// what is not inlined into the functions below would be compiled without their features. So no
+/// vector words in closures, which cannot be marked, except tiny ones that inline by themselves.
 pub(super) trait Body {
     type Out;
     fn run<V: Simd>(self) -> Self::Out;
@@ -100,6 +101,8 @@ pub(super) trait Simd: Copy + 'static {
     const WIDE: bool;
 
     fn splat(value: f32) -> Self::F;
+    /// The fp16 number with these bits in every lane.
+    fn splat_f16(bits: u16) -> Self::F;
     /// a * b + c, rounded once.
     fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     fn add(a: Self::F, b: Self::F) -> Self::F;
@@ -161,6 +164,9 @@ impl Simd for Scalar {
 
     fn splat(value: f32) -> Lanes {
         [value; LANES]
+    }
+    fn splat_f16(bits: u16) -> Lanes {
+        [f16::from_bits(bits).to_f32(); LANES]
     }
     fn fma(a: Lanes, b: Lanes, c: Lanes) -> Lanes {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))

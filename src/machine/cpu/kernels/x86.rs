@@ -57,6 +57,7 @@ impl Simd for Avx512 {
 
     words! {
         fn splat(value: f32) -> __m512 = _mm512_set1_ps(value);
+        fn splat_f16(bits: u16) -> __m512 = _mm512_cvtph_ps(_mm256_set1_epi16(bits as i16));
         fn fma(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fmadd_ps(a, b, c);
         fn add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
         fn sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
@@ -125,6 +126,10 @@ impl Simd for Avx2 {
 
     words! {
         fn splat(value: f32) -> Pair = (_mm256_set1_ps(value), _mm256_set1_ps(value));
+        fn splat_f16(bits: u16) -> Pair = {
+            let one = _mm256_cvtph_ps(_mm_set1_epi16(bits as i16));
+            (one, one)
+        };
         fn fma(a: Pair, b: Pair, c: Pair) -> Pair =
             (_mm256_fmadd_ps(a.0, b.0, c.0), _mm256_fmadd_ps(a.1, b.1, c.1));
         fn add(a: Pair, b: Pair) -> Pair = (_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1));

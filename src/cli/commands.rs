@@ -1,0 +1,255 @@
+//! The commands, each a short way from flags to a document or a table on stdout.
+
+use super::args::{Cli, Command, CompareArgs, ExecArgs, PlanArgs, ProbeArgs, RunArgs, StoreAction, StoreArgs, SynthArgs};
+use super::execute::{Execution, execute};
+use super::failure::Failure;
+use super::progress::{Talk, Unit};
+use super::prompt_lines::Line;
+use super::prompts::Source;
+use super::session::{Model, make_offload_dir, measure, named_profile, own_profile};
+use super::show_compare;
+use super::show_plan;
+use super::solve::{Solved, solve, work_lines};
+use crate::checkpoint::{SynthJob, write_synth};
+use crate::compare::Comparison;
+use crate::machine::disk::write_atomically;
+use crate::machine::os;
+use crate::plan::Plan;
+use crate::probe;
+use crate::report::RunReport;
+use crate::store;
+use crate::units::show_bytes;
+use serde::Serialize;
+use std::io::Write;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+/// Runs one command; its data go to stdout, its talk to stderr.
+pub fn dispatch(cli: Cli, stop: &AtomicBool) -> Result<(), Failure> {
+    let mut talk = Talk::stderr();
+    let ended = match cli.command {
+        Command::Probe(args) => probe(&args, &mut talk, stop),
+        Command::Plan(args) => plan(&args, &mut talk, stop),
+        Command::Exec(args) => exec(&args, &mut talk, stop),
+        Command::Compare(args) => compare(&args),
+        Command::Run(args) => run(&args, &mut talk, stop),
+        Command::Synth(args) => synth(&args, &mut talk, stop),
+        Command::Store(args) => stores(&args),
+    };
+    talk.end();
+    ended
+}
+
+/// Writes to stdout; a reader that went away is no failure.
+fn say(text: &str) -> Result<(), Failure> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::failed(format!("standard output cannot be written ({e})")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn say_json(document: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(document).map_err(|e| Failure::failed(e.to_string()))?;
+    say(&(text + "\n"))
+}
+
+fn probe(args: &ProbeArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
+    let offload_dir = args.place.offload_dir();
+    let threads = args.threads.unwrap_or_else(os::default_threads);
+    let how = (threads, args.cpu_mem_bytes);
+    let profile = match args.force {
+        true => measure(&offload_dir, how, talk, stop)?,
+        false => own_profile(&offload_dir, how, talk, stop)?.0,
+    };
+    if let Some(path) = &args.out {
+        write_atomically(path, profile.to_toml().as_bytes()).map_err(Failure::failed)?;
+    }
+    if args.json {
+        return say_json(&profile);
+    }
+    let saved = probe::profiles_dir(&offload_dir).join(format!("{}.toml", profile.machine.name));
+    let mut lines = probe::summary(&profile);
+    lines.push(format!("profile {} of {}: {}", profile.machine.name, profile.machine.date, saved.display()));
+    say(&(lines.join("\n") + "\n"))
+}
+
+fn plan(args: &PlanArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
+    let solved = solve(&args.solve, true, talk, stop)?;
+    talk.end();
+    if let Some(path) = args.out.as_ref().filter(|_| solved.plan.feasible) {
+        write_atomically(path, solved.plan.to_toml().as_bytes()).map_err(Failure::failed)?;
+    }
+    match args.solve.json {
+        true => say_json(&solved.plan)?,
+        false => say(&show_plan::show(&solved.plan, args.explain))?,
+    }
+    feasible(&solved.plan)
+}
+
+/// An infeasible plan is a failure after it has been shown.
+fn feasible(plan: &Plan) -> Result<(), Failure> {
+    match plan.feasible {
+        true => Ok(()),
+        false => Err(show_plan::shortfall(plan)),
+    }
+}
+
+fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
+    let plan = read_plan(&args.plan)?;
+    feasible(&plan)?;
+    let offload_dir = args.place.offload_dir();
+    make_offload_dir(&offload_dir)?;
+    let model = Model::find(&plan.model.name, args.work.seed, false)?;
+    let lines = planned_lines(args, &plan, &model)?;
+    let threads = plan.policy.as_ref().map_or_else(os::default_threads, |p| p.threads);
+    let profile = match named_profile(&plan.profile.name, &offload_dir) {
+        Ok(profile) => profile,
+        Err(_) => own_profile(&offload_dir, (threads, Some(plan.budget.cpu_bytes)), talk, stop)?.0,
+    };
+    let done = execute(
+        Execution {
+            plan: &plan,
+            model: &model,
+            profile: &profile,
+            lines,
+            results: &args.results,
+            offload_dir: &offload_dir,
+            ignore_eos: args.work.ignore_eos,
+            probe_s: 0.0,
+        },
+        talk,
+        stop,
+    )?;
+    if args.json {
+        say_json(&done.report)?;
+    } else {
+        let name = args.results.report.as_ref().map_or("this run".to_owned(), |p| p.display().to_string());
+        talk.note(&show_compare::show(&Comparison::new(vec![(name, done.report)])));
+    }
+    done.failure.map_or(Ok(()), Err)
+}
+
+fn read_plan(path: &Path) -> Result<Plan, Failure> {
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        Failure::failed(format!("{}: cannot be read ({e})", path.display()))
+            .with_hint("make one with `loadmaster plan … -o plan.toml`")
+    })?;
+    let json = text.trim_start().starts_with('{');
+    let plan = if json { Plan::from_json(&text) } else { Plan::from_toml(&text) };
+    plan.map_err(|e| Failure::failed(format!("{}: {e}", path.display())))
+}
+
+/// What the flags say, else random prompts of the planned lengths.
+fn planned_lines(args: &ExecArgs, plan: &Plan, model: &Model) -> Result<Vec<Line>, Failure> {
+    let w = &plan.workload;
+    let random = Source::Random {
+        prompts: args.work.num_prompts.unwrap_or(w.prompts as usize),
+        prompt_tokens: args.work.prompt_len.unwrap_or(w.prompt_tokens_max as u32),
+    };
+    work_lines(&args.work, model, (random, w.gen_tokens_max as u32))
+}
+
+fn compare(args: &CompareArgs) -> Result<(), Failure> {
+    let read = |path: &std::path::PathBuf| {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| Failure::failed(format!("{}: cannot be read ({e})", path.display())))?;
+        let report = RunReport::from_json(&text).map_err(|e| Failure::failed(format!("{}: {e}", path.display())))?;
+        Ok((path.display().to_string(), report))
+    };
+    let reports: Result<Vec<_>, Failure> = args.reports.iter().map(read).collect();
+    let comparison = Comparison::new(reports?);
+    match args.json {
+        true => say_json(&comparison),
+        false => say(&show_compare::show(&comparison)),
+    }
+}
+
+#[derive(Serialize)]
+struct RunDocument<'a> {
+    schema: &'static str,
+    plan: &'a Plan,
+    report: &'a RunReport,
+    compare: &'a Comparison,
+}
+
+fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
+    let solved = solve(&args.solve, false, talk, stop)?;
+    talk.note(&show_plan::show(&solved.plan, false));
+    feasible(&solved.plan)?;
+    let lines = match &solved.lines {
+        Some(lines) => lines.clone(),
+        None => block_lines(args, &solved)?,
+    };
+    let done = execute(
+        Execution {
+            plan: &solved.plan,
+            model: &solved.model,
+            profile: &solved.target.profile,
+            lines,
+            results: &args.results,
+            offload_dir: &args.solve.limits.place.offload_dir(),
+            ignore_eos: args.solve.work.ignore_eos,
+            probe_s: solved.target.probe_s,
+        },
+        talk,
+        stop,
+    )?;
+    let name = args.results.report.as_ref().map_or("this run".to_owned(), |p| p.display().to_string());
+    let comparison = Comparison::new(vec![(name, done.report.clone())]);
+    if args.solve.json {
+        let schema = "loadmaster.run/1";
+        say_json(&RunDocument { schema, plan: &solved.plan, report: &done.report, compare: &comparison })?;
+    } else {
+        talk.note(&show_compare::show(&comparison));
+    }
+    done.failure.map_or(Ok(()), Err)
+}
+
+/// Random prompts that fill the block that was planned.
+fn block_lines(args: &RunArgs, solved: &Solved) -> Result<Vec<Line>, Failure> {
+    let w = &solved.plan.workload;
+    let random = Source::Random { prompts: w.prompts as usize, prompt_tokens: w.prompt_tokens_max as u32 };
+    work_lines(&args.solve.work, &solved.model, (random, w.gen_tokens_max as u32))
+}
+
+fn synth(args: &SynthArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
+    talk.stage(&format!("writing random weights of {} to {}", args.model.name, args.out.display()));
+    let mut progress = |done: u64, total: u64| talk.step(done, total, Unit::Bytes, 0.0);
+    write_synth(SynthJob {
+        spec: &args.model,
+        seed: args.seed,
+        dir: &args.out,
+        dtype: args.dtype,
+        shard_bytes: args.shard_bytes,
+        progress: &mut progress,
+        stop,
+    })
+    .map_err(Failure::failed)?;
+    talk.end();
+    say(&format!("{}: a checkpoint of {} with random weights\n", args.out.display(), args.model.name))
+}
+
+fn stores(args: &StoreArgs) -> Result<(), Failure> {
+    let offload_dir = args.place.offload_dir();
+    match &args.action {
+        StoreAction::List => {
+            let list = store::list(&offload_dir).map_err(Failure::failed)?;
+            let line = |s: &store::StoreInfo| format!("{}  {}\n", s.name, show_bytes(s.bytes));
+            let total: u64 = list.iter().map(|s| s.bytes).sum();
+            let lines: String = list.iter().map(line).collect();
+            say(&format!("{lines}{} stores, {} in {}\n", list.len(), show_bytes(total), store::store_dir(&offload_dir).display()))
+        }
+        StoreAction::Rm { name } => {
+            let removed = store::remove(&offload_dir, name).map_err(Failure::failed)?;
+            say(&format!("removed {} ({})\n", removed.name, show_bytes(removed.bytes)))
+        }
+        StoreAction::Prune => {
+            let removed = store::prune(&offload_dir).map_err(Failure::failed)?;
+            let line = |r: &store::Removed| format!("removed {} ({})\n", r.name, show_bytes(r.bytes));
+            say(&format!("{}{} removed\n", removed.iter().map(line).collect::<String>(), removed.len()))
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! `exec`, and the second half of `run`: a plan, a model and lines become results and a report.
+
+use super::args::ResultArgs;
+use super::failure::Failure;
+use super::measured::{Measured, measured_figures, repriced_figures};
+use super::progress::{Talk, Unit};
+use super::prompt_lines::{Line, LineError};
+use super::prompts;
+use super::results::{ResultSink, Results};
+use super::session::Model;
+use crate::cost::rates::Rates;
+use crate::engine::open::{Packed, RunJob, footprint, open};
+use crate::engine::{Engine, EngineError, Outcome, Request, RunOptions};
+use crate::machine::arena::AlignedBuffer;
+use crate::machine::cpu::pool::Pool;
+use crate::machine::disk::write_atomically;
+use crate::machine::price::Pricer;
+use crate::machine::{Machine, disk, os};
+use crate::plan::Plan;
+use crate::policy::{DeviceKind, Policy};
+use crate::probe;
+use crate::profile::HardwareProfile;
+use crate::report::{HostFacts, REPORT_SCHEMA, RunOutcome, RunReport, SetupFigures};
+use crate::store::{self, PackJob, Store};
+use crate::tier::Tier;
+use crate::units::{MIB, PAGE_BYTES, round_up, show_bytes};
+use crate::workload::Lengths;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+/// Packing keeps its buffers within this.
+const PACK_MEMORY_BYTES: u64 = 192 * MIB;
+
+/// What is to be carried out.
+pub struct Execution<'a> {
+    pub plan: &'a Plan,
+    pub model: &'a Model,
+    pub profile: &'a HardwareProfile,
+    pub lines: Vec<Line>,
+    pub results: &'a ResultArgs,
+    pub offload_dir: &'a Path,
+    pub ignore_eos: bool,
+    pub probe_s: f64,
+}
+
+/// A report, and why the run did not end well where it did not.
+pub struct Executed {
+    pub report: RunReport,
+    pub failure: Option<Failure>,
+}
+
+/// Packs where needed, runs, measures.
+pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Executed, Failure> {
+    let started_at = probe::timestamp();
+    let policy = job.plan.to_policy().map_err(Failure::failed)?;
+    let device = runnable_device(job.plan)?;
+    check_model(job.plan, job.model)?;
+    let rates = Rates::new(job.profile, device, policy.threads).map_err(Failure::failed)?;
+    let tokenizer = job.model.tokenizer.as_ref();
+    let mut results =
+        Results::open(job.results.output_file(), job.results.overwrite, tokenizer).map_err(Failure::failed)?;
+    let mut setup = SetupFigures { probe_s: job.probe_s, ..SetupFigures::default() };
+    let store = packed_store(&job, &policy, (&mut setup, talk), stop)?;
+    let packed = packed(&store)?;
+    let run = RunJob {
+        model: &job.model.spec,
+        policy: &policy,
+        device,
+        lengths: planned_lengths(job.plan),
+        host: job.model.host_bytes(job.plan.workload.prompt_tokens),
+        packed: &packed,
+        spill: &spill_dir(job.offload_dir)?,
+        pricer: Pricer::new(rates.clone()),
+    };
+    check_room(&run, job.offload_dir)?;
+    let (requests, bad) = prompts::split(job.lines.clone());
+    bad.iter().try_for_each(|(line, error)| results.failed(*line, error)).map_err(Failure::failed)?;
+    let shapes = requests.iter().map(|r| (r.line, r.prompt.len(), r.max_tokens)).collect();
+    let mut measured = Measured { lines: shapes, ..Measured::new(job.plan.budget) };
+    let options = RunOptions { ignore_eos: job.ignore_eos };
+    let ran = generate(&run, (requests, options), (&mut measured, &mut setup), (&mut results, talk), stop);
+    talk.end();
+    let counts = results.counts();
+    let failure = how_it_ended(&ran, (counts.failed, bad.first()), results.is_closed());
+    let report = RunReport {
+        schema: REPORT_SCHEMA.to_owned(),
+        plan: job.plan.clone(),
+        outcome: match (&ran, &failure) {
+            (Ok(outcome), _) if outcome.interrupted => RunOutcome::Interrupted,
+            (_, Some(_)) => RunOutcome::Failed,
+            _ => RunOutcome::Done,
+        },
+        started_at,
+        finished_at: probe::timestamp(),
+        lines: counts,
+        host: host_facts(),
+        setup,
+        repriced: repriced_figures(&run, &rates, &measured),
+        measured: measured_figures(&run, &measured),
+    };
+    if let Some(path) = &job.results.report {
+        write_atomically(path, report.to_json().as_bytes()).map_err(Failure::failed)?;
+    }
+    Ok(Executed { report, failure })
+}
+
+fn runnable_device(plan: &Plan) -> Result<DeviceKind, Failure> {
+    match plan.device_kind().map_err(Failure::failed)? {
+        DeviceKind::Cuda => Err(Failure::usage("this plan is for a GPU, and this version computes on the CPU only")
+            .with_hint("plan again with --device cpu")),
+        device => Ok(device),
+    }
+}
+
+/// A plan holds for the weights that it was made for.
+fn check_model(plan: &Plan, model: &Model) -> Result<(), Failure> {
+    match (&plan.model.fingerprint, model.fingerprint()) {
+        (Some(planned), Some(here)) if *planned != here => {
+            Err(Failure::failed(format!("the plan was made for other weights than {} has now", model.name))
+                .with_hint("plan again with this model"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn planned_lengths(plan: &Plan) -> Lengths {
+    let w = &plan.workload;
+    Lengths {
+        prompts: w.prompts,
+        prompt_tokens: w.prompt_tokens,
+        prompt_tokens_max: w.prompt_tokens_max,
+        kv_tokens: w.kv_tokens,
+        kv_tokens_max: w.kv_tokens_max,
+    }
+}
+
+fn spill_dir(offload_dir: &Path) -> Result<PathBuf, Failure> {
+    let dir = offload_dir.join("spill");
+    let failed = |e| Failure::failed(format!("{}: cannot be made ({e})", dir.display()));
+    std::fs::create_dir_all(&dir).map_err(failed)?;
+    Ok(dir)
+}
+
+/// What is missing is missing now: memory and disk against what is free at this moment.
+fn check_room(run: &RunJob, offload_dir: &Path) -> Result<(), Failure> {
+    let needed = footprint(run);
+    let memory = needed.total(Tier::Cpu) + needed.arena_bytes(Tier::Gpu);
+    let free = os::memory_now().map_err(Failure::failed)?.free_bytes;
+    if memory > free {
+        return Err(Failure::failed(format!(
+            "the plan needs {} of memory and {} are free: {} are missing",
+            show_bytes(memory), show_bytes(free), show_bytes(memory - free)
+        ))
+        .with_hint(format!("end other programs, or plan again with --cpu-mem {}MiB", free / MIB * 9 / 10)));
+    }
+    let spill = needed.spill_cache_bytes + needed.spill_hidden_bytes;
+    let room = disk::free_bytes(offload_dir).map_err(Failure::failed)?;
+    if spill > room {
+        return Err(Failure::failed(format!(
+            "the plan keeps {} of cache and hidden state on disk and {} are free: {} are missing",
+            show_bytes(spill), show_bytes(room), show_bytes(spill - room)
+        ))
+        .with_hint("make room, or name another disk with --offload-dir"));
+    }
+    Ok(())
+}
+
+/// The store of the plan's weights: reused, or packed now.
+fn packed_store(
+    job: &Execution,
+    policy: &Policy,
+    (setup, talk): (&mut SetupFigures, &mut Talk),
+    stop: &AtomicBool,
+) -> Result<Store, Failure> {
+    let Some(source) = &job.model.source else {
+        return Err(Failure::failed(format!("{} is only a size's name", job.model.name))
+            .with_hint(format!("give a model's directory, or synth:{} for random weights", job.model.name)));
+    };
+    let compress = policy.compress_weight;
+    if let Some(store) = store::find(job.offload_dir, source.spec(), &source.fingerprint(), compress) {
+        return Ok(store);
+    }
+    let bytes = source.spec().weights_bytes(compress);
+    let room = disk::free_bytes(job.offload_dir).map_err(Failure::failed)?;
+    let limit = job.plan.budget.disk_bytes.min(room);
+    if bytes > limit {
+        return Err(Failure::failed(format!(
+            "the packed weights take {} on disk and {} may be used: {} are missing",
+            show_bytes(bytes), show_bytes(limit), show_bytes(bytes - limit)
+        ))
+        .with_hint("make room (loadmaster store list), raise --disk-space, or name another disk with --offload-dir"));
+    }
+    talk.stage(&format!("packing the weights once ({})", show_bytes(bytes)));
+    let start = Instant::now();
+    let pool = Pool::new(policy.threads);
+    let mut progress = |done: u64, total: u64| {
+        talk.step(done, total, Unit::Bytes, done as f64 / start.elapsed().as_secs_f64().max(1e-9));
+    };
+    let store = store::pack(PackJob {
+        source: source.as_ref(),
+        offload_dir: job.offload_dir,
+        compress,
+        pool: &pool,
+        memory_bytes: PACK_MEMORY_BYTES.min(job.plan.budget.cpu_bytes / 2),
+        progress: &mut progress,
+        stop,
+    });
+    let store = store.map_err(Failure::failed)?;
+    setup.pack_s = start.elapsed().as_secs_f64();
+    setup.written_bytes = store.file_bytes();
+    talk.end();
+    Ok(store)
+}
+
+/// The store as the engine reads it.
+fn packed(store: &Store) -> Result<Packed, Failure> {
+    let whole = round_up(store.smalls_bytes(), PAGE_BYTES);
+    let mut buffer = AlignedBuffer::new(whole).map_err(Failure::failed)?;
+    store.read_smalls(&mut buffer[..]).map_err(Failure::failed)?;
+    let spec = store.spec();
+    let small = |index: usize| buffer[store.small_range(index)].to_vec();
+    Ok(Packed {
+        file: store.file_path(),
+        matrix_offsets: (0..spec.matrices().len()).map(|i| store.matrix_offset(i)).collect(),
+        smalls: (0..spec.smalls().len()).map(small).collect(),
+    })
+}
+
+/// Loads and generates; what was measured is kept even when the run breaks off.
+fn generate(
+    run: &RunJob,
+    (requests, options): (Vec<Request>, RunOptions),
+    (measured, setup): (&mut Measured, &mut SetupFigures),
+    (results, talk): (&mut Results, &mut Talk),
+    stop: &AtomicBool,
+) -> Result<Outcome, EngineError> {
+    os::reset_peak();
+    measured.others(run);
+    talk.stage("loading the weights");
+    let start = Instant::now();
+    let (mut machine, facts) = open(run)?;
+    setup.load_s = start.elapsed().as_secs_f64();
+    setup.written_bytes += facts.footprint.spill_cache_bytes * u64::from(facts.block.kv_tokens.disk > 0);
+    talk.stage("generating");
+    let most_tokens = requests.iter().map(|r| r.max_tokens as u64).sum();
+    let mut sink = ResultSink::new(results, talk, most_tokens);
+    let outcome = Engine::new(&mut machine, facts, options).run(requests, measured.watch(&mut sink), stop);
+    let all = machine.submitted();
+    let settled = machine.wait(&all);
+    measured.lanes = machine.lane_figures();
+    measured.peak_bytes = os::process_memory().map_or(0, |m| m.peak_bytes);
+    let outcome = outcome?;
+    settled?;
+    measured.outcome = outcome;
+    Ok(outcome)
+}
+
+fn how_it_ended(
+    ran: &Result<Outcome, EngineError>,
+    (failed_lines, first_bad): (u64, Option<&(usize, LineError)>),
+    closed: bool,
+) -> Option<Failure> {
+    match ran {
+        _ if closed => None,
+        Err(error) => Some(Failure::failed(error)),
+        Ok(outcome) if outcome.interrupted => {
+            let done = outcome.lines_done;
+            Some(Failure::failed(format!("interrupted after {done} finished lines, which are all written")))
+        }
+        Ok(_) if failed_lines > 0 => {
+            let first = first_bad.map_or(String::new(), |(_, e)| format!("; the first: {}", e.message));
+            Some(Failure::failed(format!("{failed_lines} input lines failed, the others are done{first}")))
+        }
+        Ok(_) => None,
+    }
+}
+
+fn host_facts() -> HostFacts {
+    HostFacts {
+        cpu: os::cpu_info().describe(),
+        gpu: None,
+        kernel: os::kernel_version(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
+}

@@ -1,0 +1,151 @@
+//! Figures of a finished run: what the machine's log, the operating system and the engine's outcome say,
+//! and the estimate at the lengths that really came.
+
+use crate::cost::estimate::{EstimateInput, estimate};
+use crate::cost::figures::{Binding, Figures, LaneFigures, TierFigures};
+use crate::cost::footprint::Footprint;
+use crate::cost::rates::Rates;
+use crate::engine::open::{RunJob, footprint};
+use crate::engine::replay::replay;
+use crate::engine::{EngineError, Finished, Outcome, Progress, Sink};
+use crate::machine::os;
+use crate::plan::PlanBudget;
+use crate::report::busiest;
+use crate::tier::{PerLane, PerTier, Tier};
+use crate::workload::{LineLength, Workload};
+use std::collections::BTreeMap;
+
+/// What is gathered while a run goes on.
+#[derive(Default)]
+pub struct Measured {
+    pub budget: PlanBudget,
+    /// (line, prompt tokens, most generated tokens) of every line that was started.
+    pub lines: Vec<(usize, usize, usize)>,
+    /// Generated tokens of finished lines.
+    generated: BTreeMap<usize, usize>,
+    pub lanes: PerLane<LaneFigures>,
+    pub outcome: Outcome,
+    pub peak_bytes: u64,
+    others_bytes: u64,
+    total_bytes: u64,
+    free_bytes: u64,
+}
+
+impl Measured {
+    pub fn new(budget: PlanBudget) -> Self {
+        Measured { budget, ..Measured::default() }
+    }
+
+    /// Memory in use by others, before the arenas are mapped.
+    pub fn others(&mut self, _run: &RunJob) {
+        if let Ok(now) = os::memory_now() {
+            let own = os::process_memory().map_or(0, |m| m.resident_bytes);
+            self.total_bytes = now.total_bytes;
+            self.free_bytes = now.free_bytes;
+            self.others_bytes = now.total_bytes.saturating_sub(now.free_bytes + own);
+        }
+    }
+
+    /// The run's own sink, with each line's length noted on the way.
+    pub fn watch<'s>(&'s mut self, sink: &'s mut dyn Sink) -> Box<dyn Sink + 's> {
+        Box::new(Watch { generated: &mut self.generated, sink })
+    }
+
+    /// Lengths as they came: lines that ended early count with what they generated.
+    fn workload(&self) -> Workload {
+        let line = |&(line, prompt, most): &(usize, usize, usize)| LineLength {
+            prompt_tokens: prompt as u32,
+            gen_tokens: self.generated.get(&line).copied().unwrap_or(most) as u32,
+        };
+        Workload { lines: self.lines.iter().map(line).collect() }
+    }
+}
+
+struct Watch<'s> {
+    generated: &'s mut BTreeMap<usize, usize>,
+    sink: &'s mut dyn Sink,
+}
+
+impl Sink for Watch<'_> {
+    fn finished(&mut self, line: Finished) -> Result<(), EngineError> {
+        self.generated.insert(line.line, line.token_ids.len());
+        self.sink.finished(line)
+    }
+    fn refused(&mut self, line: usize, why: String) -> Result<(), EngineError> {
+        self.generated.insert(line, 0);
+        self.sink.refused(line, why)
+    }
+    fn progress(&mut self, progress: &Progress) {
+        self.sink.progress(progress);
+    }
+    fn logits(&mut self, line: usize, generated: usize, logits: &[f32]) {
+        self.sink.logits(line, generated, logits);
+    }
+}
+
+/// The estimate at the lengths that came, by the schedule where it can be replayed.
+pub fn repriced_figures(run: &RunJob, rates: &Rates, measured: &Measured) -> Figures {
+    let workload = measured.workload();
+    let budget = PerTier {
+        gpu: measured.budget.gpu_bytes.unwrap_or(0),
+        cpu: measured.budget.cpu_bytes,
+        disk: measured.budget.disk_bytes,
+    };
+    let input = EstimateInput { model: run.model, workload: &workload, rates, policy: run.policy, host: run.host, budget };
+    replay(&input).unwrap_or_else(|_| estimate(&input))
+}
+
+/// What was measured, in the estimate's shape.
+pub fn measured_figures(run: &RunJob, measured: &Measured) -> Figures {
+    let outcome = &measured.outcome;
+    let mut figures = Figures {
+        prompt_tokens: outcome.prompt_tokens,
+        generated_tokens: outcome.generated_tokens,
+        prefill_s: outcome.prefill_s,
+        decode_s: outcome.decode_s,
+        lanes: measured.lanes,
+        binding: Binding {
+            prefill: busiest(&measured.lanes, |l| l.prefill_s),
+            decode: busiest(&measured.lanes, |l| l.decode_s),
+        },
+        ..Figures::default()
+    };
+    figures.finish(outcome.first_tokens);
+    let footprint = footprint(run);
+    for tier in Tier::ALL {
+        figures.tiers[tier] = tier_bytes(&footprint, tier, measured);
+    }
+    figures
+}
+
+/// total = others + free + peak; peak = weights + cache + activations + buffers + process + unaccounted.
+fn tier_bytes(footprint: &Footprint, tier: Tier, measured: &Measured) -> TierFigures {
+    let mut bytes = TierFigures {
+        weights_bytes: footprint.weights_bytes(tier),
+        cache_bytes: footprint.cache_bytes(tier),
+        activations_bytes: footprint.activations_bytes(tier),
+        buffers_bytes: footprint.buffers_bytes(tier),
+        process_bytes: footprint.process[tier],
+        ..TierFigures::default()
+    };
+    match tier {
+        Tier::Cpu => {
+            // On the host machine the Gpu tier is DRAM of this process too.
+            bytes.peak_bytes = measured.peak_bytes.saturating_sub(footprint.arena_bytes(Tier::Gpu));
+            bytes.total_bytes = measured.total_bytes;
+            bytes.others_bytes = measured.others_bytes;
+            bytes.free_bytes = measured.free_bytes.saturating_sub(bytes.peak_bytes);
+        }
+        Tier::Gpu => {
+            bytes.peak_bytes = footprint.arena_bytes(Tier::Gpu);
+            bytes.total_bytes = measured.budget.gpu_bytes.unwrap_or(0);
+            bytes.free_bytes = bytes.total_bytes.saturating_sub(bytes.peak_bytes);
+        }
+        Tier::Disk => bytes.peak_bytes = footprint.total(Tier::Disk),
+    }
+    let known = bytes.weights_bytes + bytes.cache_bytes + bytes.activations_bytes + bytes.buffers_bytes + bytes.process_bytes;
+    if tier != Tier::Disk {
+        bytes.unaccounted_bytes = bytes.peak_bytes as i64 - known as i64;
+    }
+    bytes
+}

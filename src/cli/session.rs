@@ -1,0 +1,232 @@
+//! What several commands settle first: the model and its tokenizer, the machine's profile, the device
+//! and the budgets. Turns flags into facts; decides nothing about placement.
+
+use super::args::{LimitArgs, WorkArgs};
+use super::failure::Failure;
+use super::progress::Talk;
+use super::values::DeviceChoice;
+use crate::checkpoint::{ModelLocation, WeightSource, find_model};
+use crate::cost::footprint::HostBytes;
+use crate::machine::cpu::kernels::Isa;
+use crate::machine::{disk, os};
+use crate::model::ModelSpec;
+use crate::model::families::named_size;
+use crate::plan::PlanBudget;
+use crate::policy::DeviceKind;
+use crate::probe::{self, ProbeOptions, ProbeScale, ProfileKey};
+use crate::profile::{COMPILED_IN, HardwareProfile};
+use crate::tokenizer::Tokenizer;
+use crate::units::{GIB, MIB};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+/// Program text, heap, thread stacks and the load's bounce buffer, measured on runs of all sizes with
+/// some room (docs/measurements.md, "Process bytes").
+pub const PROCESS_BYTES: u64 = 40 * MIB;
+/// A disk of another machine, where nothing else is said.
+const FOREIGN_DISK_BYTES: u64 = 1 << 50;
+
+/// A model, with weights where there are some.
+pub struct Model {
+    /// As the user called it.
+    pub name: String,
+    pub spec: ModelSpec,
+    pub location: Option<ModelLocation>,
+    pub source: Option<Box<dyn WeightSource>>,
+    pub tokenizer: Option<Tokenizer>,
+}
+
+impl Model {
+    /// Weights of `name`, or for planning the sizes alone where it is only a size's name.
+    pub fn find(name: &str, seed: u64, sizes_do: bool) -> Result<Model, Failure> {
+        let location = match find_model(name, None) {
+            Ok(location) => location,
+            Err(error) => match named_size(name).filter(|_| sizes_do) {
+                Some(spec) => return Ok(Model { name: name.into(), spec, location: None, source: None, tokenizer: None }),
+                None => return Err(Failure::failed(error)),
+            },
+        };
+        let source = location.open(seed).map_err(Failure::failed)?;
+        let spec = source.spec().clone();
+        let tokenizer = match &location {
+            ModelLocation::Synth(_) => Some(Tokenizer::byte_level(spec.vocab)),
+            ModelLocation::Directory { dir, .. } if has_tokenizer(dir) => {
+                Some(Tokenizer::open(dir, spec.vocab).map_err(Failure::failed)?)
+            }
+            ModelLocation::Directory { .. } => None,
+        };
+        Ok(Model { name: name.into(), spec, location: Some(location), source: Some(source), tokenizer })
+    }
+
+    pub fn fingerprint(&self) -> Option<String> {
+        self.source.as_ref().map(|source| source.fingerprint())
+    }
+
+    /// What the process holds beside its arenas.
+    pub fn host_bytes(&self, prompt_tokens: u64) -> HostBytes {
+        let tokenizer = self.tokenizer.as_ref().map_or(0, Tokenizer::held_bytes);
+        // A token id is held with its line, and again with its sequence.
+        HostBytes { process_bytes: PROCESS_BYTES + tokenizer + 8 * prompt_tokens, gpu_context_bytes: 0 }
+    }
+}
+
+fn has_tokenizer(dir: &Path) -> bool {
+    dir.join("tokenizer.json").is_file() || dir.join("vocab.json").is_file()
+}
+
+/// The machine that is planned for.
+pub struct Target {
+    pub profile: HardwareProfile,
+    pub device: DeviceKind,
+    pub device_name: String,
+    pub budget: PlanBudget,
+    pub threads: usize,
+    /// Seconds spent probing just now.
+    pub probe_s: f64,
+}
+
+impl Target {
+    /// Profile, device and budgets from the flags; probes where this machine has no profile yet.
+    pub fn settle(limits: &LimitArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<Target, Failure> {
+        let threads = limits.threads.unwrap_or_else(os::default_threads);
+        let offload_dir = limits.place.offload_dir();
+        let started = Instant::now();
+        let (profile, foreign, probed) = match &limits.profile {
+            Some(name) => {
+                let profile = named_profile(name, &offload_dir)?;
+                let key = ProfileKey::of_this_machine(&offload_dir, threads, Isa::detect().name());
+                let foreign = profile.machine.cpu != key.cpu;
+                (profile, foreign, false)
+            }
+            None => {
+                let (profile, probed) = own_profile(&offload_dir, (threads, limits.cpu_mem_bytes), talk, stop)?;
+                (profile, false, probed)
+            }
+        };
+        let probe_s = if probed { started.elapsed().as_secs_f64() } else { 0.0 };
+        let (device, device_name) = choose_device(&limits.device, foreign.then_some(&profile))?;
+        let threads = if foreign { limits.threads.unwrap_or(profile.machine.threads) } else { threads };
+        let budget = budgets(limits, (device, foreign), &profile, &offload_dir)?;
+        Ok(Target { profile, device, device_name, budget, threads, probe_s })
+    }
+}
+
+/// The profile of this machine: saved, or measured now and saved. True when measured now.
+pub fn own_profile(
+    offload_dir: &Path,
+    (threads, cpu_mem_bytes): (usize, Option<u64>),
+    talk: &mut Talk,
+    stop: &AtomicBool,
+) -> Result<(HardwareProfile, bool), Failure> {
+    make_offload_dir(offload_dir)?;
+    let key = ProfileKey::of_this_machine(offload_dir, threads, Isa::detect().name());
+    if let Some(profile) = probe::find_profile(offload_dir, &key) {
+        return Ok((profile, false));
+    }
+    talk.note("No profile of this machine yet: measuring it once (under a minute, at most 2 GiB written and removed).");
+    let profile = measure(offload_dir, (threads, cpu_mem_bytes), talk, stop)?;
+    Ok((profile, true))
+}
+
+/// Probes this machine and saves the profile.
+pub fn measure(
+    offload_dir: &Path,
+    (threads, cpu_mem_bytes): (usize, Option<u64>),
+    talk: &mut Talk,
+    stop: &AtomicBool,
+) -> Result<HardwareProfile, Failure> {
+    make_offload_dir(offload_dir)?;
+    let free = os::default_cpu_budget().unwrap_or(probe::DEFAULT_BUDGET_BYTES);
+    let budget_bytes = cpu_mem_bytes.unwrap_or(free).min(probe::DEFAULT_BUDGET_BYTES);
+    let profile = probe::probe(ProbeOptions {
+        offload_dir,
+        threads,
+        budget_bytes,
+        isa: Isa::detect(),
+        scale: ProbeScale::Full,
+        command: "loadmaster probe",
+        progress: &mut |text| talk.stage(text),
+        stop,
+    });
+    talk.end();
+    let profile = profile.map_err(Failure::failed)?;
+    probe::save_profile(offload_dir, &profile).map_err(Failure::failed)?;
+    Ok(profile)
+}
+
+pub fn make_offload_dir(offload_dir: &Path) -> Result<(), Failure> {
+    let failed = |e: std::io::Error| {
+        Failure::failed(format!("{}: cannot be made ({e})", offload_dir.display()))
+            .with_hint("give a writable directory with --offload-dir, or set LOADMASTER_HOME")
+    };
+    std::fs::create_dir_all(offload_dir).map_err(failed)?;
+    disk::check_disk_tier(offload_dir).map_err(Failure::failed)
+}
+
+/// A profile by file, by a name saved here, or by a name compiled in.
+pub fn named_profile(name: &str, offload_dir: &Path) -> Result<HardwareProfile, Failure> {
+    let saved = probe::profiles_dir(offload_dir).join(format!("{name}.toml"));
+    let compiled = COMPILED_IN.iter().find(|(n, _)| *n == name).map(|(_, text)| (*text).to_owned());
+    let from_file = |path: &Path| std::fs::read_to_string(path).ok();
+    let text = from_file(Path::new(name)).or_else(|| from_file(&saved)).or(compiled);
+    let names = COMPILED_IN.map(|(n, _)| n).join(", ");
+    let text = text.ok_or_else(|| {
+        Failure::usage(format!("--profile {name}: no such file, and no profile of that name"))
+            .with_hint(format!("compiled in: {names}; `loadmaster probe` measures this machine"))
+    })?;
+    HardwareProfile::from_toml(&text).map_err(|e| Failure::failed(format!("{name}: {e}")))
+}
+
+fn choose_device(asked: &DeviceChoice, foreign: Option<&HardwareProfile>) -> Result<(DeviceKind, String), Failure> {
+    let other_gpu = foreign.is_some_and(|p| p.gpu.is_some());
+    let kind = match asked {
+        DeviceChoice::Cpu => DeviceKind::Cpu,
+        DeviceChoice::Host { .. } => DeviceKind::Host,
+        DeviceChoice::Auto if other_gpu => return Ok((DeviceKind::Cuda, "cuda:0".into())),
+        DeviceChoice::Auto => return Ok((DeviceKind::Cpu, "cpu".into())),
+        DeviceChoice::Cuda { .. } if other_gpu => DeviceKind::Cuda,
+        DeviceChoice::Cuda { .. } => {
+            return Err(Failure::usage("--device cuda: this version computes on the CPU only")
+                .with_hint("leave --device out or give --device cpu; a GPU of another machine can be planned for with --profile"));
+        }
+    };
+    Ok((kind, asked.to_string()))
+}
+
+fn budgets(
+    limits: &LimitArgs,
+    (device, foreign): (DeviceKind, bool),
+    profile: &HardwareProfile,
+    offload_dir: &Path,
+) -> Result<PlanBudget, Failure> {
+    let gpu_bytes = match (&limits.device, device) {
+        (DeviceChoice::Host { gpu_bytes }, _) => Some(limits.gpu_mem_bytes.unwrap_or(*gpu_bytes)),
+        (_, DeviceKind::Cuda) => {
+            let total = profile.gpu.as_ref().map_or(0, |g| g.total_bytes);
+            Some(limits.gpu_mem_bytes.unwrap_or(total.saturating_sub(512 * MIB)))
+        }
+        _ => None,
+    };
+    let total = profile.memory.cpu_total_bytes;
+    let cpu_bytes = match (limits.cpu_mem_bytes, foreign) {
+        (Some(bytes), _) => bytes,
+        (None, true) => total - GIB.max(total / 10).min(total),
+        (None, false) => os::default_cpu_budget().map_err(Failure::failed)?,
+    };
+    let disk_bytes = match (limits.disk_space_bytes, foreign) {
+        (Some(bytes), _) => bytes,
+        (None, true) => FOREIGN_DISK_BYTES,
+        (None, false) => {
+            make_offload_dir(offload_dir)?;
+            let free = disk::free_bytes(offload_dir).map_err(Failure::failed)?;
+            free - free / 20
+        }
+    };
+    Ok(PlanBudget { gpu_bytes, cpu_bytes, disk_bytes })
+}
+
+/// Whether the flags say what to generate from.
+pub fn has_work(work: &WorkArgs) -> bool {
+    !work.is_random() || work.num_prompts.is_some()
+}

@@ -1,0 +1,172 @@
+//! `plan`, and the first half of `run`: flags to a request, the planner's answer to a document.
+
+use super::args::{Compress, DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, Kv, PolicyArgs, SolveArgs, WorkArgs};
+use super::failure::Failure;
+use super::progress::Talk;
+use super::prompt_lines::{Line, Rules};
+use super::prompts::{self, Source};
+use super::session::{Model, Target, has_work};
+use crate::cost::estimate::EstimateInput;
+use crate::cost::figures::Figures;
+use crate::dtype::Dtype;
+use crate::engine::replay::replay;
+use crate::plan::Plan;
+use crate::planner::{self, CompressMode, Fixed, Job, PlanError, PlanRequest, Replay, Repricer};
+use crate::store;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+/// A plan with everything that carrying it out needs.
+pub struct Solved {
+    pub model: Model,
+    pub target: Target,
+    pub plan: Plan,
+    /// What to generate from; None where one best block was planned.
+    pub lines: Option<Vec<Line>>,
+}
+
+/// Plans by running the engine's own schedule on the virtual-time machine.
+struct ScheduleRepricer;
+
+impl Repricer for ScheduleRepricer {
+    fn replay(&self, asked: &Replay) -> Option<Figures> {
+        let input = EstimateInput {
+            model: asked.model,
+            workload: asked.workload,
+            rates: asked.rates,
+            policy: asked.policy,
+            host: asked.host,
+            budget: asked.budget,
+        };
+        replay(&input).ok()
+    }
+}
+
+/// Model, machine, work, plan.
+pub fn solve(args: &SolveArgs, sizes_do: bool, talk: &mut Talk, stop: &AtomicBool) -> Result<Solved, Failure> {
+    let model = Model::find(&args.model, args.work.seed, sizes_do)?;
+    let lines = has_work(&args.work).then(|| read_lines(args, &model)).transpose()?;
+    let target = Target::settle(&args.limits, talk, stop)?;
+    let plan = plan(args, &model, &target, lines.as_deref())?;
+    Ok(Solved { model, target, plan, lines })
+}
+
+fn read_lines(args: &SolveArgs, model: &Model) -> Result<Vec<Line>, Failure> {
+    let work = &args.work;
+    let random = Source::Random {
+        prompts: work.num_prompts.unwrap_or(1),
+        prompt_tokens: work.prompt_len.unwrap_or(DEFAULT_PROMPT_LEN),
+    };
+    work_lines(work, model, (random, DEFAULT_GEN_LEN))
+}
+
+/// Lines from --input or --prompt, else the given random ones.
+pub fn work_lines(
+    work: &WorkArgs,
+    model: &Model,
+    (random, gen_tokens): (Source, u32),
+) -> Result<Vec<Line>, Failure> {
+    let source = match &work.input {
+        Some(path) => Source::Input(path),
+        None if !work.prompt.is_empty() => Source::Texts(&work.prompt),
+        None => random,
+    };
+    let rules = Rules {
+        model: &model.spec,
+        tokenizer: model.tokenizer.as_ref(),
+        gen_tokens: work.gen_len.unwrap_or(gen_tokens),
+        seed: work.seed,
+    };
+    prompts::read_lines(source, &rules).map_err(Failure::failed)
+}
+
+fn plan(args: &SolveArgs, model: &Model, target: &Target, lines: Option<&[Line]>) -> Result<Plan, Failure> {
+    let workload = lines.map(prompts::workload);
+    if workload.as_ref().is_some_and(|w| w.prompts() == 0) {
+        return Err(nothing_to_do(lines.unwrap_or_default()));
+    }
+    let job = match &workload {
+        Some(workload) => Job::Given(workload),
+        None => Job::BestBlock {
+            prompt_tokens: args.work.prompt_len.unwrap_or(DEFAULT_PROMPT_LEN),
+            gen_tokens: args.work.gen_len.unwrap_or(DEFAULT_GEN_LEN),
+        },
+    };
+    let fingerprint = model.fingerprint();
+    let prompt_tokens = workload.as_ref().map_or(0, |w| w.prompt_tokens());
+    let stored = |compress| stored_bytes(&args.limits.place.offload_dir(), model, fingerprint.as_deref(), compress);
+    let request = PlanRequest {
+        model: &model.spec,
+        fingerprint: fingerprint.as_deref(),
+        job,
+        device: target.device,
+        device_name: &target.device_name,
+        profile: &target.profile,
+        calibrated: true,
+        budget: target.budget,
+        fixed: fixed(&args.policy),
+        compress: compress_mode(args.policy.compress),
+        kv: kv_format(args.policy.kv, model.spec.dtype),
+        threads: target.threads,
+        host: model.host_bytes(prompt_tokens),
+        stored_bytes: [stored(false), stored(true)],
+        repricer: Some(&ScheduleRepricer),
+    };
+    let plan = planner::plan(&request).map_err(|error| match error {
+        PlanError::Rates(_) => Failure::failed(error),
+        _ => Failure::usage(error),
+    })?;
+    Ok(named(plan, model))
+}
+
+/// A plan says the model as the user did, so that `exec` finds it again.
+fn named(mut plan: Plan, model: &Model) -> Plan {
+    plan.model.name = model.name.clone();
+    plan.id = plan.content_id();
+    plan
+}
+
+/// Every line is bad: the first one's reason says it best.
+fn nothing_to_do(lines: &[Line]) -> Failure {
+    let first = lines.iter().find_map(|line| line.result.as_ref().err());
+    let why = first.map_or("there are no prompts".to_owned(), |e| e.message.clone());
+    Failure::failed(format!("no line can be generated from: {why}"))
+}
+
+fn stored_bytes(offload_dir: &Path, model: &Model, fingerprint: Option<&str>, compress: bool) -> u64 {
+    let find = |f: &str| store::find(offload_dir, &model.spec, f, compress);
+    fingerprint.and_then(find).map_or(0, |store| store.file_bytes())
+}
+
+fn fixed(policy: &PolicyArgs) -> Fixed {
+    Fixed {
+        percent: policy.percent(),
+        cpu_compute_share: policy.cpu_compute_share_percent.map(|p| p / 100.0),
+        gpu_batch_size: policy.gpu_batch_size,
+        num_gpu_batches: policy.num_gpu_batches,
+        pin_weight: policy.pin_weight,
+        compress_weight: policy.compress_weight,
+        compress_cache: policy.compress_cache,
+        cpu_cache_compute: policy.cpu_cache_compute,
+        overlap: policy.overlap,
+    }
+}
+
+fn compress_mode(compress: Compress) -> CompressMode {
+    match compress {
+        Compress::Auto => CompressMode::Auto,
+        Compress::Never => CompressMode::Never,
+        Compress::Weights => CompressMode::Weights,
+        Compress::Cache => CompressMode::Cache,
+        Compress::Both => CompressMode::Both,
+        Compress::Fastest => CompressMode::Fastest,
+    }
+}
+
+/// fp16, but nothing is narrowed unasked: fp32 checkpoints keep an fp32 cache.
+fn kv_format(kv: Kv, weights: Dtype) -> Dtype {
+    match (kv, weights) {
+        (Kv::F32, _) | (Kv::Auto, Dtype::F32) => Dtype::F32,
+        _ => Dtype::F16,
+    }
+}
