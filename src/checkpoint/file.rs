@@ -2,19 +2,38 @@
 //! What the bytes mean is in the modules of the formats.
 
 use super::CheckpointError;
+use crate::machine::arena::AlignedBuffer;
+use crate::machine::disk::DiskFile;
+use crate::units::PAGE_BYTES;
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+/// From this on a read goes past the page cache: several times faster cold, and the memory that a
+/// plan counts on is not filled with a file that is read once.
+const DIRECT_LEAST_BYTES: usize = 256 << 10;
+/// Direct reads go through a buffer of this, since tensors begin anywhere.
+const PIECE_BYTES: u64 = 4 << 20;
 
 /// A file open for reading at any offset, from several threads.
-#[derive(Debug)]
 pub(super) struct WeightFile {
     pub path: PathBuf,
     pub bytes: u64,
     /// Seconds and nanoseconds of the last change, for the fingerprint.
     pub changed: (u64, u32),
     file: File,
+    /// None where direct reading cannot be had, as on a memory filesystem.
+    direct: Option<DiskFile>,
+    /// Kept between reads; a second reader at the same time makes its own.
+    buffer: Mutex<Option<AlignedBuffer>>,
+}
+
+impl std::fmt::Debug for WeightFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} ({} bytes)", self.path.display(), self.bytes)
+    }
 }
 
 impl WeightFile {
@@ -35,6 +54,8 @@ impl WeightFile {
             bytes: meta.len(),
             changed: since.map_or((0, 0), |s| (s.as_secs(), s.subsec_nanos())),
             file,
+            direct: DiskFile::open_read(path).ok().filter(DiskFile::is_direct),
+            buffer: Mutex::new(None),
         })
     }
 
@@ -45,9 +66,32 @@ impl WeightFile {
             let why = format!("it ends at byte {} but more is referred to", self.bytes);
             return Err(CheckpointError::damaged(&self.path, why));
         }
-        self.file
-            .read_exact_at(out, offset)
-            .map_err(|e| CheckpointError::io(&self.path, e))
+        if out.len() >= DIRECT_LEAST_BYTES && self.read_direct(offset, out).is_some() {
+            return Ok(());
+        }
+        let read = self.file.read_exact_at(out, offset);
+        read.map_err(|e| CheckpointError::io(&self.path, e))
+    }
+
+    /// Whole pages into the buffer, what was asked for out of it. None where that fails: the
+    /// buffered read that follows then says why, or succeeds.
+    fn read_direct(&self, offset: u64, out: &mut [u8]) -> Option<()> {
+        let file = self.direct.as_ref()?;
+        let kept = || self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = kept().take();
+        let mut buffer = waiting.or_else(|| AlignedBuffer::new(PIECE_BYTES).ok())?;
+        let mut done = 0;
+        while done < out.len() {
+            let at = offset + done as u64;
+            let skip = (at % PAGE_BYTES) as usize;
+            let wanted = (out.len() - done).min(buffer.len() - skip);
+            let pages = (skip + wanted).next_multiple_of(PAGE_BYTES as usize);
+            file.read_at(&mut buffer[..pages], at - skip as u64).ok()?;
+            out[done..done + wanted].copy_from_slice(&buffer[skip..skip + wanted]);
+            done += wanted;
+        }
+        *kept() = Some(buffer);
+        Some(())
     }
 
     /// `bytes` bytes from `offset` on; the caller has bounded `bytes`.
@@ -79,4 +123,37 @@ pub(super) fn read_text(path: &Path, most_bytes: u64) -> Result<String, Checkpoi
     }
     let bytes = file.read_vec(0, file.bytes as usize)?;
     String::from_utf8(bytes).map_err(|_| CheckpointError::damaged(path, "it is not UTF-8 text"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn direct_and_buffered_reads_agree_anywhere() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("temporary directory");
+        let path = dir.path().join("weights");
+        let bytes: Vec<u8> = (0..9_000_001u32).map(|i| (i * i >> 7) as u8).collect();
+        std::fs::write(&path, &bytes).expect("written");
+        let file = WeightFile::open(&path).expect("open");
+        let end = bytes.len();
+        for (from, to) in [
+            (0, end),
+            (1, end),
+            (4096, 4096 + (4 << 20)),
+            (4095, 5_000_000),
+            (end - 300_000, end),
+        ] {
+            let mut out = vec![0; to - from];
+            file.read(from as u64, &mut out).expect("inside");
+            assert!(out == bytes[from..to], "{from}..{to}");
+            if file.direct.is_some() {
+                out.fill(0);
+                file.read_direct(from as u64, &mut out).expect("direct");
+                assert!(out == bytes[from..to], "direct {from}..{to}");
+            }
+        }
+        assert!(file.read(1, &mut vec![0; end]).is_err());
+        assert!(file.read(u64::MAX, &mut [0]).is_err());
+    }
 }

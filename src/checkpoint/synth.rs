@@ -67,7 +67,9 @@ fn deviation(matrix: &Matrix) -> f32 {
     match matrix.kind {
         MatrixKind::Embedding | MatrixKind::Head => 0.02,
         MatrixKind::Qkv | MatrixKind::Fc1 => 1.0 / inputs.sqrt(),
-        MatrixKind::AttentionOut | MatrixKind::Fc2 => 0.4 / inputs.sqrt(),
+        // Little attention: it is much alike for consecutive tokens, and would make the text so.
+        MatrixKind::AttentionOut => 0.1 / inputs.sqrt(),
+        MatrixKind::Fc2 => 1.0 / inputs.sqrt(),
         MatrixKind::ProjectIn | MatrixKind::ProjectOut => 1.0 / inputs.sqrt(),
     }
 }
@@ -75,7 +77,10 @@ fn deviation(matrix: &Matrix) -> f32 {
 /// Mean and standard deviation of a small tensor, near what training leaves.
 fn small_moments(kind: SmallKind) -> (f32, f32) {
     match kind {
-        SmallKind::Positions => (0.0, 0.01),
+        SmallKind::Positions => (0.0, 0.02),
+        // Most neurons are off, as in trained models: else all share one direction, and every
+        // hidden state ends up there.
+        SmallKind::Fc1Bias => (-1.0, 0.02),
         SmallKind::AttentionNormWeight | SmallKind::FfnNormWeight => (1.0, 0.1),
         SmallKind::FinalNormWeight => (1.0, 0.1),
         _ => (0.0, 0.02),

@@ -1,8 +1,11 @@
 //! Command lines read as a person would type them. Nothing is run.
 
+use super::super::arg_groups::offload_dir_from;
 use super::*;
 use crate::checkpoint::DEFAULT_SHARD_BYTES;
+use crate::policy::Compute;
 use crate::units::GIB;
+use std::path::Path;
 
 fn read(line: &str) -> Result<Cli, clap::Error> {
     Cli::read(line.split_whitespace())

@@ -175,11 +175,26 @@ pub fn stop_on_signals() -> Result<Arc<AtomicBool>, Failure> {
     Ok(stop)
 }
 
+/// This test program again, to run one test in the role that `variable` asks for.
+#[cfg(all(test, unix))]
+pub fn run_this_test(name: &str, variable: &str) -> std::process::Child {
+    use std::process::Stdio;
+    std::process::Command::new(std::env::current_exe().expect("a test program"))
+        .args([name, "--nocapture", "--test-threads=1"])
+        .env(variable, "1")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("started again")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cli::args::Cli;
     use anyhow::Context;
+    #[cfg(unix)]
+    use std::io::{BufRead, BufReader};
 
     fn from_clap(line: &str) -> Failure {
         let error = Cli::read(line.split(' ')).expect_err(line);
@@ -257,5 +272,51 @@ mod tests {
             code(Failure::failed("x")),
             format!("{:?}", ExitCode::from(1))
         );
+    }
+
+    /// Runs itself again as the process that is signalled.
+    #[cfg(unix)]
+    #[test]
+    fn the_first_signal_asks_and_the_second_ends() {
+        const ROLE: &str = "LOADMASTER_TEST_SIGNALLED";
+        if std::env::var_os(ROLE).is_some() {
+            signalled_child();
+        }
+        for signal in ["INT", "TERM", "HUP"] {
+            let mut child = run_this_test("failure::tests::the_first_signal", ROLE);
+            let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+            let mut wait_for = |word: &str| {
+                let found = lines.any(|line| line.is_ok_and(|l| l.contains(word)));
+                assert!(found, "SIG{signal}: never said {word}");
+            };
+            wait_for("ready");
+            send(signal, child.id());
+            wait_for("asked");
+            send(signal, child.id());
+            assert_eq!(child.wait().expect("ended").code(), Some(1), "SIG{signal}");
+        }
+    }
+
+    #[cfg(unix)]
+    fn signalled_child() -> ! {
+        let pause = || std::thread::sleep(std::time::Duration::from_millis(5));
+        let say = |word: &str| writeln!(std::io::stdout(), "{word}").expect("heard");
+        let stop = stop_on_signals().expect("the main program of its process");
+        say("ready");
+        (0..2000)
+            .take_while(|_| !stop.load(Ordering::SeqCst))
+            .for_each(|_| pause());
+        say("asked");
+        (0..2000).for_each(|_| pause());
+        std::process::exit(3);
+    }
+
+    #[cfg(unix)]
+    fn send(signal: &str, pid: u32) {
+        let kill = format!("kill -{signal} {pid}");
+        let status = std::process::Command::new("sh")
+            .args(["-c", &kill])
+            .status();
+        assert!(status.expect("a shell").success());
     }
 }

@@ -1,5 +1,6 @@
 //! The door: what a person sees. Rendering of a plan lives in show_plan; nothing is decided here.
 
+pub mod arg_groups;
 pub mod args;
 pub mod commands;
 pub mod execute;

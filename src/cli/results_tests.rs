@@ -1,6 +1,8 @@
 //! Result lines in good times, on a full disk, and when nobody reads them any more.
 
 use super::*;
+#[cfg(unix)]
+use std::io::{BufRead, BufReader, Read};
 use std::sync::{Arc, Mutex};
 
 fn line(index: usize) -> Finished {
@@ -175,4 +177,25 @@ fn the_sink_counts_says_once_and_goes_on() {
             failed: 1
         }
     );
+}
+
+/// Runs itself again as the process whose stdout is closed.
+#[cfg(unix)]
+#[test]
+fn a_closed_stdout_is_noticed() {
+    use super::super::failure::run_this_test;
+    const ROLE: &str = "LOADMASTER_TEST_CLOSED";
+    if std::env::var_os(ROLE).is_some() {
+        let mut results = Results::open(None, false, None).expect("stdout");
+        let ended = (0..1_000_000).find_map(|i| results.finished(&line(i)).err());
+        let quiet = matches!(ended, Some(ResultError::Closed)) && results.is_closed();
+        std::process::exit(if quiet { 0 } else { 3 });
+    }
+    let mut child = run_this_test("results::tests::a_closed_stdout", ROLE);
+    // The test program itself talks first, and would not bear a closed stdout.
+    let mut stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+    let mut said = stdout.by_ref().lines();
+    assert!(said.any(|line| line.is_ok_and(|l| l.contains("\"index\":0,"))));
+    drop(stdout);
+    assert_eq!(child.wait().expect("ended").code(), Some(0));
 }

@@ -42,14 +42,26 @@ impl Source {
         lines
     }
 
-    /// Whether one of `marks` stands in a comment on `line` or up to `reach` lines above.
-    pub fn comment_near(&self, line: usize, reach: usize, marks: &[&str]) -> bool {
+    /// Lines (from 1) on which `word` stands in code, with the word or sign behind it.
+    pub fn followers_of(&self, word: &str) -> Vec<(usize, String)> {
+        let follower = |at: usize| {
+            let rest = self.code[at + word.len()..].trim_start();
+            let name = identifier(rest);
+            let sign = || rest.chars().take(1).collect();
+            (
+                line_of(&self.code, at),
+                if name.is_empty() { sign() } else { name },
+            )
+        };
+        words(&self.code, word).map(follower).collect()
+    }
+
+    /// Whether `mark` stands in a comment on `line` or up to `reach` lines above.
+    pub fn comment_near(&self, line: usize, reach: usize, mark: &str) -> bool {
         let first = line.saturating_sub(reach + 1);
         let near = self.text.lines().skip(first).take(line - first);
-        let comments = near.filter_map(|l| l.split_once("//").map(|(_, comment)| comment));
-        comments
-            .into_iter()
-            .any(|comment| marks.iter().any(|mark| comment.contains(mark)))
+        let mut comments = near.filter_map(|l| l.split_once("//").map(|(_, comment)| comment));
+        comments.any(|comment| comment.contains(mark))
     }
 
     /// Modules named after `crate::`, with the line.
