@@ -206,7 +206,7 @@ pub struct Ran {
     pub lanes: PerLane<LaneFigures>,
 }
 
-/// Runs requests under a policy on real threads.
+/// Runs requests under a policy on real threads, whatever token comes.
 pub fn run(
     model: &ModelSpec,
     pack: &PackedFile,
@@ -214,11 +214,23 @@ pub fn run(
     device: DeviceKind,
     lines: Vec<Request>,
 ) -> Ran {
+    run_with(model, pack, policy, (device, true), lines)
+}
+
+/// The same, with a say in whether the end token ends a line.
+pub fn run_with(
+    model: &ModelSpec,
+    pack: &PackedFile,
+    policy: &Policy,
+    (device, ignore_eos): (DeviceKind, bool),
+    lines: Vec<Request>,
+) -> Ran {
     let rates = Rates::new(&round_profile(), device, policy.threads).expect("rates");
     let packed = pack.packed();
     let lengths = Lengths::from(&workload(&lines));
     let spill: &Path = pack.dir.path();
     let host = HostBytes::default();
+    let pricer = Pricer::new(rates);
     let job = RunJob {
         model,
         policy,
@@ -227,11 +239,11 @@ pub fn run(
         host,
         packed: &packed,
         spill,
-        pricer: Pricer::new(rates),
+        pricer,
     };
     let (mut machine, facts) = open(&job).expect("the run opens");
     let mut collected = Collected::default();
-    let engine = Engine::new(&mut machine, facts, RunOptions { ignore_eos: true });
+    let engine = Engine::new(&mut machine, facts, RunOptions { ignore_eos });
     let outcome = engine
         .run(lines, &mut collected, &AtomicBool::new(false))
         .expect("the run ends well");
