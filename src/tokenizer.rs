@@ -49,7 +49,7 @@ pub struct Tokenizer {
 
 enum Kind {
     Bpe(Box<Bpe>),
-    Bytes(ByteTable),
+    Bytes(Box<ByteTable>),
 }
 
 impl Tokenizer {
@@ -80,7 +80,7 @@ impl Tokenizer {
     /// Every byte is a token: for models with random weights.
     pub fn byte_level(vocab: usize) -> Tokenizer {
         Tokenizer {
-            kind: Kind::Bytes(ByteTable::new()),
+            kind: Kind::Bytes(Box::new(ByteTable::new())),
             vocab,
             held_bytes: size_of::<ByteTable>() as u64,
         }

@@ -133,7 +133,9 @@ mod tests {
     fn direct_and_buffered_reads_agree_anywhere() {
         let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("weights");
-        let bytes: Vec<u8> = (0..9_000_001u32).map(|i| (i.wrapping_mul(i) >> 7) as u8).collect();
+        let bytes: Vec<u8> = (0..9_000_001u32)
+            .map(|i| (i.wrapping_mul(i) >> 7) as u8)
+            .collect();
         std::fs::write(&path, &bytes).expect("written");
         let file = WeightFile::open(&path).expect("open");
         let end = bytes.len();
