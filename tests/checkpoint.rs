@@ -259,6 +259,38 @@ fn files_of_another_model_are_refused() {
 }
 
 #[test]
+fn tensors_of_the_wrong_type_are_named() {
+    let dir = copy_of("no-bias");
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).expect("there");
+    let entry = b"layers.1.fc1.weight\":{\"dtype\":\"F32\"";
+    let place = bytes.windows(entry.len()).position(|w| w == entry);
+    bytes[place.expect("there") + entry.len() - 4] = b'I';
+    std::fs::write(&path, bytes).expect("written");
+    let integers = message(dir.path());
+    assert!(
+        integers.contains("layers.1.fc1.weight is 32-bit integers"),
+        "{integers}"
+    );
+    // Two formats in one model: one shard of the other's.
+    let home = temporary();
+    let dirs = [Dtype::F16, Dtype::Bf16].map(|dtype| {
+        let dir = home.path().join(dtype.name());
+        write(&small_spec(dtype), &dir, 1);
+        dir
+    });
+    let spec = small_spec(Dtype::F16);
+    let shards = spec.matrices().len() + spec.smalls().len() + 2 * 2 * spec.layers;
+    let shard = format!("model-00004-of-{shards:05}.safetensors");
+    std::fs::copy(dirs[1].join(&shard), dirs[0].join(&shard)).expect("copied");
+    let mixed = message(&dirs[0]);
+    assert!(
+        mixed.contains("is bfloat16 where float16 was expected"),
+        "{mixed}"
+    );
+}
+
+#[test]
 fn truncated_files_are_told_apart_from_io_errors() {
     for (name, file) in [
         ("opt-like", "model.safetensors"),

@@ -61,6 +61,10 @@ fn ids_beyond_the_model_are_errors() {
     let error = tokenizer.encode("The loadmaster 😀").expect_err("beyond");
     assert!(error.to_string().contains("another model"), "{error}");
     assert!(tokenizer.decode(&[200]).is_err());
+    let long = tokenizer
+        .encode(&"a".repeat(1 << 20))
+        .expect_err("too long");
+    assert!(long.to_string().contains("1048576 bytes"), "{long}");
 }
 
 #[test]

@@ -131,9 +131,11 @@ mod tests {
 
     #[test]
     fn direct_and_buffered_reads_agree_anywhere() {
-        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("temporary directory");
+        let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("weights");
-        let bytes: Vec<u8> = (0..9_000_001u32).map(|i| (i * i >> 7) as u8).collect();
+        let bytes: Vec<u8> = (0..9_000_001u32)
+            .map(|i| (i.wrapping_mul(i) >> 7) as u8)
+            .collect();
         std::fs::write(&path, &bytes).expect("written");
         let file = WeightFile::open(&path).expect("open");
         let end = bytes.len();

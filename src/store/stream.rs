@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn odd_pieces_arrive_in_order() {
-        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("temporary directory");
+        let dir = tempfile::tempdir().expect("temporary directory");
         let path = dir.path().join("stream");
         let job = StreamJob {
             path: &path,
@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn more_than_the_disk_holds_is_an_error_at_the_start() {
-        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).expect("temporary directory");
+        let dir = tempfile::tempdir().expect("temporary directory");
         let job = StreamJob {
             path: &dir.path().join("stream"),
             total_bytes: 1 << 60,
