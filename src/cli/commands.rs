@@ -18,11 +18,12 @@ use crate::compare::Comparison;
 use crate::machine::disk::write_atomically;
 use crate::machine::os;
 use crate::model::ModelSpec;
-use crate::plan::Plan;
+use crate::plan::{Plan, PlanBudget};
 use crate::probe;
 use crate::report::RunReport;
 use crate::store;
-use crate::units::show_bytes;
+use crate::tier::Tier;
+use crate::units::{MIB, show_bytes};
 use serde::Serialize;
 use std::io::Write;
 use std::path::Path;
@@ -94,7 +95,7 @@ fn plan(args: &PlanArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
     }
     match args.solve.json {
         true => say_json(&solved.plan)?,
-        false => say(&show_plan::show(&solved.plan, args.explain))?,
+        false => say(&show_plan::show_plan(&solved.plan, args.explain))?,
     }
     feasible(&solved.plan)
 }
@@ -103,8 +104,38 @@ fn plan(args: &PlanArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
 fn feasible(plan: &Plan) -> Result<(), Failure> {
     match plan.feasible {
         true => Ok(()),
-        false => Err(show_plan::shortfall(plan)),
+        false => Err(shortfall(plan)),
     }
+}
+
+/// What is missing, and a budget that is enough.
+fn shortfall(plan: &Plan) -> Failure {
+    let missing = &plan.missing_bytes;
+    let tiers = Tier::ALL
+        .into_iter()
+        .filter_map(|t| missing[t].filter(|&b| b > 0).map(|b| (t, b)));
+    let short: Vec<String> = tiers
+        .map(|(t, b)| format!("{} of {} memory", show_bytes(b), t.name()))
+        .collect();
+    let failure = Failure::failed(format!("nothing fits: {} missing", short.join(" and ")));
+    match &plan.enough_bytes {
+        Some(enough) => failure.with_hint(enough_flags(enough)),
+        None => failure.with_hint(
+            "more prompts than memory holds can be run in smaller blocks: lower --gpu-batch-size",
+        ),
+    }
+}
+
+fn enough_flags(enough: &PlanBudget) -> String {
+    let mib = |bytes: u64| bytes.div_ceil(MIB);
+    let gpu = enough
+        .gpu_bytes
+        .map_or(String::new(), |b| format!("--gpu-mem {}MiB ", mib(b)));
+    format!(
+        "this is enough: {gpu}--cpu-mem {}MiB --disk-space {}MiB",
+        mib(enough.cpu_bytes),
+        mib(enough.disk_bytes)
+    )
 }
 
 fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
@@ -210,7 +241,7 @@ struct RunDocument<'a> {
 
 fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
     let solved = solve(&args.solve, false, talk, stop)?;
-    talk.note(&show_plan::show(&solved.plan, false));
+    talk.note(&show_plan::show_plan(&solved.plan, false));
     feasible(&solved.plan)?;
     let lines = match &solved.lines {
         Some(lines) => lines.clone(),

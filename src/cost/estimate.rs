@@ -182,3 +182,103 @@ pub fn tier_figures(footprint: &Footprint, budget: &PerTier<u64>) -> PerTier<Tie
     }
     tiers
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dtype::Dtype;
+    use crate::model::Activation;
+    use crate::policy::{Compute, DeviceKind, Shares};
+    use crate::profile::{HardwareProfile, compiled_in};
+
+    fn small_model() -> ModelSpec {
+        ModelSpec {
+            name: "small".into(),
+            layers: 6,
+            hidden: 1024,
+            heads: 16,
+            ffn: 4096,
+            vocab: 4096,
+            positions: 2048,
+            embed_width: 512,
+            pre_norm: true,
+            final_norm: true,
+            bias: true,
+            norm_affine: true,
+            activation: Activation::Relu,
+            tied_head: true,
+            dtype: Dtype::F16,
+            pad_id: 1,
+            bos_id: 2,
+            eos_id: 2,
+        }
+    }
+
+    fn priced(overlap: bool, percent: [f64; 6], gen_tokens: u32) -> Figures {
+        let text = compiled_in("t4-gcp").unwrap();
+        let profile = HardwareProfile::from_toml(text).unwrap();
+        let policy = Policy {
+            shares: Shares::from_percent(percent, 0.25).unwrap(),
+            gpu_batch_size: 4,
+            num_gpu_batches: 2,
+            pin_weight: true,
+            compress_weight: false,
+            compress_cache: false,
+            cpu_cache_compute: true,
+            overlap,
+            compute: Compute::Exact,
+            kv: Dtype::F16,
+            threads: 16,
+        };
+        estimate(&EstimateInput {
+            model: &small_model(),
+            workload: &Workload::uniform(20, 100, gen_tokens),
+            rates: &Rates::new(&profile, DeviceKind::Cuda, 16).unwrap(),
+            policy: &policy,
+            host: HostBytes::default(),
+            budget: PerTier::default(),
+        })
+    }
+
+    #[test]
+    fn without_overlap_lanes_add_up_and_with_it_the_longest_rules() {
+        let percent = [20.0, 40.0, 50.0, 25.0, 25.0, 50.0];
+        let (together, apart) = (priced(true, percent, 9), priced(false, percent, 9));
+        let sum: f64 = Lane::ALL.iter().map(|&l| apart.lanes[l].busy_s()).sum();
+        assert!((apart.total_s - sum).abs() < 1e-9 * sum);
+        assert!(together.total_s < apart.total_s);
+        for lane in Lane::ALL {
+            assert!(together.lanes[lane].work_s <= together.total_s * (1.0 + 1e-9));
+            assert!(together.lanes[lane].busy_s() >= together.lanes[lane].work_s * (1.0 - 1e-9));
+            assert!(apart.lanes[lane].work_s > 0.0, "{} has work", lane.name());
+        }
+        assert_eq!(together.prompt_tokens, 2000);
+        assert_eq!(together.generated_tokens, 180);
+        assert!(!together.binding.prefill.is_empty() && !together.binding.decode.is_empty());
+    }
+
+    #[test]
+    fn weights_cross_each_lane_once_per_pass() {
+        let all_on_disk = priced(true, [0.0, 0.0, 100.0, 0.0, 100.0, 0.0], 5);
+        let model = small_model();
+        let matrices =
+            model.weights_bytes(false) - model.smalls().iter().map(|s| s.bytes()).sum::<u64>();
+        // Three blocks of five passes; the token table's panels come on top.
+        let passes = 3 * 5 * matrices;
+        let read = all_on_disk.lanes.disk_to_cpu.bytes;
+        assert!(
+            read >= passes && read <= passes + passes / 10,
+            "{read} {passes}"
+        );
+        let nothing = priced(true, [100.0, 0.0, 100.0, 0.0, 100.0, 0.0], 5);
+        assert_eq!(nothing.lanes.disk_to_cpu.bytes, 0);
+        assert_eq!(nothing.lanes.cpu_to_gpu.bytes, 0);
+    }
+
+    #[test]
+    fn reading_only_has_no_decode() {
+        let reading = priced(true, [100.0, 0.0, 100.0, 0.0, 100.0, 0.0], 0);
+        assert_eq!(reading.decode_s, 0.0);
+        assert!(reading.prefill_s > 0.0 && reading.throughput_tok_s == 0.0);
+    }
+}

@@ -2,8 +2,9 @@
 //! engine's tasks counted, each priced by rates.rs. Which row then binds is terms.rs.
 
 use crate::cost::affine::{Affine, CACHE, HIDDEN};
+use crate::cost::curves::element_bytes;
 use crate::cost::footprint::{HIDDEN_VALUE_BYTES, STREAM_CHUNK_BYTES};
-use crate::cost::rates::{Rates, element_bytes};
+use crate::cost::rates::Rates;
 use crate::cost::steps::Step;
 use crate::cost::terms::{TermInput, Work};
 use crate::dtype::Dtype;
@@ -48,8 +49,13 @@ impl<'a> LayerBuilder<'a> {
 
     /// Bytes of all weight panels.
     pub fn weights_bytes(&self) -> f64 {
-        let sum = |list: &[Matrix]| list.iter().map(|m| self.matrix_bytes(m)).sum::<f64>();
-        self.model.layers as f64 * sum(&self.layer) + sum(&self.ends)
+        let ends: f64 = self.ends.iter().map(|m| self.matrix_bytes(m)).sum();
+        self.model.layers as f64 * self.layer_bytes() + ends
+    }
+
+    /// Bytes of one layer's weight panels.
+    pub fn layer_bytes(&self) -> f64 {
+        self.layer.iter().map(|m| self.matrix_bytes(m)).sum()
     }
 
     pub fn hidden_row_bytes(&self) -> f64 {

@@ -1,6 +1,8 @@
 //! What a policy costs: bytes per tier (footprint) and seconds per lane (rates, terms, estimate).
 
 pub mod affine;
+pub mod block;
+pub mod curves;
 pub mod estimate;
 pub mod figures;
 pub mod footprint;

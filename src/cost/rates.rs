@@ -6,9 +6,13 @@
 //! each other, then f32; f16 for q4) and is never taken to be faster for it: seconds per element
 //! stay, or grow with the bytes of an element.
 
+use crate::cost::curves::{
+    ShapeCurve, attention_rates, disk_curve, disk_s, element_bytes, gemm_curves, per_weight_s,
+    rate_at,
+};
 use crate::dtype::Dtype;
 use crate::policy::DeviceKind;
-use crate::profile::{AttentionRates, DiskPoint, GemmCurve, HardwareProfile, QuantiseRates};
+use crate::profile::{AttentionRates, GpuLink, HardwareProfile, QuantiseRates};
 use crate::tier::{Lane, Tier};
 use std::collections::BTreeMap;
 use thiserror::Error;
@@ -22,14 +26,6 @@ pub enum RatesError {
         "profile \"{profile}\": [contention] names \"{pair}\", which is not a pair of lanes like \"cpu_compute+disk_to_cpu\""
     )]
     Contention { profile: String, pair: String },
-}
-
-/// Seconds per weight over M, for one measured shape.
-#[derive(Clone, Debug)]
-struct ShapeCurve {
-    weights: f64,
-    /// (M, seconds per weight), rising.
-    points: Vec<(f64, f64)>,
 }
 
 /// What one computing tier does.
@@ -203,7 +199,14 @@ impl Rates {
             return 0.0;
         }
         let curve = if pinned { &link.pinned } else { &link.unpinned };
-        let seconds = (bytes / rate_at(curve, bytes)).max(link.latency_s);
+        let (first_bytes, first_rate) = curve[0];
+        let first_s = first_bytes / first_rate;
+        let seconds = if bytes < first_bytes && link.latency_s < first_s {
+            // Between an empty copy and the smallest measured one.
+            link.latency_s + (first_s - link.latency_s) * bytes / first_bytes
+        } else {
+            (bytes / rate_at(curve, bytes)).max(link.latency_s)
+        };
         self.calibrated("link", lane.name(), seconds)
     }
 
@@ -238,60 +241,6 @@ impl Rates {
             self.dram_copy_bytes_per_s
         }
     }
-}
-
-/// Bytes of one element in long rows.
-pub fn element_bytes(format: Dtype) -> f64 {
-    format.row_bytes(64) as f64 / 64.0
-}
-
-/// Piecewise linear between measured M; above the last by FLOPs; below the first in proportion, but
-/// not under the time that reading the weight takes.
-fn per_weight_s(points: &[(f64, f64)], m: f64, floor_s: f64) -> f64 {
-    let (first, last) = (points[0], points[points.len() - 1]);
-    if m <= first.0 {
-        return (first.1 * m / first.0).max(floor_s).min(first.1);
-    }
-    if m >= last.0 {
-        return last.1 * m / last.0;
-    }
-    let above = points.partition_point(|p| p.0 < m).max(1);
-    let (a, b) = (points[above - 1], points[above]);
-    a.1 + (b.1 - a.1) * (m - a.0) / (b.0 - a.0)
-}
-
-/// Rate for blocks of `block` bytes: linear in the block's logarithm, latency-bound below the curve.
-fn rate_at(curve: &[(f64, f64)], block: f64) -> f64 {
-    let (first, last) = (curve[0], curve[curve.len() - 1]);
-    if block <= first.0 {
-        return first.1 * (block / first.0).max(1e-6);
-    }
-    if block >= last.0 {
-        return last.1;
-    }
-    let above = curve.partition_point(|p| p.0 < block).max(1);
-    let (a, b) = (curve[above - 1], curve[above]);
-    a.1 + (b.1 - a.1) * (block / a.0).ln() / (b.0 / a.0).ln()
-}
-
-fn disk_s((latency_s, curve): &(f64, Vec<(f64, f64)>), bytes: f64, block_bytes: f64) -> f64 {
-    if bytes <= 0.0 {
-        return 0.0;
-    }
-    (bytes / rate_at(curve, block_bytes.min(bytes))).max(*latency_s)
-}
-
-/// The best depth of each block size.
-fn disk_curve(latency_s: f64, points: &[DiskPoint]) -> (f64, Vec<(f64, f64)>) {
-    let mut best = BTreeMap::<u64, f64>::new();
-    for &(block, _, rate, _) in points {
-        let entry = best.entry(block.max(1)).or_default();
-        *entry = entry.max(rate);
-    }
-    (
-        latency_s,
-        best.iter().map(|(&b, &r)| (b as f64, r)).collect(),
-    )
 }
 
 fn missing(profile: &HardwareProfile, what: impl Into<String>) -> RatesError {
@@ -359,7 +308,7 @@ fn links(
         };
         return Ok((copy.clone(), copy));
     }
-    let link = |facts: &Option<crate::profile::GpuLink>, name: &str| {
+    let link = |facts: &Option<GpuLink>, name: &str| {
         let facts = facts.as_ref().filter(|f| !f.pinned.is_empty());
         let facts = facts.ok_or_else(|| missing(profile, format!("[links.{name}]")))?;
         let curve = |points: &[(u64, f64)]| -> Vec<(f64, f64)> {
@@ -379,68 +328,6 @@ fn links(
     };
     let up = link(&profile.links.cpu_to_gpu, "cpu_to_gpu")?;
     Ok((up, link(&profile.links.gpu_to_cpu, "gpu_to_cpu")?))
-}
-
-/// Formats that stand in for one that was not measured, nearest first.
-fn stand_ins(format: Dtype) -> [Dtype; 4] {
-    match format {
-        Dtype::F32 => [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::Q4],
-        Dtype::F16 => [Dtype::F16, Dtype::Bf16, Dtype::F32, Dtype::Q4],
-        Dtype::Bf16 => [Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::Q4],
-        Dtype::Q4 => [Dtype::Q4, Dtype::F16, Dtype::Bf16, Dtype::F32],
-    }
-}
-
-fn gemm_curves(tables: &BTreeMap<String, GemmCurve>, slow: f64) -> Option<[Vec<ShapeCurve>; 4]> {
-    let mut all: [Vec<ShapeCurve>; 4] = Default::default();
-    for format in Dtype::ALL {
-        let found = stand_ins(format)
-            .into_iter()
-            .find_map(|f| tables.get(f.name()).map(|t| (f, t)))?;
-        let larger = (element_bytes(format) / element_bytes(found.0)).max(1.0);
-        all[format as usize] = shape_curves(found.1, larger * slow);
-    }
-    Some(all)
-}
-
-fn shape_curves(table: &GemmCurve, factor: f64) -> Vec<ShapeCurve> {
-    let mut shapes = BTreeMap::<u64, BTreeMap<usize, f64>>::new();
-    for &(m, inputs, rows, seconds) in &table.points {
-        let weights = (inputs * rows).max(1) as u64;
-        let per_weight_s = factor * seconds / weights as f64;
-        shapes
-            .entry(weights)
-            .or_default()
-            .insert(m.max(1), per_weight_s);
-    }
-    let rising = |points: BTreeMap<usize, f64>| {
-        let mut most = 0.0f64;
-        let rise = |(m, s): (usize, f64)| {
-            most = most.max(s);
-            (m as f64, most)
-        };
-        points.into_iter().map(rise).collect()
-    };
-    let curve = |(weights, points)| ShapeCurve {
-        weights: weights as f64,
-        points: rising(points),
-    };
-    shapes.into_iter().map(curve).collect()
-}
-
-fn attention_rates(tables: &BTreeMap<String, AttentionRates>) -> Option<[AttentionRates; 4]> {
-    let mut all = Vec::with_capacity(4);
-    for format in Dtype::ALL {
-        let found = stand_ins(format)
-            .into_iter()
-            .find_map(|f| tables.get(f.name()).map(|t| (f, *t)))?;
-        let smaller = (element_bytes(format) / element_bytes(found.0)).min(1.0);
-        all.push(AttentionRates {
-            decode_bytes_per_s: found.1.decode_bytes_per_s * smaller,
-            prefill_flop_per_s: found.1.prefill_flop_per_s,
-        });
-    }
-    all.try_into().ok()
 }
 
 fn contention(profile: &HardwareProfile) -> Result<[[f64; 6]; 6], RatesError> {
@@ -465,4 +352,103 @@ fn contention(profile: &HardwareProfile) -> Result<[[f64; 6]; 6], RatesError> {
         keeps[d][u] = (down.both_directions_pct / 100.0).clamp(0.05, 1.0);
     }
     Ok(keeps)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::compiled_in;
+
+    fn t4() -> HardwareProfile {
+        HardwareProfile::from_toml(compiled_in("t4-gcp").unwrap()).unwrap()
+    }
+
+    #[test]
+    fn gemm_passes_through_its_points_and_rises_with_rows() {
+        let rates = Rates::new(&t4(), DeviceKind::Cuda, 16).unwrap();
+        let at = |m| rates.gemm_s(Tier::Gpu, Dtype::F16, m, 7168, 28672);
+        assert!((at(1) - 1.6056e-3).abs() < 1e-9);
+        assert!((at(512) - 6.4756e-3).abs() < 1e-9);
+        assert!((at(1024) - 2.0 * at(512)).abs() < 1e-9);
+        for m in 1..2000 {
+            assert!(at(m) <= at(m + 1));
+        }
+        let half = rates.gemm_s(Tier::Gpu, Dtype::F16, 8, 7168, 14336);
+        assert!(
+            (2.0 * half - at(8)).abs() < 1e-12,
+            "bytes and FLOPs halve with the outputs"
+        );
+    }
+
+    #[test]
+    fn a_single_large_point_has_a_floor_of_reading_the_weights() {
+        let mut profile = t4();
+        let gpu = profile.gpu.as_mut().unwrap();
+        gpu.gemm.get_mut("f16").unwrap().points = vec![(512, 7168, 28672, 6.4756e-3)];
+        let rates = Rates::new(&profile, DeviceKind::Cuda, 16).unwrap();
+        let bytes = 7168.0 * 28672.0 * 2.0;
+        let one = rates.gemm_s(Tier::Gpu, Dtype::F16, 1, 7168, 28672);
+        assert!((one - bytes / 256e9).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_missing_format_is_never_faster_than_what_stands_in() {
+        let mut profile = t4();
+        profile.cpu.gemm.remove("q4");
+        profile.cpu.attention.remove("q4");
+        let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
+        let gemm = |format| rates.gemm_s(Tier::Cpu, format, 1, 7168, 28672);
+        assert_eq!(gemm(Dtype::Q4), gemm(Dtype::F16));
+        assert_eq!(gemm(Dtype::Bf16), gemm(Dtype::F16));
+        assert!((gemm(Dtype::F32) - 2.0 * gemm(Dtype::F16)).abs() < 1e-12);
+        let attention = |format, bytes| rates.attention_s(Tier::Cpu, format, bytes, 0.0, true);
+        assert!((attention(Dtype::Q4, 0.5625e9) - attention(Dtype::F16, 2e9)).abs() < 1e-9);
+        profile.cpu.gemm.clear();
+        let error = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap_err();
+        assert!(error.to_string().contains("cpu.gemm"));
+    }
+
+    #[test]
+    fn copies_and_requests_follow_their_curves() {
+        let rates = Rates::new(&t4(), DeviceKind::Cuda, 16).unwrap();
+        let big = rates.link_s(Lane::CpuToGpu, 1.2e9, true);
+        assert!((big - 0.1).abs() < 1e-9);
+        assert!((rates.link_s(Lane::CpuToGpu, 1.2e9, false) - 0.2).abs() < 1e-9);
+        let tiny = rates.link_s(Lane::CpuToGpu, 4.0, true);
+        assert!((1e-5..1.01e-5).contains(&tiny), "latency first: {tiny}");
+        assert_eq!(rates.link_s(Lane::DiskToCpu, 4.0, true), 0.0);
+        assert!((rates.disk_read_s(1.6e9, 16e6) - 1.0).abs() < 1e-9);
+        assert!(
+            rates.disk_read_s(1.6e9, 4096.0) > 20.0,
+            "small requests are slow"
+        );
+        assert!((rates.disk_write_s(1.3e9, 16e6, true) - 1.0).abs() < 1e-9);
+        let host = Rates::new(&t4(), DeviceKind::Host, 16).unwrap();
+        assert!((host.link_s(Lane::GpuToCpu, 25e9, false) - 1.0).abs() < 1e-9);
+        let on = |tier| host.gemm_s(tier, Dtype::F16, 4, 4096, 4096);
+        assert_eq!(on(Tier::Gpu), on(Tier::Cpu), "the CPU plays the GPU");
+    }
+
+    #[test]
+    fn fewer_threads_calibration_and_contention() {
+        let mut profile = t4();
+        let seconds = |profile: &HardwareProfile, threads| {
+            let rates = Rates::new(profile, DeviceKind::Cpu, threads).unwrap();
+            rates.gemm_s(Tier::Cpu, Dtype::F16, 64, 4096, 4096)
+        };
+        let all = seconds(&profile, 16);
+        assert!((seconds(&profile, 4) - 4.0 * all).abs() < 1e-12);
+        assert_eq!(seconds(&profile, 64), all);
+        profile.calibration.insert("gemm".into(), 1.5);
+        assert!((seconds(&profile, 16) - 1.5 * all).abs() < 1e-12);
+        profile.calibration.insert("gemm.cpu".into(), 2.0);
+        assert!((seconds(&profile, 16) - 2.0 * all).abs() < 1e-12);
+        let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
+        let keep = rates.keep(Lane::CpuCompute, &[Lane::DiskToCpu, Lane::CpuToGpu]);
+        assert!((keep - 0.95 * 0.85).abs() < 1e-12);
+        assert_eq!(rates.keep(Lane::CpuCompute, &[Lane::CpuCompute]), 1.0);
+        profile.contention.insert("disk".into(), [0.5, 0.5]);
+        let error = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap_err();
+        assert!(error.to_string().contains("\"disk\""));
+    }
 }

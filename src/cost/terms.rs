@@ -7,6 +7,7 @@
 //! the sum of the lanes.
 
 use crate::cost::affine::{Affine, CACHE, HIDDEN};
+use crate::cost::footprint::CHUNK_ROWS_MAX;
 use crate::cost::layer::LayerBuilder;
 use crate::cost::rates::Rates;
 use crate::cost::steps::{Moments, Step, steps};
@@ -74,7 +75,7 @@ pub struct Segment {
 #[derive(Clone, Debug)]
 pub struct Terms {
     pub segments: Vec<Segment>,
-    /// Bytes of weights, cache and activations at home; buffers and the rest are footprint.rs's.
+    /// Bytes that grow with the shares; everything else is footprint.rs's.
     pub homes: PerTier<Affine>,
     pub overlap: bool,
 }
@@ -120,20 +121,43 @@ impl Terms {
     }
 }
 
+/// Bytes that grow with the shares: homes, and the parts of staging buffers and rings that do.
 fn homes(input: &TermInput, builder: &LayerBuilder) -> PerTier<Affine> {
     let (model, policy, moments) = (input.model, input.policy, input.moments);
+    let gpu = input.rates.device.has_gpu();
     let weights = builder.weights_bytes();
-    let slots = policy.slots() as f64;
     let record = model.kv_record_bytes(policy.kv_format()) as f64;
-    let cache = model.layers as f64 * slots * moments.kv * record;
-    let hidden = slots * moments.prompt * builder.hidden_row_bytes();
+    let batch_cache = policy.gpu_batch_size as f64 * moments.kv * record;
+    let batch_hidden = policy.gpu_batch_size as f64 * moments.prompt * builder.hidden_row_bytes();
+    let batches = policy.num_gpu_batches as f64;
     let mut homes = PerTier::<Affine>::default();
     homes.gpu.coef[0] = weights;
     homes.cpu.coef[1] = weights;
     homes.cpu.coef[2] = weights;
     for tier in Tier::ALL {
-        homes[tier].coef[CACHE + tier as usize] = cache;
-        homes[tier].coef[HIDDEN + tier as usize] = hidden;
+        homes[tier].coef[CACHE + tier as usize] = model.layers as f64 * batches * batch_cache;
+        homes[tier].coef[HIDDEN + tier as usize] = batches * batch_hidden;
+    }
+    // Two batches on their way, of what is at home elsewhere.
+    let disk = Tier::Disk as usize;
+    homes.cpu.coef[CACHE + disk] += 2.0 * batch_cache;
+    homes.cpu.coef[HIDDEN + disk] += 2.0 * batch_hidden;
+    for away in [Tier::Cpu, Tier::Disk].into_iter().filter(|_| gpu) {
+        if !policy.cpu_cache_compute {
+            homes.gpu.coef[CACHE + away as usize] += 2.0 * batch_cache;
+        }
+        homes.gpu.coef[HIDDEN + away as usize] += 2.0 * batch_hidden;
+    }
+    let batch_rows = policy.gpu_batch_size as f64 * moments.prompt;
+    if policy.num_gpu_batches > 1 || batch_rows > CHUNK_ROWS_MAX as f64 {
+        // A layer's streamed panels meet several products: all of them are there at once.
+        let layer = builder.layer_bytes();
+        homes.cpu.coef[3] += layer;
+        homes.cpu.coef[4] += layer;
+        if gpu {
+            homes.gpu.coef[1] += layer;
+            homes.gpu.coef[3] += layer;
+        }
     }
     homes
 }

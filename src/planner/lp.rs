@@ -157,12 +157,9 @@ impl Program<'_> {
 
     fn disk_then_dram(&self, shares: &[Option<Variable>]) -> Expression {
         let homes = &self.terms.homes;
-        let whole: f64 = Tier::ALL
-            .iter()
-            .map(|&t| homes[t].coef.iter().sum::<f64>())
-            .sum();
-        let scale = 1.0 / whole.max(1.0);
-        // Disk weights have no bytes at home: the store lies there anyway. Their share is read all the same.
+        let sum = |tier: Tier| homes[tier].coef.iter().sum::<f64>();
+        let scale = 1.0 / Tier::ALL.into_iter().map(sum).sum::<f64>().max(1.0);
+        // Disk weights have no bytes of their own: the store lies there anyway. They are read all the same.
         let mut disk = homes.disk;
         disk.coef[3] = homes.cpu.coef[2];
         disk.coef[4] = homes.cpu.coef[2];

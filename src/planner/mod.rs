@@ -163,7 +163,7 @@ fn choose(request: &PlanRequest, space: &Space) -> Option<Found> {
         &[|_| true]
     };
     for (level, keep) in levels.iter().enumerate() {
-        let realised = search::search(space, keep);
+        let realised = candidates(request, space, *keep);
         if let Some(found) = best(request, space, realised) {
             return Some(Found {
                 forced_lossy: level > 0 && is_auto_free(request),
@@ -172,6 +172,21 @@ fn choose(request: &PlanRequest, space: &Space) -> Option<Found> {
         }
     }
     None
+}
+
+/// The realised policies of one level, best first. A replay gets something to choose from: where the
+/// search ended at once, the best of the other block sizes as well.
+fn candidates(request: &PlanRequest, space: &Space, keep: fn(&Candidate) -> bool) -> Vec<Realised> {
+    let mut realised = search::search(space, &keep);
+    let first = realised.first().map(|r| r.candidate.slots());
+    if let (Some(slots), Some(_)) = (first, request.repricer)
+        && realised.len() < REPLAYS
+    {
+        realised.extend(search::search(space, &|c| keep(c) && c.slots() != slots));
+        realised.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s));
+        realised.dedup_by_key(|r| r.candidate);
+    }
+    realised
 }
 
 /// The best of some realised policies: by replay where there is one, else by the closed form.
@@ -264,11 +279,21 @@ impl<'a> PlanRequest<'a> {
                 disk: self.budget.disk_bytes,
             },
             stored_bytes: self.stored_bytes,
-            page_locked_bytes: profile.memory.page_locked_limit_bytes,
+            may_pin: may_pin(self.model, profile),
             kv: self.kv,
             threads: self.threads,
         })
     }
+}
+
+/// Judged by the machine's totals, not by the budget: more memory must never unpin. A limit of 0 is
+/// an unknown one.
+fn may_pin(model: &ModelSpec, profile: &HardwareProfile) -> bool {
+    let limit = profile.memory.page_locked_limit_bytes;
+    let most = model
+        .weights_bytes(false)
+        .min(profile.memory.cpu_total_bytes);
+    limit == 0 || limit >= most
 }
 
 fn is_auto_free(request: &PlanRequest) -> bool {

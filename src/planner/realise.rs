@@ -2,12 +2,12 @@
 //! whole sequences, weights to whole panels, the exact footprint taken, and the program solved again
 //! with what was found missing. Which candidate is tried is search.rs.
 
-use crate::cost::affine::{CACHE, HIDDEN, ShareVector, share_vector, shares_from};
+use crate::cost::affine::{CACHE, HIDDEN, SHARES, ShareVector, share_vector, shares_from};
 use crate::cost::estimate::total_s;
 use crate::cost::footprint::{BlockShape, Footprint};
 use crate::placement::Placement;
-use crate::planner::lp::{Equality, Optimum};
-use crate::planner::space::{Candidate, Priced, Space, overhead};
+use crate::planner::lp::{Equality, Optimum, Program};
+use crate::planner::space::{Candidate, Priced, Space};
 use crate::policy::Policy;
 use crate::tier::{PerTier, Tier};
 
@@ -19,6 +19,8 @@ const ROUNDED_ONE_BY_ONE: usize = 64;
 const ROUNDED_WELL: f64 = 0.002;
 /// Whole panels make two equal optima differ by this much (relative).
 const EQUALLY_FAST: f64 = 1e-5;
+/// A set of things on disk whose optimum is no better than this (relative) is not rounded.
+const SAME_START: f64 = 1e-4;
 /// Bytes that a repair takes off beyond what was missing, so that it ends.
 const REPAIR_BYTES: f64 = 65536.0;
 /// Unused bytes, as part of the budget, that are worth another solve.
@@ -44,11 +46,15 @@ pub struct Built {
 
 impl Built {
     pub fn new(space: &Space, priced: &Priced, shares: &ShareVector) -> Self {
-        let policy = Policy {
+        let mut policy = Policy {
             shares: shares_from(shares),
             ..priced.policy.clone()
         };
-        let placement = Placement::new(space.model, &policy);
+        let mut placement = Placement::new(space.model, &policy);
+        if let Some(bare) = without_crumbs(shares, &placement) {
+            policy.shares = shares_from(&bare);
+            placement = Placement::new(space.model, &policy);
+        }
         let block = BlockShape::new(&priced.workload, &policy, &placement);
         let footprint = space.footprint((&policy, &placement, &block));
         Built {
@@ -84,6 +90,29 @@ impl Built {
     }
 }
 
+/// The shares without those that realise nothing: a share that is no panel would still bring buffers.
+fn without_crumbs(shares: &ShareVector, placement: &Placement) -> Option<ShareVector> {
+    let realised = share_vector(&placement.realised());
+    let mut bare = *shares;
+    for (share, real) in bare.iter_mut().zip(realised).take(CACHE) {
+        *share = if real > 0.0 { *share } else { 0.0 };
+    }
+    let sum: f64 = bare[..CACHE].iter().sum();
+    if bare == *shares || sum <= 0.0 {
+        return None;
+    }
+    bare[..CACHE].iter_mut().for_each(|share| *share /= sum);
+    Some(bare)
+}
+
+/// Where rounding begins: an optimum, the shares it may use and what it takes beside them.
+#[derive(Clone, Copy)]
+struct Start {
+    optimum: Optimum,
+    open: [bool; SHARES],
+    overhead_bytes: PerTier<f64>,
+}
+
 /// One candidate being realised.
 pub struct Realiser<'s, 'a> {
     pub space: &'s Space<'a>,
@@ -101,20 +130,38 @@ impl Realiser<'_, '_> {
     }
 
     /// The best policy that fits, near the program's optimum; none where it cannot get under `limit_s`
-    /// (in units of `cost_s`).
+    /// (in units of `cost_s`). Buffers that come with a first streamed or spilled byte are steps that
+    /// no linear program sees: where the optimum cannot be had nearly as it is, every set of things
+    /// that may lie on disk is solved with its own buffers.
     pub fn realise(&self, relaxed: &Optimum, limit_s: f64) -> Option<Realised> {
-        let (start, overhead_bytes) = self.settle(relaxed);
-        let start_s = start.seconds / self.priced.per(self.space.job);
+        let per = self.priced.per(self.space.job);
+        let used = on_disk(&relaxed.shares);
+        let first = self.settle(relaxed, used);
+        let mut best = first.and_then(|start| self.round(&start, limit_s));
+        let near_s = relaxed.seconds / per * (1.0 + ROUNDED_WELL);
+        if best.as_ref().is_some_and(|b| b.cost_s <= near_s) {
+            return best;
+        }
+        for start in self.starts(relaxed, used) {
+            let limit_s = best.as_ref().map_or(limit_s, |b| b.cost_s.min(limit_s));
+            best = self.round(&start, limit_s * (1.0 - SAME_START)).or(best);
+        }
+        best
+    }
+
+    /// The best rounding of one start, if under the limit; the first that is near enough ends it.
+    fn round(&self, start: &Start, limit_s: f64) -> Option<Realised> {
+        let start_s = start.optimum.seconds / self.priced.per(self.space.job);
         if start_s > limit_s {
             return None;
         }
         let mut best: Option<Realised> = None;
-        for rounding in self.roundings(&start.shares) {
-            let Some(found) = self.fit(&rounding, overhead_bytes) else {
+        for rounding in self.roundings(&start.optimum.shares) {
+            let Some(found) = self.fit(&rounding, start) else {
                 continue;
             };
-            let better = |b: &Realised| found.cost_s < b.cost_s * (1.0 - 1e-12);
             let near = found.cost_s < start_s * (1.0 + ROUNDED_WELL);
+            let better = |b: &Realised| found.cost_s < b.cost_s * (1.0 - 1e-12);
             if best.as_ref().is_none_or(better) {
                 best = Some(found);
             }
@@ -122,36 +169,60 @@ impl Realiser<'_, '_> {
                 break;
             }
         }
-        best
+        best.filter(|b| b.cost_s <= limit_s)
     }
 
-    /// The optimum once more, with the buffers that the first one brings with it.
-    fn settle(&self, relaxed: &Optimum) -> (Optimum, PerTier<f64>) {
-        let built = Built::new(self.space, self.priced, &relaxed.shares);
-        let mut overhead_bytes = PerTier::default();
+    /// The optimum of each other set of things that may lie on disk, fastest first.
+    fn starts(&self, relaxed: &Optimum, but: u32) -> Vec<Start> {
+        let sets = (0..8).filter(|&set| set != but);
+        let mut starts: Vec<Start> = sets.filter_map(|set| self.settle(relaxed, set)).collect();
+        starts.sort_by(|a, b| a.optimum.seconds.total_cmp(&b.optimum.seconds));
+        starts
+    }
+
+    /// A set's optimum, with the buffers that it brings with it.
+    fn settle(&self, relaxed: &Optimum, set: u32) -> Option<Start> {
+        let mut open = self.space.allowed(self.candidate);
+        for (bit, shares) in DISK_SHARES.into_iter().enumerate() {
+            let keep = set >> bit & 1 == 1;
+            shares.for_each(|index| open[index] &= keep);
+        }
+        let inside = relaxed
+            .shares
+            .iter()
+            .zip(open)
+            .all(|(&share, ok)| ok || share == 0.0);
+        let mut start = Start {
+            optimum: *relaxed,
+            open,
+            overhead_bytes: self.priced.overhead_bytes,
+        };
+        if !inside {
+            start.optimum = self.program(&start, self.equalities).least_time()?;
+        }
+        let built = Built::new(self.space, self.priced, &start.optimum.shares);
         for tier in Tier::ALL {
-            overhead_bytes[tier] = self.overhead_of(&built, tier);
+            start.overhead_bytes[tier] = self.overhead_of(&built, tier);
         }
-        let input = (self.equalities, overhead_bytes);
-        let again = self.space.program(self.candidate, self.priced, input);
-        match again.least_time_and_disk() {
-            Some(optimum) => (optimum, overhead_bytes),
-            None => (*relaxed, self.priced.overhead_bytes),
+        start.optimum = self
+            .program(&start, self.equalities)
+            .least_time_and_disk()?;
+        Some(start)
+    }
+
+    fn program<'p>(&'p self, start: &Start, equalities: &'p [Equality]) -> Program<'p> {
+        let input = (equalities, start.overhead_bytes);
+        Program {
+            allowed: start.open,
+            ..self.space.program(self.candidate, self.priced, input)
         }
     }
 
+    /// What a tier holds beside what grows with the shares.
     fn overhead_of(&self, built: &Built, tier: Tier) -> f64 {
-        if tier == Tier::Disk {
-            // Spilled cache and hidden states are the homes; their page rounding is overhead.
-            let homes = self
-                .priced
-                .terms
-                .homes
-                .disk
-                .at(&share_vector(&built.placement.realised()));
-            return (built.footprint.total(tier) as f64 - homes).max(0.0);
-        }
-        overhead(&built.footprint, tier)
+        let shares = share_vector(&built.placement.realised());
+        let grown = self.priced.terms.homes[tier].at(&shares);
+        (built.footprint.total(tier) as f64 - grown).max(0.0)
     }
 
     /// Ways to cut cache and hidden states into whole sequences around the program's shares.
@@ -180,45 +251,39 @@ impl Realiser<'_, '_> {
     }
 
     /// Solves for the weights with cache and hidden states fixed, until the exact bytes fit.
-    fn fit(&self, rounding: &[Equality], start: PerTier<f64>) -> Option<Realised> {
-        let mut overhead_bytes = start;
+    fn fit(&self, rounding: &[Equality], start: &Start) -> Option<Realised> {
+        let mut start = *start;
         let mut best: Option<Realised> = None;
         let mut equalities = self.weight_equalities();
         equalities.extend_from_slice(rounding);
         for _ in 0..REPAIRS {
-            let input = (equalities.as_slice(), overhead_bytes);
-            let program = self.space.program(self.candidate, self.priced, input);
-            let Some(optimum) = program.least_time() else {
+            let Some(optimum) = self.program(&start, &equalities).least_time() else {
                 break;
             };
             let built = Built::new(self.space, self.priced, &optimum.shares);
-            let missing = built.missing_bytes(self.space);
-            let mut changed = false;
-            for tier in Tier::ALL {
-                if missing[tier] > 0 {
-                    overhead_bytes[tier] += missing[tier] as f64 + REPAIR_BYTES;
-                    changed = true;
+            if !built.fits(self.space) {
+                let missing = built.missing_bytes(self.space);
+                for tier in Tier::ALL.into_iter().filter(|&t| missing[t] > 0) {
+                    start.overhead_bytes[tier] += missing[tier] as f64 + REPAIR_BYTES;
                 }
+                continue;
             }
-            if !changed {
-                let unused = self.unused(&built, &mut overhead_bytes);
-                let found = built.realised(self.space, self.candidate, self.priced);
-                let better = best.as_ref().is_none_or(|b| found.cost_s < b.cost_s);
-                if better {
-                    best = Some(found);
-                }
-                if !better || !unused {
-                    break;
-                }
+            let unused = self.unused(&built, &mut start.overhead_bytes);
+            let found = built.realised(self.space, self.candidate, self.priced);
+            let better = best.as_ref().is_none_or(|b| found.cost_s < b.cost_s);
+            if better {
+                best = Some(found);
+            }
+            if !better || !unused {
+                break;
             }
         }
-        best.map(|best| self.with_least_disk(best, (&equalities, overhead_bytes)))
+        best.map(|best| self.with_least_disk(best, (&start, &equalities)))
     }
 
     /// Among equally fast weights the ones with least disk, where they fit as well.
-    fn with_least_disk(&self, best: Realised, input: (&[Equality], PerTier<f64>)) -> Realised {
-        let program = self.space.program(self.candidate, self.priced, input);
-        let Some(optimum) = program.least_time_and_disk() else {
+    fn with_least_disk(&self, best: Realised, input: (&Start, &[Equality])) -> Realised {
+        let Some(optimum) = self.program(input.0, input.1).least_time_and_disk() else {
             return best;
         };
         let built = Built::new(self.space, self.priced, &optimum.shares);
@@ -252,6 +317,16 @@ impl Realiser<'_, '_> {
         let of_weights = |e: &&Equality| e.terms.iter().all(|t| t.0 < CACHE);
         self.equalities.iter().filter(of_weights).cloned().collect()
     }
+}
+
+/// The disk's shares of weights, cache and hidden states.
+const DISK_SHARES: [std::ops::Range<usize>; 3] = [3..CACHE, HIDDEN - 1..HIDDEN, SHARES - 1..SHARES];
+
+/// Which of the three have a part on disk, as bits.
+fn on_disk(shares: &ShareVector) -> u32 {
+    let bits = DISK_SHARES.into_iter().enumerate();
+    bits.map(|(bit, range)| u32::from(shares[range].iter().any(|&s| s > 0.0)) << bit)
+        .sum()
 }
 
 /// Whole numbers around share · slots that sum to `slots`, the nearest first, at most `most` of them.

@@ -86,7 +86,8 @@ pub struct Space<'a> {
     pub budget: PerTier<u64>,
     /// Packed stores that exist already, native and 4-bit: their bytes need no room again.
     pub stored_bytes: [u64; 2],
-    pub page_locked_bytes: u64,
+    /// The system lets us page-lock as much as could ever be pinned.
+    pub may_pin: bool,
     pub kv: Dtype,
     pub threads: usize,
 }
@@ -224,10 +225,8 @@ impl<'a> Space<'a> {
     /// Pinned copies are never slower and our pinned memory is exact, so that only the system's limit
     /// on page-locked bytes speaks against it.
     fn pin_weight(&self) -> bool {
-        let room = self.page_locked_bytes == 0 || self.page_locked_bytes >= self.budget.cpu;
-        self.fixed
-            .pin_weight
-            .unwrap_or(self.device().has_gpu() && room)
+        let useful = self.device().has_gpu() && self.may_pin;
+        self.fixed.pin_weight.unwrap_or(useful)
     }
 
     /// Shares that may be positive.
@@ -397,7 +396,7 @@ fn in_parallel<T: Sync, R: Send>(items: &[T], one: impl Fn(&T) -> Option<R> + Sy
 }
 
 /// A tier's bytes beside weight panels, cache and hidden states at home.
-pub fn overhead(footprint: &Footprint, tier: Tier) -> f64 {
+fn overhead(footprint: &Footprint, tier: Tier) -> f64 {
     let at_home: u64 = [Buffer::Weights, Buffer::Cache, Buffer::Hidden]
         .iter()
         .map(|&buffer| footprint.buffer(tier, buffer))

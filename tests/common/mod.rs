@@ -1,6 +1,8 @@
 //! Models and machines that several tests share. Made-up figures of plausible size, nothing measured.
 #![allow(dead_code)]
 
+pub mod planning;
+
 use loadmaster::dtype::Dtype;
 use loadmaster::model::{Activation, ModelSpec};
 use loadmaster::profile::{HardwareProfile, compiled_in};

@@ -1,0 +1,106 @@
+//! Sizes of one block: cached tokens, hidden rows and chunk rows per tier, from a workload's lengths
+//! and a realised placement. Bytes are footprint.rs's, seconds terms.rs's.
+
+use crate::cost::footprint::CHUNK_ROWS_MAX;
+use crate::placement::Placement;
+use crate::policy::Policy;
+use crate::tier::{PerTier, Tier};
+use crate::workload::{Lengths, Workload};
+
+/// Sizes of one block, from the workload's lengths and the batch shape.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockShape {
+    /// Tokens of cache that fit per tier, all slots together.
+    pub kv_tokens: PerTier<u64>,
+    /// The same for the largest batch alone.
+    pub batch_kv_tokens: PerTier<u64>,
+    /// Hidden rows that fit per tier.
+    pub hidden_rows: PerTier<u64>,
+    pub batch_hidden_rows: PerTier<u64>,
+    /// Rows of one batch in one step.
+    pub batch_rows: u64,
+    pub chunk_rows: u64,
+    pub slots: u64,
+    /// Slots per tier of the cache.
+    pub cache_slots: PerTier<u64>,
+}
+
+impl BlockShape {
+    pub fn new(workload: &Workload, policy: &Policy, placement: &Placement) -> Self {
+        Self::from_lengths(&Lengths::from(workload), policy, placement)
+    }
+
+    /// Mean lengths times slots, but never less than the longest line needs.
+    pub fn from_lengths(lengths: &Lengths, policy: &Policy, placement: &Placement) -> Self {
+        let lines = lengths.prompts.max(1);
+        let kv = Spread {
+            total: lengths.kv_tokens,
+            lines,
+            longest: lengths.kv_tokens_max,
+        };
+        let prompt = Spread {
+            total: lengths.prompt_tokens,
+            lines,
+            longest: lengths.prompt_tokens_max,
+        };
+        let cache_slots = count(&placement.cache_tiers);
+        let hidden_slots = count(&placement.hidden_tiers);
+        let batch_rows = prompt.for_slots(policy.gpu_batch_size as u64);
+        BlockShape {
+            kv_tokens: kv.per_tier(&cache_slots),
+            batch_kv_tokens: kv.per_tier(&largest_batch(&placement.cache_tiers, policy)),
+            hidden_rows: prompt.per_tier(&hidden_slots),
+            batch_hidden_rows: prompt.per_tier(&largest_batch(&placement.hidden_tiers, policy)),
+            batch_rows,
+            chunk_rows: batch_rows.min(CHUNK_ROWS_MAX as u64),
+            slots: policy.slots() as u64,
+            cache_slots,
+        }
+    }
+
+    /// True where one layer's weights meet more than one product each: several batches or chunks.
+    pub fn weights_reused(&self, policy: &Policy) -> bool {
+        policy.num_gpu_batches > 1 || self.batch_rows > self.chunk_rows
+    }
+}
+
+struct Spread {
+    total: u64,
+    lines: u64,
+    longest: u64,
+}
+
+impl Spread {
+    fn for_slots(&self, slots: u64) -> u64 {
+        if slots == 0 {
+            0
+        } else {
+            (self.total * slots).div_ceil(self.lines).max(self.longest)
+        }
+    }
+
+    fn per_tier(&self, slots: &PerTier<u64>) -> PerTier<u64> {
+        PerTier {
+            gpu: self.for_slots(slots.gpu),
+            cpu: self.for_slots(slots.cpu),
+            disk: self.for_slots(slots.disk),
+        }
+    }
+}
+
+fn count(tiers: &[Tier]) -> PerTier<u64> {
+    let mut slots = PerTier::default();
+    tiers.iter().for_each(|&t| slots[t] += 1);
+    slots
+}
+
+fn largest_batch(tiers: &[Tier], policy: &Policy) -> PerTier<u64> {
+    let mut most = PerTier::default();
+    for batch in tiers.chunks(policy.gpu_batch_size) {
+        let slots = count(batch);
+        Tier::ALL
+            .into_iter()
+            .for_each(|t| most[t] = slots[t].max(most[t]));
+    }
+    most
+}

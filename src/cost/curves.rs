@@ -1,0 +1,133 @@
+//! Measured points turned into functions: GEMM seconds over M and size, rates over block size, and
+//! which measured format stands in for a missing one. Which curve an operation uses is rates.rs.
+
+use crate::dtype::Dtype;
+use crate::profile::{AttentionRates, DiskPoint, GemmCurve};
+use std::collections::BTreeMap;
+
+/// Seconds per weight over M, for one measured shape.
+#[derive(Clone, Debug)]
+pub struct ShapeCurve {
+    pub weights: f64,
+    /// (M, seconds per weight), rising.
+    pub points: Vec<(f64, f64)>,
+}
+
+/// Bytes of one element in long rows.
+pub fn element_bytes(format: Dtype) -> f64 {
+    format.row_bytes(64) as f64 / 64.0
+}
+
+/// Piecewise linear between measured M; above the last by FLOPs; below the first in proportion, but
+/// not under the time that reading the weight takes.
+pub fn per_weight_s(points: &[(f64, f64)], m: f64, floor_s: f64) -> f64 {
+    let (first, last) = (points[0], points[points.len() - 1]);
+    if m <= first.0 {
+        return (first.1 * m / first.0).max(floor_s).min(first.1);
+    }
+    if m >= last.0 {
+        return last.1 * m / last.0;
+    }
+    let above = points.partition_point(|p| p.0 < m).max(1);
+    let (a, b) = (points[above - 1], points[above]);
+    a.1 + (b.1 - a.1) * (m - a.0) / (b.0 - a.0)
+}
+
+/// Rate for blocks of `block` bytes: linear in the block's logarithm, latency-bound below the curve.
+pub fn rate_at(curve: &[(f64, f64)], block: f64) -> f64 {
+    let (first, last) = (curve[0], curve[curve.len() - 1]);
+    if block <= first.0 {
+        return first.1 * (block / first.0).max(1e-6);
+    }
+    if block >= last.0 {
+        return last.1;
+    }
+    let above = curve.partition_point(|p| p.0 < block).max(1);
+    let (a, b) = (curve[above - 1], curve[above]);
+    a.1 + (b.1 - a.1) * (block / a.0).ln() / (b.0 / a.0).ln()
+}
+
+pub fn disk_s((latency_s, curve): &(f64, Vec<(f64, f64)>), bytes: f64, block_bytes: f64) -> f64 {
+    if bytes <= 0.0 {
+        return 0.0;
+    }
+    (bytes / rate_at(curve, block_bytes.min(bytes))).max(*latency_s)
+}
+
+/// The best depth of each block size.
+pub fn disk_curve(latency_s: f64, points: &[DiskPoint]) -> (f64, Vec<(f64, f64)>) {
+    let mut best = BTreeMap::<u64, f64>::new();
+    for &(block, _, rate, _) in points {
+        let entry = best.entry(block.max(1)).or_default();
+        *entry = entry.max(rate);
+    }
+    (
+        latency_s,
+        best.iter().map(|(&b, &r)| (b as f64, r)).collect(),
+    )
+}
+
+/// Formats that stand in for one that was not measured, nearest first.
+fn stand_ins(format: Dtype) -> [Dtype; 4] {
+    match format {
+        Dtype::F32 => [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::Q4],
+        Dtype::F16 => [Dtype::F16, Dtype::Bf16, Dtype::F32, Dtype::Q4],
+        Dtype::Bf16 => [Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::Q4],
+        Dtype::Q4 => [Dtype::Q4, Dtype::F16, Dtype::Bf16, Dtype::F32],
+    }
+}
+
+pub fn gemm_curves(
+    tables: &BTreeMap<String, GemmCurve>,
+    slow: f64,
+) -> Option<[Vec<ShapeCurve>; 4]> {
+    let mut all: [Vec<ShapeCurve>; 4] = Default::default();
+    for format in Dtype::ALL {
+        let found = stand_ins(format)
+            .into_iter()
+            .find_map(|f| tables.get(f.name()).map(|t| (f, t)))?;
+        let larger = (element_bytes(format) / element_bytes(found.0)).max(1.0);
+        all[format as usize] = shape_curves(found.1, larger * slow);
+    }
+    Some(all)
+}
+
+fn shape_curves(table: &GemmCurve, factor: f64) -> Vec<ShapeCurve> {
+    let mut shapes = BTreeMap::<u64, BTreeMap<usize, f64>>::new();
+    for &(m, inputs, rows, seconds) in &table.points {
+        let weights = (inputs * rows).max(1) as u64;
+        let per_weight_s = factor * seconds / weights as f64;
+        shapes
+            .entry(weights)
+            .or_default()
+            .insert(m.max(1), per_weight_s);
+    }
+    let rising = |points: BTreeMap<usize, f64>| {
+        let mut most = 0.0f64;
+        let rise = |(m, s): (usize, f64)| {
+            most = most.max(s);
+            (m as f64, most)
+        };
+        points.into_iter().map(rise).collect()
+    };
+    let curve = |(weights, points)| ShapeCurve {
+        weights: weights as f64,
+        points: rising(points),
+    };
+    shapes.into_iter().map(curve).collect()
+}
+
+pub fn attention_rates(tables: &BTreeMap<String, AttentionRates>) -> Option<[AttentionRates; 4]> {
+    let mut all = Vec::with_capacity(4);
+    for format in Dtype::ALL {
+        let found = stand_ins(format)
+            .into_iter()
+            .find_map(|f| tables.get(f.name()).map(|t| (f, *t)))?;
+        let smaller = (element_bytes(format) / element_bytes(found.0)).min(1.0);
+        all.push(AttentionRates {
+            decode_bytes_per_s: found.1.decode_bytes_per_s * smaller,
+            prefill_flop_per_s: found.1.prefill_flop_per_s,
+        });
+    }
+    all.try_into().ok()
+}
