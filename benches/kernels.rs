@@ -1,6 +1,6 @@
 //! Kernel rates beside the machine's own ceilings, measured in the same run: products against the FMA
 //! peak, streams against DRAM reads. `cargo bench --bench kernels [-- WORDS]` runs the sections whose
-//! name contains one of the words.
+//! name contains one of the words; `threads=N` among them sets the threads.
 
 use loadmaster::dtype::{Dtype, panels};
 use loadmaster::machine::cpu::kernels::*;
@@ -44,9 +44,15 @@ fn filler(bytes: usize) -> Vec<u8> {
         .collect()
 }
 
+/// The number behind `name` among the arguments.
+fn option(name: &str) -> Option<usize> {
+    std::env::args().find_map(|word| word.strip_prefix(name)?.parse().ok())
+}
+
 impl Bench {
     fn new() -> Bench {
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let all = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = option("threads=").unwrap_or(all);
         let (pool, isa) = (Pool::new(threads), Isa::detect());
         let memory = filler(STREAM_BYTES);
         let mut flops = 0.0;

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 /// Bytes of rows that are asked for ahead of the one in use.
 const AHEAD_BYTES: usize = 16 * 1024;
-/// V rows folded into one pass over the sums.
+/// Rows that each head takes together, so that its query or sums are loaded once for them.
 const ROWS_TOGETHER: usize = 4;
 /// What widening a row may need beyond the row itself.
 const BUFFER_SLACK: usize = 128;
@@ -102,6 +102,12 @@ impl Ahead {
         }
     }
 
+    /// One for each of the rows that are taken together.
+    #[inline(always)]
+    fn of_rows(part: &Part, token: usize, end: usize, side: usize) -> [Ahead; ROWS_TOGETHER] {
+        std::array::from_fn(|j| Ahead::new(part, token + j, end, side))
+    }
+
     #[inline(always)]
     fn ask<V: Simd>(&self, head: usize) {
         for line in (0..self.head_bytes).step_by(64) {
@@ -110,34 +116,68 @@ impl Ahead {
     }
 }
 
-/// scores[head][key] = query · key, a sum of sixteen lanes per head.
+/// scores[head][key] = query · key, a sum of sixteen lanes per head and key.
 #[inline(always)]
 fn score<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Range<usize>) {
-    let size = part.problem.head_size;
-    for (i, token) in keys.clone().enumerate() {
-        let ahead = Ahead::new(part, token, keys.end, 0);
-        // SAFETY: `check` found the record inside the cache; `heads_that_fit` left the buffer its room.
-        let row = unsafe {
-            K::open::<V>(
-                part.row(token, 0),
-                part.elements(),
-                carved.buffer.as_mut_ptr(),
-            )
-        };
+    let mut at = 0;
+    while at < keys.len() {
+        let together = ROWS_TOGETHER.min(keys.len() - at);
+        let rows = open_rows::<V, K>(part, carved, (keys.start + at, together), 0);
+        let ahead = Ahead::of_rows(part, keys.start + at, keys.end, 0);
         for head in 0..part.heads.len() {
-            ahead.ask::<V>(head);
-            let mut sum = V::splat(0.0);
-            for d in (0..size).step_by(LANES) {
-                // SAFETY: queries are padded with zeros to whole vectors, the row is read up to its end.
-                unsafe {
-                    let query = V::load(carved.queries.as_ptr().add(head * carved.width + d));
-                    let from = row.add((head * size + d) * K::As::BYTES);
-                    sum = V::fma(query, K::As::load_first::<V>(from, size - d), sum);
-                }
+            for ahead in ahead.iter() {
+                ahead.ask::<V>(head);
             }
-            carved.scores[head * CHUNK_KEYS + i] = V::sum(sum);
+            let scores = dots::<V, K>(part, carved, &rows, head);
+            carved.scores[head * CHUNK_KEYS + at..][..together]
+                .copy_from_slice(&scores[..together]);
+        }
+        at += together;
+    }
+}
+
+/// The `together` rows of one side from token `first` on; missing ones repeat the last.
+#[inline(always)]
+fn open_rows<V: Simd, K: KvFormat>(
+    part: &Part,
+    carved: &mut Carved,
+    (first, together): (usize, usize),
+    side: usize,
+) -> [*const u8; ROWS_TOGETHER] {
+    let mut rows = [std::ptr::null(); ROWS_TOGETHER];
+    let room = part.elements().len() + BUFFER_SLACK;
+    for (j, row) in rows.iter_mut().enumerate() {
+        let token = first + j.min(together - 1);
+        // SAFETY: `check` found the record inside the cache; `heads_that_fit` left each row its room.
+        *row = unsafe {
+            let buffer = carved.buffer.as_mut_ptr().add(j * room);
+            K::open::<V>(part.row(token, side), part.elements(), buffer)
+        };
+    }
+    rows
+}
+
+/// One head's query times four rows.
+#[inline(always)]
+fn dots<V: Simd, K: KvFormat>(
+    part: &Part,
+    carved: &Carved,
+    rows: &[*const u8; ROWS_TOGETHER],
+    head: usize,
+) -> [f32; ROWS_TOGETHER] {
+    let size = part.problem.head_size;
+    let mut sums = [V::splat(0.0); ROWS_TOGETHER];
+    for d in (0..size).step_by(LANES) {
+        // SAFETY: queries are padded with zeros to whole vectors, rows are read up to their end.
+        unsafe {
+            let query = V::load(carved.queries.as_ptr().add(head * carved.width + d));
+            for (sum, row) in sums.iter_mut().zip(rows) {
+                let from = row.add((head * size + d) * K::As::BYTES);
+                *sum = V::fma(query, K::As::load_first::<V>(from, size - d), *sum);
+            }
         }
     }
+    V::sums(sums)
 }
 
 /// Turns a head's scores into weights against the new maximum and rescales what was there.
@@ -151,16 +191,19 @@ fn weigh<V: Simd>(carved: &mut Carved, head: usize, keys: usize) {
         high = V::max(unsafe { V::load(scores.as_ptr().add(at)) }, high);
     }
     let maximum = largest::<V>(high);
-    let mut total = V::splat(0.0);
     for at in (0..keys).step_by(LANES) {
         // SAFETY: as above.
         unsafe {
-            let score = V::load(scores.as_ptr().add(at));
-            let weight = exp::<V>(V::sub(score, V::splat(maximum)));
-            store_first::<V>(scores.as_mut_ptr().add(at), weight, keys - at);
-            scores[keys..].fill(0.0);
-            total = V::add(total, V::load(scores.as_ptr().add(at)));
+            let to = scores.as_mut_ptr().add(at);
+            V::store(to, exp::<V>(V::sub(V::load(to), V::splat(maximum))));
         }
+    }
+    // What lies past the last key is not the smallest weight, but none.
+    scores[keys..].fill(0.0);
+    let mut total = V::splat(0.0);
+    for at in (0..keys).step_by(LANES) {
+        // SAFETY: as above.
+        total = V::add(total, unsafe { V::load(scores.as_ptr().add(at)) });
     }
     let shrink = exp::<V>(V::splat(carved.maxima[head] - maximum));
     let factor = lanes::<V>(shrink)[0];
@@ -178,23 +221,13 @@ fn add_values<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Rang
     let mut at = 0;
     while at < keys.len() {
         let together = ROWS_TOGETHER.min(keys.len() - at);
-        let mut rows = [std::ptr::null(); ROWS_TOGETHER];
-        for (j, row) in rows[..together].iter_mut().enumerate() {
-            let token = keys.start + at + j;
-            let room = part.elements().len() + BUFFER_SLACK;
-            // SAFETY: as in `score`, with room for each of the rows.
-            *row = unsafe {
-                let buffer = carved.buffer.as_mut_ptr().add(j * room);
-                K::open::<V>(part.row(token, 1), part.elements(), buffer)
-            };
-        }
+        let rows = open_rows::<V, K>(part, carved, (keys.start + at, together), 1);
+        let ahead = Ahead::of_rows(part, keys.start + at, keys.end, 1);
         if together == ROWS_TOGETHER {
-            let ahead = std::array::from_fn(|j| Ahead::new(part, keys.start + at + j, keys.end, 1));
-            add_rows::<V, K, ROWS_TOGETHER>(part, carved, (rows, ahead), at);
+            add_rows::<V, K, ROWS_TOGETHER>(part, carved, (rows, &ahead), at);
         } else {
             for (j, &row) in rows[..together].iter().enumerate() {
-                let ahead = [Ahead::new(part, keys.start + at + j, keys.end, 1)];
-                add_rows::<V, K, 1>(part, carved, ([row], ahead), at + j);
+                add_rows::<V, K, 1>(part, carved, ([row], &ahead[j..=j]), at + j);
             }
         }
         at += together;
@@ -205,12 +238,12 @@ fn add_values<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Rang
 fn add_rows<V: Simd, K: KvFormat, const N: usize>(
     part: &Part,
     carved: &mut Carved,
-    (rows, ahead): ([*const u8; N], [Ahead; N]),
+    (rows, ahead): ([*const u8; N], &[Ahead]),
     key: usize,
 ) {
     let size = part.problem.head_size;
     for head in 0..part.heads.len() {
-        for ahead in &ahead {
+        for ahead in ahead.iter() {
             ahead.ask::<V>(head);
         }
         let scores = &carved.scores[head * CHUNK_KEYS + key..][..N];

@@ -138,7 +138,8 @@ impl<E: Element> Panel for E {
 pub(super) struct Group<V: Simd, const NV: usize> {
     units: *const u8,
     first_vector: usize,
-    scales: [V::F; NV],
+    /// For even and odd inputs, times what undoes the height of their nibbles.
+    scales: [[V::F; NV]; 2],
     minima: [V::F; NV],
 }
 
@@ -149,8 +150,8 @@ impl<V: Simd, const NV: usize> Source<V, NV> for Group<V, NV> {
         let words = unsafe { V::load_words(self.units.add(k / 2 * UNIT_BYTES)) };
         let mut found = [V::splat(0.0); NV];
         for j in 0..NV {
-            let code = V::nibbles(words, (16 * odd + 4 * (self.first_vector + j)) as u32);
-            found[j] = V::fma(code, self.scales[j], self.minima[j]);
+            let raised = V::raised_nibbles(words, (4 * odd + self.first_vector + j) as u32);
+            found[j] = V::fma(raised, self.scales[odd][j], self.minima[j]);
         }
         found
     }
@@ -166,7 +167,7 @@ impl Panel for Q4 {
         let mut group = Group {
             units: std::ptr::null(),
             first_vector: row / LANES,
-            scales: [V::splat(0.0); NV],
+            scales: [[V::splat(0.0); NV]; 2],
             minima: [V::splat(0.0); NV],
         };
         // SAFETY: whole groups are stored, so scales, minima and units of k's group are there.
@@ -175,7 +176,11 @@ impl Panel for Q4 {
             group.units = base.add(CODES_AT);
             for j in 0..NV {
                 let scales: *const u16 = base.cast::<u16>().add(row + j * LANES);
-                group.scales[j] = V::load_f16(scales);
+                for odd in 0..2 {
+                    let height = V::nibble_height((4 * odd + group.first_vector + j) as u32);
+                    let undo = V::splat(1.0 / height);
+                    group.scales[odd][j] = V::mul(V::load_f16(scales), undo);
+                }
                 group.minima[j] = V::load_f16(scales.add(PANEL_ROWS));
             }
         }

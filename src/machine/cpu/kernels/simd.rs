@@ -115,10 +115,30 @@ pub(super) trait Simd: Copy + 'static {
     fn min(a: Self::F, b: Self::F) -> Self::F;
     /// The fixed tree: lanes i + 8, then + 4, + 2, + 1.
     fn sum(a: Self::F) -> f32;
+    /// `sum` of each.
+    #[inline(always)]
+    fn sums(a: [Self::F; 4]) -> [f32; 4] {
+        [
+            Self::sum(a[0]),
+            Self::sum(a[1]),
+            Self::sum(a[2]),
+            Self::sum(a[3]),
+        ]
+    }
     /// bits(a) + (bits(b) << 23): a times two to the integer in b's low mantissa bits.
     fn add_exponent(a: Self::F, b: Self::F) -> Self::F;
     /// (word >> shift) & 15 of each lane, as f32.
     fn nibbles(words: Self::I, shift: u32) -> Self::F;
+    /// Nibble `index` of each lane times `nibble_height(index)`, a power of two: leaving it where it
+    /// stands saves the shift, and undoing that in the scale is exact.
+    #[inline(always)]
+    fn raised_nibbles(words: Self::I, index: u32) -> Self::F {
+        Self::nibbles(words, 4 * index)
+    }
+    #[inline(always)]
+    fn nibble_height(_index: u32) -> f32 {
+        1.0
+    }
 
     /// # Safety
     /// Sixteen f32 readable at `from`.

@@ -50,10 +50,48 @@ unsafe fn sum8(a: __m256) -> f32 {
     }
 }
 
+/// Two vectors' lower halves beside each other, plus their upper halves: lanes i + 8 of both.
+#[inline(always)]
+unsafe fn halves4(a: __m512, b: __m512) -> __m512 {
+    // SAFETY: AVX-512, by the caller.
+    unsafe {
+        _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x44>(a, b),
+            _mm512_shuffle_f32x4::<0xee>(a, b),
+        )
+    }
+}
+
+/// The tree of `sum` for four vectors at once: every addition adds lanes of all of them.
+#[inline(always)]
+unsafe fn sums4(a: [__m512; 4]) -> [f32; 4] {
+    // SAFETY: AVX-512, by the caller.
+    unsafe {
+        let (ab, cd) = (halves4(a[0], a[1]), halves4(a[2], a[3]));
+        // Even quarters plus odd quarters: lanes i + 4; a, b, c, d have a quarter each.
+        let quarters = _mm512_add_ps(
+            _mm512_shuffle_f32x4::<0x88>(ab, cd),
+            _mm512_shuffle_f32x4::<0xdd>(ab, cd),
+        );
+        let pairs = _mm512_add_ps(quarters, _mm512_permute_ps::<0x4e>(quarters));
+        let ones = _mm512_add_ps(pairs, _mm512_permute_ps::<0xb1>(pairs));
+        let order = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+        let mut sums = [0f32; 4];
+        let four = _mm512_castps512_ps128(_mm512_permutexvar_ps(order, ones));
+        _mm_storeu_ps(sums.as_mut_ptr(), four);
+        sums
+    }
+}
+
 impl Simd for Avx512 {
     type F = __m512;
     type I = __m512i;
     const WIDE: bool = true;
+
+    #[inline(always)]
+    fn nibble_height(index: u32) -> f32 {
+        (1u32 << (4 * index)) as f32
+    }
 
     words! {
         fn splat(value: f32) -> __m512 = _mm512_set1_ps(value);
@@ -67,6 +105,7 @@ impl Simd for Avx512 {
         fn min(a: __m512, b: __m512) -> __m512 = _mm512_min_ps(a, b);
         fn sum(a: __m512) -> f32 =
             sum8(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a)));
+        fn sums(a: [__m512; 4]) -> [f32; 4] = sums4(a);
         fn add_exponent(a: __m512, b: __m512) -> __m512 = _mm512_castsi512_ps(_mm512_add_epi32(
             _mm512_castps_si512(a),
             _mm512_slli_epi32::<23>(_mm512_castps_si512(b)),
@@ -75,6 +114,9 @@ impl Simd for Avx512 {
         fn nibbles(words: __m512i, shift: u32) -> __m512 = _mm512_permutexvar_ps(
             _mm512_srl_epi32(words, _mm_cvtsi32_si128(shift as i32)),
             _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.),
+        );
+        fn raised_nibbles(words: __m512i, index: u32) -> __m512 = _mm512_cvtepu32_ps(
+            _mm512_and_si512(words, _mm512_set1_epi32((15u32 << (4 * index)) as i32)),
         );
         fn prefetch(at: *const u8) = _mm_prefetch::<_MM_HINT_T0>(at.cast());
     }
