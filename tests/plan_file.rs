@@ -33,7 +33,7 @@ fn a_person_sees_flags_tiers_ladder_and_what_binds() {
     use loadmaster::cli::show_plan::show_plan;
     let setting = cpu(opt_1_3b(), 2 * GIB, Workload::uniform(8, 128, 16));
     let made = plan(&setting.request()).unwrap();
-    let text = show_plan(&made);
+    let text = show_plan(&made, true);
     for word in [
         made.flags.as_str(),
         "DRAM",
@@ -50,7 +50,7 @@ fn a_person_sees_flags_tiers_ladder_and_what_binds() {
     assert!(!text.contains("GPU memory"));
     let setting = cpu(opt_1_3b(), 150 * MIB, Workload::uniform(8, 128, 16));
     let refused = plan(&setting.request()).unwrap();
-    let text = show_plan(&refused);
+    let text = show_plan(&refused, true);
     assert!(
         text.contains("missing") && text.contains("--cpu-mem"),
         "{text}"
