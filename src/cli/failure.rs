@@ -75,6 +75,8 @@ impl Failure {
         let failure = Failure::usage(parts.next().unwrap_or_default());
         let tips = parts.map(|tip| tip.trim_start_matches("tip: ").to_owned());
         let usage = rest.lines().next().map(|usage| format!("usage:{usage}"));
+        // Errors across flags know no command: their usage line would say nothing.
+        let usage = usage.filter(|usage| !usage.ends_with("loadmaster <COMMAND>"));
         let hints: Vec<String> = tips.chain(usage).collect();
         if hints.is_empty() {
             return failure;
@@ -229,6 +231,8 @@ mod tests {
                 .last()
                 .is_some_and(|l| l.starts_with("error: "))
         );
+        let across = from_clap("loadmaster exec plan.toml --json");
+        assert_eq!(across.hint, None);
         let help = Cli::read(["loadmaster", "--help"]).expect_err("help");
         assert!(is_request(&help));
     }

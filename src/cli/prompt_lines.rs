@@ -80,6 +80,10 @@ impl Rules<'_> {
                 let why = "it is empty: write {\"prompt\": …}, or take the line out";
                 return Err((EMPTY_PROMPT, why.to_owned()));
             }
+            // serde would take a list too, as the values in order.
+            if !json.trim_start().starts_with('{') {
+                return Err(bad_line("it is no JSON object"));
+            }
             let line = serde_json::from_str::<JsonLine>(json).map_err(json_fault)?;
             let prompt = rules.prompt(line.prompt.as_ref())?;
             rules.request(prompt, &line)
@@ -206,12 +210,19 @@ type Fault = (&'static str, String);
 
 fn json_fault(error: serde_json::Error) -> Fault {
     // A line of the file is the parser's only line: its own line number would mislead.
+    // What it expects are names of this program's own, or the keys that are listed anyway.
     let text = error.to_string();
     let why = text.split(" at line ").next().unwrap_or(&text);
+    let why = why.split(", expected").next().unwrap_or(why);
+    bad_line(&format!("{why} (column {})", error.column()))
+}
+
+fn bad_line(why: &str) -> Fault {
     let known = "prompt, max_tokens, temperature, top_p, top_k, seed";
-    let column = error.column();
-    let why = format!("{why} (column {column}); a line is an object with these keys: {known}");
-    (BAD_LINE, why)
+    (
+        BAD_LINE,
+        format!("{why}; a line is an object with these keys: {known}"),
+    )
 }
 
 fn whole(key: &str, value: Option<&Value>) -> Result<Option<u64>, Fault> {

@@ -99,6 +99,7 @@ fn a_bad_line_says_what_is_wrong_with_it() {
         (r#"{"prompt": "a", "prompt": "b"}"#, "bad_line", "prompt"),
         (r#"{"prompt": "a""#, "bad_line", "column"),
         (r#"["a"]"#, "bad_line", "object"),
+        (r#"[[5], 1, 0, 1, 0, 0]"#, "bad_line", "object"),
         (r#"{"max_tokens": 3}"#, "bad_line", "prompt"),
         (r#"{"prompt": 7}"#, "bad_value", "\"prompt\" is 7"),
         (r#"{"prompt": []}"#, "empty_prompt", "no tokens"),
