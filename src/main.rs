@@ -6,7 +6,7 @@ use loadmaster::cli::failure::{Failure, is_request, stop_on_signals};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let json = std::env::args().any(|word| word == "--json");
+    let json = std::env::args_os().any(|word| word == "--json");
     let cli = match Cli::read(std::env::args_os()) {
         Ok(cli) => cli,
         Err(error) if is_request(&error) => {

@@ -165,7 +165,9 @@ fn spill_dir(offload_dir: &Path) -> Result<PathBuf, Failure> {
 fn check_room(run: &RunJob, offload_dir: &Path) -> Result<(), Failure> {
     let needed = footprint(run);
     let memory = needed.total(Tier::Cpu) + needed.arena_bytes(Tier::Gpu);
-    let free = os::memory_now().map_err(Failure::failed)?.free_bytes;
+    // What this process holds already is part of what the plan counts.
+    let own = os::process_memory().map_or(0, |m| m.resident_bytes);
+    let free = os::memory_now().map_err(Failure::failed)?.free_bytes + own;
     if memory > free {
         return Err(Failure::failed(format!(
             "the plan needs {} of memory and {} are free: {} are missing",

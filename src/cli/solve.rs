@@ -91,7 +91,7 @@ pub fn work_lines(
         gen_tokens: work.gen_len.unwrap_or(gen_tokens),
         seed: work.seed,
     };
-    prompts::read_lines(source, &rules).map_err(Failure::failed)
+    prompts::read_lines(source, &rules).map_err(Failure::from)
 }
 
 fn plan(
