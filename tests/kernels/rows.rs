@@ -185,7 +185,7 @@ fn a_row_named_twice_is_refused() {
 #[test]
 fn bandwidth_loops_touch_everything() {
     let mut random = Random(14);
-    let bytes: Vec<u8> = (0..(3 << 20) + 256).map(|_| random.next() as u8).collect();
+    let bytes: Vec<u8> = (0..(3 << 20) + 256).map(|_| random.word() as u8).collect();
     let words = bytes
         .chunks_exact(8)
         .map(|w| u64::from_le_bytes(std::array::from_fn(|i| w[i])));

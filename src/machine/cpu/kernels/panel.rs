@@ -86,7 +86,7 @@ pub(super) trait Panel {
     const SEGMENT: usize;
     /// Cache lines of two inputs.
     const LINES: usize;
-    /// Already f32: nothing to gain from widening.
+    /// Already f32: nothing to gain from widening, and the tiles of attention, which may be narrow.
     const WIDE: bool;
     type At<V: Simd, const NV: usize>: Source<V, NV>;
     /// The weights of rows `row..row + 16 NV` from input `k` on; `k` is a multiple of SEGMENT.
@@ -149,9 +149,9 @@ impl<V: Simd, const NV: usize> Source<V, NV> for Group<V, NV> {
         // SAFETY: k < 64, so the unit lies inside the group.
         let words = unsafe { V::load_words(self.units.add(k / 2 * UNIT_BYTES)) };
         let mut found = [V::splat(0.0); NV];
-        for j in 0..NV {
+        for (j, vector) in found.iter_mut().enumerate() {
             let raised = V::raised_nibbles(words, (4 * odd + self.first_vector + j) as u32);
-            found[j] = V::fma(raised, self.scales[odd][j], self.minima[j]);
+            *vector = V::fma(raised, self.scales[odd][j], self.minima[j]);
         }
         found
     }
