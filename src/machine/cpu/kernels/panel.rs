@@ -88,6 +88,8 @@ pub(super) trait Panel {
     const LINES: usize;
     /// Already f32: nothing to gain from widening, and the tiles of attention, which may be narrow.
     const WIDE: bool;
+    /// Bytes that `inputs` inputs (whole segments) take.
+    fn bytes_of(inputs: usize) -> usize;
     type At<V: Simd, const NV: usize>: Source<V, NV>;
     /// The weights of rows `row..row + 16 NV` from input `k` on; `k` is a multiple of SEGMENT.
     /// # Safety
@@ -123,6 +125,10 @@ impl<E: Element> Panel for E {
     const LINES: usize = 2 * E::BYTES;
     const WIDE: bool = E::BYTES == 4;
     type At<V: Simd, const NV: usize> = Plain<E>;
+    #[inline(always)]
+    fn bytes_of(inputs: usize) -> usize {
+        inputs * PANEL_ROWS * E::BYTES
+    }
     #[inline(always)]
     unsafe fn at<V: Simd, const NV: usize>(panel: *const u8, k: usize, row: usize) -> Plain<E> {
         // SAFETY: inside the panel by the caller.
@@ -162,6 +168,10 @@ impl Panel for Q4 {
     const LINES: usize = 1;
     const WIDE: bool = false;
     type At<V: Simd, const NV: usize> = Group<V, NV>;
+    #[inline(always)]
+    fn bytes_of(inputs: usize) -> usize {
+        inputs / Q4_GROUP * GROUP_BYTES
+    }
     #[inline(always)]
     unsafe fn at<V: Simd, const NV: usize>(panel: *const u8, k: usize, row: usize) -> Group<V, NV> {
         let mut group = Group {

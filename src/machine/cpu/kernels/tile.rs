@@ -177,7 +177,7 @@ unsafe fn fixed<V: Simd, P: Panel, const MR: usize, const NV: usize>(
             let mut rest = tile;
             rest.x = tile.x.add(done * tile.x_step);
             rest.inputs = some;
-            rest.ahead = tile.ahead.wrapping_add(done / 2 * tile.ahead_lines * 64);
+            rest.ahead = tile.ahead.wrapping_add(P::bytes_of(done));
             products::<V, _, MR, NV>(&mut sums, rest, &source);
             done += some;
         }
