@@ -15,6 +15,30 @@ fn norm_reference(x: &[f32], weight: Option<&[f32]>, bias: Option<&[f32]>) -> Ve
     line.collect()
 }
 
+type Affine<'a> = (Option<&'a [f32]>, Option<&'a [f32]>);
+
+/// Both results of every named row against the reference.
+fn check_norms(
+    x: &[f32],
+    rows: &[u32],
+    (found, in_place): (&[u32], &[u32]),
+    (weight, bias): Affine,
+) {
+    let width = found.len() / rows.len();
+    for (i, &row) in rows.iter().enumerate() {
+        let from = row as usize * width;
+        let line = &found[i * width..(i + 1) * width];
+        assert_eq!(line, &in_place[from..from + width], "in place differs");
+        let exact = norm_reference(&x[from..from + width], weight, bias);
+        for (value, exact) in floats(line).iter().zip(exact) {
+            assert!(
+                (*value as f64 - exact).abs() <= 2e-6 * exact.abs().max(1.0),
+                "{value} not {exact}"
+            );
+        }
+    }
+}
+
 #[test]
 fn norms_are_exact_and_the_same_everywhere() {
     let mut random = Random(11);
@@ -68,18 +92,7 @@ fn norms_are_exact_and_the_same_everywhere() {
                 );
                 bits(&x)
             });
-            for (i, &row) in rows.iter().enumerate() {
-                let from = row as usize * width;
-                let line = &found[i * width..(i + 1) * width];
-                assert_eq!(line, &in_place[from..from + width], "in place differs");
-                let exact = norm_reference(&x[from..from + width], weight, bias);
-                for (value, exact) in floats(line).iter().zip(exact) {
-                    assert!(
-                        (*value as f64 - exact).abs() <= 2e-6 * exact.abs().max(1.0),
-                        "{value} not {exact}"
-                    );
-                }
-            }
+            check_norms(&x, &rows, (&found, &in_place), (weight, bias));
             assert_eq!(
                 in_place[2 * width..3 * width],
                 bits(&x[2 * width..3 * width]),
@@ -185,7 +198,7 @@ fn a_row_named_twice_is_refused() {
 #[test]
 fn bandwidth_loops_touch_everything() {
     let mut random = Random(14);
-    let bytes: Vec<u8> = (0..(3 << 20) + 256).map(|_| random.next() as u8).collect();
+    let bytes: Vec<u8> = (0..(3 << 20) + 256).map(|_| random.word() as u8).collect();
     let words = bytes
         .chunks_exact(8)
         .map(|w| u64::from_le_bytes(std::array::from_fn(|i| w[i])));

@@ -208,6 +208,7 @@ impl Part<'_> {
 
     /// The result of a query row, as wide as the part's heads.
     #[inline(always)]
+    #[allow(clippy::mut_from_ref)] // the rows and heads of parts are disjoint
     pub(super) fn out(&self, row: usize) -> &mut [f32] {
         let from = (self.item.first_row + row) * self.problem.ldo + self.elements().start;
         // SAFETY: items do not share rows, parts of an item differ in heads or rows.

@@ -14,6 +14,8 @@ pub use super::tile::Activation;
 const BLOCK_INPUTS: usize = 256;
 /// Rows of x of one block: 240 KiB beside the weights in L2.
 const BLOCK_ROWS: usize = 240;
+/// Up to here every tile converts the weights itself: cheaper than writing them out once.
+const DIRECT_ROWS: usize = 2 * TILE_ROWS;
 /// From here on x is copied block by block, because rows a power of two apart share cache sets.
 const COPY_ROWS: usize = 24;
 /// Panels that one part multiplies with one copy of x, at most.
@@ -225,7 +227,7 @@ impl Part<'_> {
         }
         for panel in self.panels.clone() {
             let at = self.panel_at(panel, 0);
-            if P::WIDE || (P::SEGMENT > BLOCK_INPUTS && !copied) {
+            if P::WIDE || (P::SEGMENT > BLOCK_INPUTS && self.rows.len() <= DIRECT_ROWS) {
                 let weights = Weights {
                     panel: at,
                     first_input: inputs.start,

@@ -132,7 +132,7 @@ impl Body for Row<'_> {
             // SAFETY: `from` has `width` elements.
             unsafe { load_first::<V>(from.add(at), width - at) }
         };
-        let mean = strided_sum::<V>(width, |at| load(at)) / width as f32;
+        let mean = strided_sum::<V>(width, load) / width as f32;
         let centre = V::splat(mean);
         let squares = strided_sum::<V>(width, |at| {
             let d = V::sub(load(at), centre);

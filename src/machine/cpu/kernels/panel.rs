@@ -86,8 +86,10 @@ pub(super) trait Panel {
     const SEGMENT: usize;
     /// Cache lines of two inputs.
     const LINES: usize;
-    /// Already f32: nothing to gain from widening.
+    /// Already f32: nothing to gain from widening, and the tiles of attention, which may be narrow.
     const WIDE: bool;
+    /// Bytes that `inputs` inputs (whole segments) take.
+    fn bytes_of(inputs: usize) -> usize;
     type At<V: Simd, const NV: usize>: Source<V, NV>;
     /// The weights of rows `row..row + 16 NV` from input `k` on; `k` is a multiple of SEGMENT.
     /// # Safety
@@ -124,6 +126,10 @@ impl<E: Element> Panel for E {
     const WIDE: bool = E::BYTES == 4;
     type At<V: Simd, const NV: usize> = Plain<E>;
     #[inline(always)]
+    fn bytes_of(inputs: usize) -> usize {
+        inputs * PANEL_ROWS * E::BYTES
+    }
+    #[inline(always)]
     unsafe fn at<V: Simd, const NV: usize>(panel: *const u8, k: usize, row: usize) -> Plain<E> {
         // SAFETY: inside the panel by the caller.
         let from = unsafe { panel.add((k * PANEL_ROWS + row) * E::BYTES) };
@@ -149,9 +155,9 @@ impl<V: Simd, const NV: usize> Source<V, NV> for Group<V, NV> {
         // SAFETY: k < 64, so the unit lies inside the group.
         let words = unsafe { V::load_words(self.units.add(k / 2 * UNIT_BYTES)) };
         let mut found = [V::splat(0.0); NV];
-        for j in 0..NV {
+        for (j, vector) in found.iter_mut().enumerate() {
             let raised = V::raised_nibbles(words, (4 * odd + self.first_vector + j) as u32);
-            found[j] = V::fma(raised, self.scales[odd][j], self.minima[j]);
+            *vector = V::fma(raised, self.scales[odd][j], self.minima[j]);
         }
         found
     }
@@ -162,6 +168,10 @@ impl Panel for Q4 {
     const LINES: usize = 1;
     const WIDE: bool = false;
     type At<V: Simd, const NV: usize> = Group<V, NV>;
+    #[inline(always)]
+    fn bytes_of(inputs: usize) -> usize {
+        inputs / Q4_GROUP * GROUP_BYTES
+    }
     #[inline(always)]
     unsafe fn at<V: Simd, const NV: usize>(panel: *const u8, k: usize, row: usize) -> Group<V, NV> {
         let mut group = Group {

@@ -6,7 +6,7 @@ use super::kv::KvFormat;
 use super::math::exp;
 use super::panel::{Element, F32};
 use super::simd::{LANES, Simd, store_first};
-use super::tile::{TILE_ROWS, Tile, Weights, multiply_narrow};
+use super::tile::{Finish, TILE_ROWS, Tile, Weights, multiply};
 use crate::dtype::PANEL_ROWS;
 use crate::machine::cpu::pool::SCRATCH_FLOATS;
 
@@ -189,7 +189,7 @@ fn score<V: Simd>(part: &Part, carved: &mut Carved, chunk: Chunk) {
             ahead_lines: 0,
         };
         // SAFETY: the scratch was carved for a whole chunk and a whole tile.
-        unsafe { multiply_narrow::<V, F32>(tile, rows, weights) };
+        unsafe { multiply::<V, F32>(tile, rows, weights, Finish::NOTHING) };
     }
 }
 
@@ -305,7 +305,7 @@ fn add_values<V: Simd>(part: &Part, carved: &mut Carved, chunk: Chunk) {
                 ahead_lines: 0,
             };
             // SAFETY: the scratch was carved for a whole chunk and a whole tile.
-            unsafe { multiply_narrow::<V, F32>(tile, rows, weights) };
+            unsafe { multiply::<V, F32>(tile, rows, weights, Finish::NOTHING) };
         }
     }
 }

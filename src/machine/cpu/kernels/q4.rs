@@ -4,7 +4,6 @@
 
 use super::simd::{LANES, Simd, lanes};
 use crate::dtype::{Q4_GROUP, Q4_GROUP_BYTES};
-use half::f16;
 
 /// Vectors of one group.
 const VECTORS: usize = Q4_GROUP / LANES;
@@ -25,12 +24,12 @@ pub(super) struct Group {
 #[inline(always)]
 pub(super) fn quantise<V: Simd>(values: &[f32; Q4_GROUP]) -> Group {
     let (low, high) = bounds::<V>(values);
-    let scale = f16::from_f32((high - low) / 15.0);
-    let minimum = f16::from_f32(low);
-    let steps_per_unit = if scale > f16::ZERO {
-        1.0 / scale.to_f32()
-    } else {
-        0.0
+    let (scale, minimum) = (to_half::<V>((high - low) / 15.0), to_half::<V>(low));
+    // One division for sixteen lanes that are all alike; a zero scale leaves every code zero.
+    let (scale_value, minimum_value) = (V::splat_f16(scale), V::splat_f16(minimum));
+    let steps_per_unit = match scale {
+        0 => V::splat(0.0),
+        _ => V::div(V::splat(1.0), scale_value),
     };
     let mut codes = [0; Q4_GROUP];
     for (values, codes) in values
@@ -39,10 +38,7 @@ pub(super) fn quantise<V: Simd>(values: &[f32; Q4_GROUP]) -> Group {
     {
         // SAFETY: chunks of sixteen.
         let x = unsafe { V::load(values.as_ptr()) };
-        let steps = V::mul(
-            V::sub(x, V::splat(minimum.to_f32())),
-            V::splat(steps_per_unit),
-        );
+        let steps = V::mul(V::sub(x, minimum_value), steps_per_unit);
         let steps = V::min(V::splat(15.0), V::max(V::splat(0.0), steps));
         let rounded = lanes::<V>(V::add(steps, V::splat(ROUNDER)));
         for (code, rounded) in codes.iter_mut().zip(rounded) {
@@ -51,9 +47,18 @@ pub(super) fn quantise<V: Simd>(values: &[f32; Q4_GROUP]) -> Group {
     }
     Group {
         codes,
-        scale: scale.to_bits(),
-        minimum: minimum.to_bits(),
+        scale,
+        minimum,
     }
+}
+
+/// The nearest fp16.
+#[inline(always)]
+fn to_half<V: Simd>(value: f32) -> u16 {
+    let mut halves = [0u16; LANES];
+    // SAFETY: sixteen fp16.
+    unsafe { V::store_f16(halves.as_mut_ptr(), V::splat(value)) };
+    halves[0]
 }
 
 #[inline(always)]

@@ -62,32 +62,20 @@ impl Isa {
             Level::Scalar => body.run::<Scalar>(),
             // SAFETY: an Isa exists only after its features were detected.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => unsafe { call_avx2(body) },
+            Level::Avx2 => unsafe { super::x86::call_avx2(body) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => unsafe { call_avx512(body) },
+            Level::Avx512 => unsafe { super::x86::call_avx512(body) },
         }
     }
 }
 
 /// Work that is compiled once per instruction set. `run` and all it calls are `inline(always)`:
-/// what is not inlined into the functions below would be compiled without their features. So no
+/// what is not inlined into x86.rs's `call_…` would be compiled without their features. So no
 /// vector words in closures, which cannot be marked, except tiny ones that inline by themselves.
 pub(super) trait Body {
     type Out;
     fn run<V: Simd>(self) -> Self::Out;
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn call_avx2<B: Body>(body: B) -> B::Out {
-    body.run::<super::x86::Avx2>()
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
-fn call_avx512<B: Body>(body: B) -> B::Out {
-    body.run::<super::x86::Avx512>()
 }
 
 /// Sixteen lanes. Implementors are used only inside `Isa::call`, which proves their features;
@@ -100,6 +88,8 @@ pub(super) trait Simd: Copy + 'static {
     /// Vectors that one row of a register tile spans: 4 with thirty-two wide registers, else 1.
     const WIDE: bool;
 
+    /// Runs the body as a function of its own: its code exists once, however many call it.
+    fn apart<B: Body>(body: B) -> B::Out;
     fn splat(value: f32) -> Self::F;
     /// The fp16 number with these bits in every lane.
     fn splat_f16(bits: u16) -> Self::F;
@@ -182,6 +172,10 @@ impl Simd for Scalar {
     type I = [u32; LANES];
     const WIDE: bool = false;
 
+    #[inline(never)]
+    fn apart<B: Body>(body: B) -> B::Out {
+        body.run::<Scalar>()
+    }
     fn splat(value: f32) -> Lanes {
         [value; LANES]
     }

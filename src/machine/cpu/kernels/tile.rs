@@ -3,8 +3,9 @@
 
 use super::math::gelu;
 use super::panel::{Panel, Source};
-use super::simd::{LANES, Simd, load_first, store_first};
+use super::simd::{Body, LANES, Simd, load_first, store_first};
 use crate::dtype::PANEL_ROWS;
+use std::marker::PhantomData;
 
 /// Rows of x in a full tile: 6 × 4 sums leave registers for four weights and one broadcast.
 pub(super) const TILE_ROWS: usize = 6;
@@ -74,7 +75,7 @@ pub(super) struct Weights {
     pub first_input: usize,
 }
 
-/// Multiplies `rows` (1 to 6) rows of x. Narrow register files take 16 columns at a time.
+/// Multiplies `rows` (1 to 6) rows of x.
 /// # Safety
 /// `tile` and `weights` point to what they describe; `first_input` is a multiple of P::SEGMENT or 0.
 #[inline(always)]
@@ -84,28 +85,53 @@ pub(super) unsafe fn multiply<V: Simd, P: Panel>(
     weights: Weights,
     finish: Finish,
 ) {
-    // SAFETY: the caller's.
-    unsafe {
-        if V::WIDE || rows == 1 {
-            return by_rows::<V, P, 4>(tile, rows, weights, 0, finish);
-        }
-        for column in (0..tile.columns).step_by(LANES) {
-            by_rows::<V, P, 1>(tile, rows, weights, column, finish);
-        }
-    }
+    V::apart(Product::<P> {
+        tile,
+        rows,
+        weights,
+        finish,
+        format: PhantomData,
+    });
 }
 
-/// As `multiply` on f32, without whole vectors of columns that do not exist.
-/// # Safety
-/// As `multiply`.
-#[inline(always)]
-pub(super) unsafe fn multiply_narrow<V: Simd, P: Panel>(tile: Tile, rows: usize, weights: Weights) {
-    // SAFETY: the caller's.
-    unsafe {
-        match tile.columns.div_ceil(LANES) {
-            1 => by_rows::<V, P, 1>(tile, rows, weights, 0, Finish::NOTHING),
-            2 if V::WIDE => by_rows::<V, P, 2>(tile, rows, weights, 0, Finish::NOTHING),
-            _ => multiply::<V, P>(tile, rows, weights, Finish::NOTHING),
+/// A tile's product as a function of its own: there are many variants, and many who call them.
+struct Product<'a, P> {
+    tile: Tile,
+    rows: usize,
+    weights: Weights,
+    finish: Finish<'a>,
+    format: PhantomData<P>,
+}
+
+impl<P: Panel> Body for Product<'_, P> {
+    type Out = ();
+    /// Narrow register files take 16 columns at a time, wide ones 64 or what there is of them.
+    #[inline(always)]
+    fn run<V: Simd>(self) {
+        let Product {
+            tile,
+            rows,
+            weights,
+            finish,
+            ..
+        } = self;
+        // SAFETY: only `multiply` makes a Product, under the same contract.
+        unsafe {
+            if V::WIDE {
+                if P::WIDE && tile.columns <= LANES {
+                    return by_rows::<V, P, 1>(tile, rows, weights, 0, finish);
+                }
+                if P::WIDE && tile.columns <= 2 * LANES {
+                    return by_rows::<V, P, 2>(tile, rows, weights, 0, finish);
+                }
+                return by_rows::<V, P, 4>(tile, rows, weights, 0, finish);
+            }
+            if rows == 1 {
+                return fixed::<V, P, 1, 4>(tile, weights, 0, finish);
+            }
+            for column in (0..tile.columns).step_by(LANES) {
+                by_rows::<V, P, 1>(tile, rows, weights, column, finish);
+            }
         }
     }
 }
@@ -151,7 +177,7 @@ unsafe fn fixed<V: Simd, P: Panel, const MR: usize, const NV: usize>(
             let mut rest = tile;
             rest.x = tile.x.add(done * tile.x_step);
             rest.inputs = some;
-            rest.ahead = tile.ahead.wrapping_add(done / 2 * tile.ahead_lines * 64);
+            rest.ahead = tile.ahead.wrapping_add(P::bytes_of(done));
             products::<V, _, MR, NV>(&mut sums, rest, &source);
             done += some;
         }
@@ -184,6 +210,7 @@ unsafe fn products<V: Simd, S: Source<V, NV>, const MR: usize, const NV: usize>(
     }
 }
 
+#[allow(clippy::needless_range_loop)] // plain indices keep every sum in its register
 #[inline(always)]
 unsafe fn step<V: Simd, S: Source<V, NV>, const MR: usize, const NV: usize>(
     sums: &mut [[V::F; NV]; MR],
@@ -216,12 +243,11 @@ unsafe fn reload<V: Simd, const MR: usize, const NV: usize>(
     column: usize,
     sums: &mut [[V::F; NV]; MR],
 ) {
-    for i in 0..MR {
-        for j in 0..NV {
+    for (i, sums) in sums.iter_mut().enumerate() {
+        for (j, sum) in sums.iter_mut().enumerate() {
             let at = i * tile.out_stride + column + j * LANES;
             // SAFETY: only columns that exist are read.
-            sums[i][j] =
-                unsafe { load_first::<V>(tile.out.wrapping_add(at), width(tile, column, j)) };
+            *sum = unsafe { load_first::<V>(tile.out.wrapping_add(at), width(tile, column, j)) };
         }
     }
 }
@@ -239,8 +265,8 @@ unsafe fn save<V: Simd, const MR: usize, const NV: usize>(
         if count == 0 {
             break;
         }
-        for i in 0..MR {
-            let value = finish.apply::<V>(sums[i][j], column + j * LANES, count);
+        for (i, sums) in sums.iter().enumerate() {
+            let value = finish.apply::<V>(sums[j], column + j * LANES, count);
             let at = i * tile.out_stride + column + j * LANES;
             // SAFETY: only columns that exist are written.
             unsafe { store_first::<V>(tile.out.wrapping_add(at), value, count) };

@@ -1,7 +1,7 @@
 //! The vector words of AVX-512 and of AVX2 + FMA + F16C. Nothing but the mapping; the twin of every
 //! word is `Scalar`'s in simd.rs.
 
-use super::simd::Simd;
+use super::simd::{Body, Simd};
 use std::arch::x86_64::*;
 
 /// One 512-bit register per vector.
@@ -11,6 +11,18 @@ pub(super) struct Avx512;
 /// Two 256-bit registers per vector: lanes 0..8 and 8..16.
 #[derive(Clone, Copy)]
 pub(super) struct Avx2;
+
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn call_avx2<B: Body>(body: B) -> B::Out {
+    body.run::<Avx2>()
+}
+
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
+pub(super) fn call_avx512<B: Body>(body: B) -> B::Out {
+    body.run::<Avx512>()
+}
 
 /// Words without pointers: safe to call because the type is used under `Isa::call` only.
 macro_rules! words {
@@ -84,6 +96,11 @@ unsafe fn sums4(a: [__m512; 4]) -> [f32; 4] {
 }
 
 impl Simd for Avx512 {
+    #[inline(always)]
+    fn apart<B: Body>(body: B) -> B::Out {
+        // SAFETY: this type is used under `Isa::call` only, which detected the features.
+        unsafe { call_avx512(body) }
+    }
     type F = __m512;
     type I = __m512i;
     const WIDE: bool = true;
@@ -162,6 +179,11 @@ unsafe fn half_words8(from: *const u8) -> __m256i {
 }
 
 impl Simd for Avx2 {
+    #[inline(always)]
+    fn apart<B: Body>(body: B) -> B::Out {
+        // SAFETY: this type is used under `Isa::call` only, which detected the features.
+        unsafe { call_avx2(body) }
+    }
     type F = Pair;
     type I = Words;
     const WIDE: bool = false;
