@@ -40,16 +40,15 @@ impl ThreadedMachine {
     /// Maps and writes the arenas, then starts the lanes. Everything that can be missing is missing now.
     pub fn open(request: OpenRequest) -> Result<Self, MachineError> {
         let failed = |error: &dyn std::fmt::Display| MachineError::Memory(error.to_string());
+        // First what is small: the arenas then take the rest of the budget.
+        let mut bounce = Some(AlignedBuffer::new(BOUNCE_BYTES).map_err(|e| failed(&e))?);
         let memory =
             Arc::new(Memory::new(request.gpu_bytes, request.cpu_bytes).map_err(|e| failed(&e))?);
         let files: Arc<[Arc<DiskFile>]> = request.files.into();
         let mut executors: Vec<(Lane, Box<dyn Executor>)> = Vec::new();
         for lane in [Lane::DiskToCpu, Lane::CpuToDisk] {
             let pool = IoPool::new(IO_THREADS).map_err(|e| failed(&e))?;
-            let bounce = (lane == Lane::DiskToCpu)
-                .then(|| AlignedBuffer::new(BOUNCE_BYTES))
-                .transpose();
-            let bounce = bounce.map_err(|e| failed(&e))?;
+            let bounce = bounce.take_if(|_| lane == Lane::DiskToCpu);
             let disk = DiskExecutor {
                 memory: memory.clone(),
                 files: files.clone(),
