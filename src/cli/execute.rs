@@ -76,6 +76,7 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
         spill: &spill_dir(job.offload_dir)?,
         pricer: Pricer::new(rates.clone()),
     };
+    os::release_free_heap();
     check_room(&run, job.offload_dir)?;
     let (requests, bad) = prompts::split(job.lines.clone());
     bad.iter()

@@ -108,7 +108,7 @@ pub fn repriced_figures(run: &RunJob, rates: &Rates, measured: &Measured) -> Fig
         host: run.host,
         budget,
     };
-    replay(&input).unwrap_or_else(|_| estimate(&input))
+    replay(&input).unwrap_or_else(|| estimate(&input))
 }
 
 /// What was measured, in the estimate's shape.

@@ -40,7 +40,7 @@ impl Repricer for ScheduleRepricer {
             host: asked.host,
             budget: asked.budget,
         };
-        replay(&input).ok()
+        replay(&input)
     }
 }
 

@@ -52,7 +52,7 @@ impl BlockShape {
             hidden_rows: prompt.per_tier(&hidden_slots),
             batch_hidden_rows: prompt.per_tier(&largest_batch(&placement.hidden_tiers, policy)),
             batch_rows,
-            chunk_rows: batch_rows.min(CHUNK_ROWS_MAX as u64),
+            chunk_rows: even_chunks(batch_rows),
             slots: policy.slots() as u64,
             cache_slots,
         }
@@ -62,6 +62,12 @@ impl BlockShape {
     pub fn weights_reused(&self, policy: &Policy) -> bool {
         policy.num_gpu_batches > 1 || self.batch_rows > self.chunk_rows
     }
+}
+
+/// Rows of a chunk: at most CHUNK_ROWS_MAX, and all chunks nearly equal, so that no short last one lets
+/// the next layer's weights wait.
+fn even_chunks(rows: u64) -> u64 {
+    rows.div_ceil(rows.div_ceil(CHUNK_ROWS_MAX as u64).max(1))
 }
 
 struct Spread {

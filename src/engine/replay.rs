@@ -15,31 +15,49 @@ use crate::machine::{Machine, MachineError};
 use crate::placement::Placement;
 use crate::tier::{Lane, PerLane};
 use crate::units::{PAGE_BYTES, round_up};
-use crate::workload::Workload;
 use std::sync::atomic::AtomicBool;
 
-/// Operations that may be simulated one by one for one candidate: about 50 ms.
-const WHOLE_JOB_OPERATIONS: usize = 60_000;
-/// Operations of one layer and batch, roughly, for choosing how to replay.
-const OPERATIONS_PER_STEP: usize = 14;
+/// Operations that may be simulated one by one for one candidate: a tenth of a second or so.
+const MOST_OPERATIONS: usize = 60_000;
+/// Operations of one layer and chunk, roughly.
+const OPERATIONS_PER_CHUNK: usize = 14;
+/// Passes of a sampled replay: the prompts', and three decode passes run twice, in two block sizes.
+const SAMPLED_PASSES: usize = 14;
 
-/// The estimate of the closed form with times and lanes of the replayed schedule.
-pub fn replay(input: &EstimateInput) -> Result<Figures, EngineError> {
-    let mut figures = estimate(input);
+/// The estimate of the closed form with times and lanes of the replayed schedule. None where even the
+/// sampled passes have too many operations to be replayed while somebody waits.
+pub fn replay(input: &EstimateInput) -> Option<Figures> {
     let facts = run_facts(input);
-    let slots = facts.policy.slots();
-    let passes = passes(input.workload, slots);
-    let per_pass = facts.model.stages() * facts.policy.num_gpu_batches * OPERATIONS_PER_STEP;
-    let timed = match passes * per_pass <= WHOLE_JOB_OPERATIONS {
-        true => whole_job(input, facts)?,
-        false => sampled(input, facts)?,
+    let timed = match replay_operations(input, &facts) {
+        (whole, _) if whole <= MOST_OPERATIONS => whole_job(input, facts),
+        (_, sample) if sample <= MOST_OPERATIONS => sampled(input, facts),
+        _ => return None,
     };
+    let timed = timed.ok()?;
+    let mut figures = estimate(input);
     figures.prefill_s = timed.prefill_s;
     figures.decode_s = timed.decode_s;
     figures.generated_tokens = timed.generated_tokens;
     figures.lanes = timed.lanes;
     figures.finish(timed.first_tokens);
-    Ok(figures)
+    Some(figures)
+}
+
+/// Operations of the whole job, and of its sampled passes.
+fn replay_operations(input: &EstimateInput, facts: &RunFacts) -> (usize, usize) {
+    let batches = facts.policy.num_gpu_batches;
+    let per_decode = facts.model.stages() * batches * OPERATIONS_PER_CHUNK;
+    let chunks = facts
+        .block
+        .batch_rows
+        .div_ceil(facts.block.chunk_rows.max(1)) as usize;
+    let longest = input.workload.gen_tokens_max().max(1) as usize;
+    let blocks = input
+        .workload
+        .prompts()
+        .div_ceil(facts.policy.slots().max(1));
+    let whole = blocks * per_decode * (chunks + longest);
+    (whole, 2 * chunks * per_decode + SAMPLED_PASSES * per_decode)
 }
 
 /// What a replay finds.
@@ -50,11 +68,6 @@ struct Timed {
     lanes: PerLane<LaneFigures>,
     generated_tokens: u64,
     first_tokens: u64,
-}
-
-fn passes(workload: &Workload, slots: usize) -> usize {
-    let longest = workload.gen_tokens_max().max(1) as usize;
-    workload.prompts().div_ceil(slots.max(1)) * longest
 }
 
 /// The facts of a run of this policy, with the file layout that a packed store has.

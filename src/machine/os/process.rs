@@ -51,6 +51,17 @@ pub fn process_memory_at(root: &Path) -> Result<ProcessMemory, OsError> {
     })
 }
 
+/// Gives heap that planning and packing have freed back to the system, so that a run begins with what
+/// it needs alone.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub fn release_free_heap() {
+    // SAFETY: malloc_trim takes no pointer and may be called at any time from any thread.
+    unsafe { libc::malloc_trim(0) };
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn release_free_heap() {}
+
 /// Starts the peak anew from what is resident now. False where the kernel does not allow it.
 pub fn reset_peak() -> bool {
     std::fs::write("/proc/self/clear_refs", "5").is_ok()
