@@ -1,0 +1,84 @@
+//! How a run ends early: a closed stdout is quiet, a signal leaves whole lines.
+
+use crate::harness::{Ended, Home, RAGGED, in_order};
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+
+#[test]
+fn a_closed_stdout_is_no_failure() {
+    let home = Home::new();
+    home.write("in.jsonl", RAGGED);
+    for words in [
+        "run --model GOLDEN --input in.jsonl",
+        "plan --model GOLDEN --input in.jsonl",
+        "plan --model GOLDEN --input in.jsonl --json",
+        "store list",
+    ] {
+        let mut child = home
+            .command(words)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("started");
+        drop(child.stdout.take());
+        let ended = Ended::new(words, child.wait_with_output().expect("ended")).good();
+        assert!(!ended.stderr.contains("error"), "{}", ended.stderr);
+    }
+}
+
+#[test]
+fn help_and_version_are_answers() {
+    let home = Home::new();
+    assert!(home.run("--help").good().stdout.contains("plan"));
+    assert!(home.run("run --help").good().stdout.contains("--cpu-mem"));
+    let version = home.run("--version").good().stdout;
+    assert_eq!(
+        version.trim(),
+        format!("loadmaster {}", env!("CARGO_PKG_VERSION"))
+    );
+}
+
+/// One sequence at a time, so that lines end one by one for long enough to be interrupted.
+const SLOW: &str = "run --model synth:opt-125m --prompt-len 4 --gen-len 24 --num-prompts 200 \
+    --gpu-batch-size 1 --num-gpu-batches 1 --ignore-eos --report report.json";
+
+fn interrupted_by(signal: &str) {
+    let home = Home::packed();
+    let mut child = home
+        .command(SLOW)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("started");
+    let mut reader = BufReader::new(child.stdout.take().expect("a pipe"));
+    let mut results = String::new();
+    reader.read_line(&mut results).expect("a first line");
+    send(signal, child.id());
+    std::io::Read::read_to_string(&mut reader, &mut results).expect("UTF-8");
+    let ended = Ended::new(signal, child.wait_with_output().expect("ended"));
+    ended.fails(1, &["interrupted", "finished lines"]);
+    let lines = in_order(&results);
+    assert!((1..200).contains(&lines.len()), "{}", lines.len());
+    for line in &lines {
+        assert_eq!(line["token_ids"].as_array().map(Vec::len), Some(24));
+    }
+    let report = home.json("report.json");
+    assert_eq!(report["outcome"], "interrupted");
+    assert_eq!(report["lines"]["ok"], lines.len());
+    let left = std::fs::read_dir(home.path("spill")).map_or(0, Iterator::count);
+    assert_eq!(left, 0, "spill files are gone");
+}
+
+#[test]
+fn signals_leave_whole_lines() {
+    interrupted_by("INT");
+    interrupted_by("TERM");
+}
+
+fn send(signal: &str, pid: u32) {
+    let kill = format!("kill -{signal} {pid}");
+    let status = std::process::Command::new("sh")
+        .args(["-c", &kill])
+        .status();
+    assert!(status.expect("a shell").success());
+}

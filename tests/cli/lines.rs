@@ -1,0 +1,214 @@
+//! What input lines may be: ids or text, each with its own settings; and a bad one fails alone.
+
+use crate::harness::{Ended, Home, RAGGED, in_order};
+use serde_json::json;
+use std::io::Write;
+use std::process::Stdio;
+
+#[test]
+fn every_line_has_its_own_length() {
+    let home = Home::new();
+    let lines = home.generate(RAGGED, "--model GOLDEN --gen-len 7 --ignore-eos");
+    let lengths: Vec<usize> = lines
+        .iter()
+        .map(|l| l["token_ids"].as_array().expect("ids").len())
+        .collect();
+    assert_eq!(lengths, [12, 12, 3, 1, 7]);
+    let prompts: Vec<_> = lines.iter().map(|l| l["prompt_tokens"].clone()).collect();
+    assert_eq!(prompts, [1, 4, 3, 11, 3]);
+}
+
+#[test]
+fn the_end_token_ends_a_line_unless_ignored() {
+    let home = Home::new();
+    let input = "{\"prompt\": [51], \"max_tokens\": 12}\n";
+    let stopped = home.generate(input, "--model GOLDEN");
+    assert_eq!(stopped[0]["token_ids"], json!([186, 290]));
+    assert_eq!(stopped[0]["finish_reason"], "stop");
+    let on = home.generate(input, "--model GOLDEN --ignore-eos");
+    let ids = json!([186, 290, 290, 2, 69, 314, 290, 265, 61, 265, 241, 11]);
+    assert_eq!(on[0]["token_ids"], ids);
+    assert_eq!(on[0]["finish_reason"], "length");
+}
+
+#[test]
+fn the_last_position_ends_a_line() {
+    let home = Home::new();
+    let ids: Vec<u32> = (0..62).map(|i| 4 + i).collect();
+    let input = format!("{{\"prompt\": {ids:?}, \"max_tokens\": 40}}\n");
+    let lines = home.generate(&input, "--model GOLDEN --ignore-eos");
+    // 64 positions: the token drawn at the last of them is still returned.
+    assert_eq!(lines[0]["token_ids"].as_array().map(Vec::len), Some(3));
+    assert_eq!(lines[0]["finish_reason"], "length");
+}
+
+const BAD: &str = r#"{"prompt": [51], "max_tokens": 2}
+{"prompt": [4
+{"prompt": []}
+{"prompt": [4000]}
+{"prompt": "text"}
+{"prompt": [5], "temperature": -1}
+{"prompt": [5], "max_token": 3}
+
+{"prompt": [2, 210, 118, 32], "max_tokens": 3}
+"#;
+
+#[test]
+fn a_bad_line_fails_alone() {
+    let home = Home::new();
+    home.write("in.jsonl", BAD);
+    let ended = home.run("run --model GOLDEN --input in.jsonl --report report.json");
+    ended.fails(1, &["6 input lines failed", "the first: line 2"]);
+    let lines = ended.lines();
+    assert_eq!(lines.len(), 8);
+    for good in [0, 7] {
+        assert_ne!(lines[good]["finish_reason"], "error");
+    }
+    let says = [
+        (1, "bad_line", "column"),
+        (2, "empty_prompt", "at least one"),
+        (3, "unknown_token", "from 0 to 319"),
+        (4, "no_tokenizer", "token ids"),
+        (5, "bad_value", "temperature"),
+        (6, "bad_line", "max_tokens"),
+    ];
+    for (line, code, part) in says {
+        assert_eq!(lines[line]["finish_reason"], "error");
+        let error = &lines[line]["error"];
+        assert_eq!(error["code"], code, "{error}");
+        let message = error["message"].as_str().expect("a message");
+        assert!(message.starts_with(&format!("line {}: ", line + 1)));
+        assert!(message.contains(part), "{message}");
+    }
+    let report = home.json("report.json");
+    assert_eq!(report["outcome"], "failed");
+    assert_eq!(report["lines"], json!({"total": 8, "ok": 2, "failed": 6}));
+}
+
+#[test]
+fn a_prompt_beyond_the_positions_fails_alone() {
+    let home = Home::new();
+    let long = vec![5; 65];
+    home.write("in.jsonl", &format!("{{\"prompt\": {long:?}}}\n{RAGGED}"));
+    let ended = home.run("run --model GOLDEN --input in.jsonl");
+    ended.fails(1, &["65 tokens", "64 positions", "shorten"]);
+    assert_eq!(ended.lines()[0]["error"]["code"], "prompt_too_long");
+    assert_eq!(ended.lines().len(), 6);
+    let only = home.run("run --model GOLDEN --num-prompts 1 --prompt-len 65 --gen-len 1");
+    only.fails(1, &["--prompt-len 65", "at most 64"]);
+}
+
+#[test]
+fn a_line_beyond_the_plan_fails_alone() {
+    let home = Home::new();
+    home.write("short.jsonl", "{\"prompt\": [51], \"max_tokens\": 2}\n");
+    home.run("plan --model GOLDEN --input short.jsonl -o plan.toml")
+        .good();
+    home.write(
+        "in.jsonl",
+        "{\"prompt\": [4, 5, 6, 7, 8, 9], \"max_tokens\": 20}\n{\"prompt\": [51], \"max_tokens\": 2}\n",
+    );
+    let ended = home.run("exec plan.toml --input in.jsonl");
+    ended.fails(1, &["1 input line failed"]);
+    let lines = ended.lines();
+    assert_eq!(lines[0]["error"]["code"], "does_not_fit");
+    let message = lines[0]["error"]["message"].as_str().expect("a message");
+    assert!(message.contains("plan with this input"), "{message}");
+    assert_eq!(lines[1]["token_ids"], json!([186, 290]));
+}
+
+#[test]
+fn prompts_are_text_where_there_is_a_tokenizer() {
+    let home = Home::packed();
+    home.write("in.txt", "Paris is\nRome is\n");
+    let model = "run --model synth:opt-125m --gen-len 2";
+    let from_file = home.run(&format!("{model} --input in.txt")).good().lines();
+    let mut words = home.command(&format!("{model} --prompt"));
+    let ended = words.args(["Paris is", "Rome is"]).output();
+    let from_flags = Ended::new("--prompt", ended.expect("started")).good();
+    assert_eq!(from_file, from_flags.lines());
+    let mut child = home
+        .command(&format!("{model} --input -"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("started");
+    let mut stdin = child.stdin.take().expect("a pipe");
+    stdin.write_all(b"Paris is\nRome is\n").expect("heard");
+    drop(stdin);
+    let piped = Ended::new("--input -", child.wait_with_output().expect("ended"));
+    assert_eq!(piped.good().lines(), from_file);
+    // The begin token and eight bytes.
+    assert_eq!(from_file[0]["prompt_tokens"], 9);
+}
+
+#[test]
+fn a_checkpoint_with_a_tokenizer_takes_text() {
+    let home = Home::new();
+    let model = home.copy_golden("opt-like");
+    let from = crate::harness::golden("../tokenizer-opt");
+    home.write("in.txt", "the\n");
+    let words = "run --model ./model --input in.txt --gen-len 2 --ignore-eos";
+    let without = home.run(words);
+    without.fails(1, &["no tokenizer", "vocab.json and merges.txt"]);
+    for file in ["vocab.json", "merges.txt"] {
+        std::fs::copy(from.join(file), model.join(file)).expect("copied");
+    }
+    let ended = home.run(words);
+    // The golden vocabulary may be larger than the model's: then it must be said, not cut.
+    match ended.code {
+        Some(0) => assert_eq!(ended.lines()[0]["finish_reason"], "length"),
+        _ => drop(ended.fails(1, &["vocab"])),
+    }
+}
+
+#[test]
+fn no_prompts_are_an_error() {
+    let home = Home::packed();
+    home.write("empty.jsonl", "");
+    home.write("empty.txt", "\n");
+    home.write("prompts.csv", "a,b\n");
+    std::fs::write(home.path("latin.txt"), b"caf\xe9\n").expect("written");
+    let model = "run --model synth:opt-125m --gen-len 2";
+    for (input, parts) in [
+        ("empty.jsonl", ["is empty", "one prompt a line"]),
+        (
+            "empty.txt",
+            ["line 1: the prompt is empty", "take the line out"],
+        ),
+        ("none.jsonl", ["none.jsonl: no such file", "--input"]),
+        ("latin.txt", ["line 1 is not UTF-8", "iconv"]),
+    ] {
+        let ended = home.run(&format!("{model} --input {input}"));
+        ended.fails(1, &parts);
+        assert_eq!(ended.stdout, "");
+    }
+    let csv = home.run(&format!("{model} --input prompts.csv"));
+    csv.fails(2, &[".jsonl", "rename"]);
+    let ended = home.command(&format!("{model} --prompt")).arg("").output();
+    Ended::new("--prompt ''", ended.expect("started")).fails(1, &["prompt is empty"]);
+    home.run(&format!("{model} --input"))
+        .fails(2, &["--input <FILE>", "value"]);
+}
+
+#[test]
+fn all_lines_come_out_whatever_the_block() {
+    let home = Home::new();
+    let line = |n: usize| {
+        format!(
+            "{{\"prompt\": [{}, 7], \"max_tokens\": {}}}\n",
+            4 + n,
+            n % 5
+        )
+    };
+    let input: String = (0..40).map(line).collect();
+    home.write("in.jsonl", &input);
+    let small = "--gpu-batch-size 3 --num-gpu-batches 2 --output out.jsonl";
+    home.run(&format!("run --model GOLDEN --input in.jsonl {small}"))
+        .good();
+    let lines = in_order(&home.read("out.jsonl"));
+    let whole = home.generate(&input, "--model GOLDEN");
+    assert_eq!(lines, whole);
+    assert_eq!(lines.len(), 40);
+}
