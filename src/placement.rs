@@ -201,43 +201,14 @@ fn split_slots(share: &PerTier<f64>, (per_batch, batches): (usize, usize)) -> Ve
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::Dtype;
-    use crate::model::Activation;
-
-    fn opt(layers: usize, hidden: usize) -> ModelSpec {
-        ModelSpec {
-            name: "test".into(),
-            layers,
-            hidden,
-            heads: hidden / 64,
-            ffn: 4 * hidden,
-            vocab: 50272,
-            positions: 2048,
-            embed_width: hidden,
-            pre_norm: true,
-            final_norm: true,
-            bias: true,
-            norm_affine: true,
-            activation: Activation::Relu,
-            tied_head: true,
-            dtype: Dtype::F16,
-            pad_id: 1,
-            bos_id: 2,
-            eos_id: 2,
-        }
-    }
+    use crate::model::families::named_size;
 
     #[test]
     fn every_layer_is_within_one_point_of_its_share() {
-        for (layers, hidden) in [
-            (12, 768),
-            (24, 1024),
-            (24, 2048),
-            (32, 4096),
-            (40, 5120),
-            (96, 12288),
+        for size in [
+            "opt-125m", "opt-350m", "opt-1.3b", "opt-6.7b", "opt-13b", "opt-175b",
         ] {
-            let model = opt(layers, hidden);
+            let model = named_size(size).expect("a known size");
             let matrices = model.matrices();
             for compress in [false, true] {
                 let bytes: Vec<u64> = matrices
