@@ -150,7 +150,7 @@ pub struct LimitArgs {
     #[arg(long = "disk-space", value_name = "SIZE", value_parser = parse_bytes)]
     pub disk_space_bytes: Option<u64>,
     /// Threads that compute [default: physical cores that this process may use]
-    #[arg(long, value_name = "N", value_parser = values::count)]
+    #[arg(long, value_name = "N", value_parser = values::threads)]
     pub threads: Option<usize>,
     /// A machine's measured rates: a file, or the name of one that is built in
     /// [default: this machine's, measured first where there is none]

@@ -81,7 +81,7 @@ pub struct ProbeArgs {
     #[arg(long = "cpu-mem", value_name = "SIZE", value_parser = parse_bytes)]
     pub cpu_mem_bytes: Option<u64>,
     /// Threads that compute [default: physical cores that this process may use]
-    #[arg(long, value_name = "N", value_parser = values::count)]
+    #[arg(long, value_name = "N", value_parser = values::threads)]
     pub threads: Option<usize>,
     #[command(flatten)]
     pub place: PlaceArgs,

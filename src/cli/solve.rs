@@ -91,7 +91,7 @@ pub fn work_lines(
         gen_tokens: work.gen_len.unwrap_or(gen_tokens),
         seed: work.seed,
     };
-    prompts::read_lines(source, &rules).map_err(Failure::failed)
+    prompts::read_lines(source, &rules).map_err(Failure::from)
 }
 
 fn plan(
@@ -134,7 +134,7 @@ fn plan(
         compress: compress_mode(args.policy.compress),
         kv: kv_format(args.policy.kv, model.spec.dtype),
         threads: target.threads,
-        host: model.host_bytes(prompt_tokens),
+        host: model.host_bytes(prompt_tokens, target.threads),
         stored_bytes: [stored(false), stored(true)],
         repricer: Some(&ScheduleRepricer),
     };

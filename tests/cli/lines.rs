@@ -58,10 +58,10 @@ fn a_bad_line_fails_alone() {
     let home = Home::new();
     home.write("in.jsonl", BAD);
     let ended = home.run("run --model GOLDEN --input in.jsonl --report report.json");
-    ended.fails(1, &["6 input lines failed", "the first: line 2"]);
+    ended.fails(1, &["7 input lines failed", "the first: line 2"]);
     let lines = ended.lines();
-    assert_eq!(lines.len(), 8);
-    for good in [0, 7] {
+    assert_eq!(lines.len(), 9);
+    for good in [0, 8] {
         assert_ne!(lines[good]["finish_reason"], "error");
     }
     let says = [
@@ -71,6 +71,7 @@ fn a_bad_line_fails_alone() {
         (4, "no_tokenizer", "token ids"),
         (5, "bad_value", "temperature"),
         (6, "bad_line", "max_tokens"),
+        (7, "empty_prompt", "take the line out"),
     ];
     for (line, code, part) in says {
         assert_eq!(lines[line]["finish_reason"], "error");
@@ -82,7 +83,7 @@ fn a_bad_line_fails_alone() {
     }
     let report = home.json("report.json");
     assert_eq!(report["outcome"], "failed");
-    assert_eq!(report["lines"], json!({"total": 8, "ok": 2, "failed": 6}));
+    assert_eq!(report["lines"], json!({"total": 9, "ok": 2, "failed": 7}));
 }
 
 #[test]

@@ -60,7 +60,9 @@ fn no_run_takes_more_than_planned() {
         let (planned, measured, outside) = peaks(&home, &format!("{SIZE} {flags}"));
         assert!(measured <= planned, "{flags}: {measured} > {planned}");
         assert!(outside <= planned, "{flags}: {outside} > {planned}");
-        assert!(measured <= outside, "{flags}: {measured} > {outside}");
+        // The two accounts are brought up to date page by page, each in its own time.
+        let apart = measured.abs_diff(outside);
+        assert!(apart < 1 << 20, "{flags}: {measured} and {outside}");
         // Not by a plan that asks for the moon: the fixed part is slack of at most this.
         assert!(
             planned - measured < 64 << 20,
