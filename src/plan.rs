@@ -23,7 +23,7 @@ const SUM_TOLERANCE: f64 = 1e-6;
 /// More than any machine that this runs on has; each takes memory of its own.
 pub const MOST_THREADS: usize = 1024;
 /// Sequences of a block; tables are made per sequence.
-const MOST_SEQUENCES: usize = 1 << 20;
+pub const MOST_SEQUENCES: usize = 1 << 20;
 
 /// Why a plan could not be read or used.
 #[derive(Debug, Error)]

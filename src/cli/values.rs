@@ -4,7 +4,7 @@
 use crate::dtype::Dtype;
 use crate::model::ModelSpec;
 use crate::model::families::{named_size, size_names};
-use crate::plan::MOST_THREADS;
+use crate::plan::{MOST_SEQUENCES, MOST_THREADS};
 use crate::units::{parse_bytes, show_bytes};
 use std::fmt;
 use thiserror::Error;
@@ -98,10 +98,17 @@ pub fn count(text: &str) -> Result<usize, ValueError> {
 
 /// A number of threads that some machine may have; more would only take memory.
 pub fn threads(text: &str) -> Result<usize, ValueError> {
-    match count(text)? {
-        threads if threads <= MOST_THREADS => Ok(threads),
-        _ => Err(ValueError::TooLarge { most: MOST_THREADS }),
-    }
+    at_most(MOST_THREADS, text)
+}
+
+/// Sequences of a batch, or batches of a block.
+pub fn sequences(text: &str) -> Result<usize, ValueError> {
+    at_most(MOST_SEQUENCES, text)
+}
+
+fn at_most(most: usize, text: &str) -> Result<usize, ValueError> {
+    let refused = ValueError::TooLarge { most };
+    count(text).and_then(|n| if n <= most { Ok(n) } else { Err(refused) })
 }
 
 /// A count of tokens from 1 on: lengths are 32-bit throughout.

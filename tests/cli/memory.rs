@@ -49,6 +49,11 @@ const SIZE: &str = "--prompt-len 48 --gen-len 6 --num-prompts 6";
 #[test]
 fn no_run_takes_more_than_planned() {
     let home = Home::packed();
+    // Packs the 4-bit store, so that no run below has to.
+    home.run(&format!(
+        "run --model synth:opt-125m {SIZE} --compress-weight 1"
+    ))
+    .good();
     for flags in [
         "--percent 0 100 0 100 0 100",
         "--percent 0 50 0 50 0 50 --gpu-batch-size 3 --num-gpu-batches 2",

@@ -76,11 +76,6 @@ fn a_plan_out_of_range_is_refused() {
         ),
         ("threads = ", "threads = 9", "policy.threads"),
         ("gpu_batch_size = ", "gpu_batch_size = 0 # ", "at least 1"),
-        (
-            "num_gpu_batches = ",
-            "num_gpu_batches = 999999 # ",
-            "sequences",
-        ),
         ("device = \"cpu\"", "device = \"tpu\"", "tpu"),
         ("kv = \"f16\"", "kv = \"q4\"", "policy.kv"),
     ] {
