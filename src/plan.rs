@@ -20,6 +20,10 @@ pub const PLAN_SCHEMA: &str = "loadmaster.plan/1";
 /// Decimals of a share in percent that a person can tell apart.
 const PERCENT_TOLERANCE: f64 = 1e-6;
 const SUM_TOLERANCE: f64 = 1e-6;
+/// More than any machine that this runs on has; each takes memory of its own.
+pub const MOST_THREADS: usize = 1024;
+/// Sequences of a block; tables are made per sequence.
+pub const MOST_SEQUENCES: usize = 1 << 20;
 
 /// Why a plan could not be read or used.
 #[derive(Debug, Error)]
@@ -352,11 +356,23 @@ impl PlanPolicy {
         for (key, count) in [
             ("policy.gpu_batch_size", self.gpu_batch_size),
             ("policy.num_gpu_batches", self.num_gpu_batches),
-            ("policy.threads", self.threads),
         ] {
-            if count == 0 || count > 1 << 20 {
+            if count == 0 || count > MOST_SEQUENCES {
                 return Err(value(key, "at least 1 and at most 1048576", count));
             }
+        }
+        // Both are in range now: their product cannot overflow.
+        let sequences = self.gpu_batch_size * self.num_gpu_batches;
+        if sequences > MOST_SEQUENCES {
+            let key = "policy.gpu_batch_size x num_gpu_batches";
+            return Err(value(key, "at most 1048576 sequences", sequences));
+        }
+        if self.threads == 0 || self.threads > MOST_THREADS {
+            return Err(value(
+                "policy.threads",
+                "at least 1 and at most 1024",
+                self.threads,
+            ));
         }
         if !matches!(self.kv, Dtype::F16 | Dtype::F32) {
             return Err(value("policy.kv", "f16 or f32", self.kv.name()));

@@ -150,7 +150,7 @@ pub struct LimitArgs {
     #[arg(long = "disk-space", value_name = "SIZE", value_parser = parse_bytes)]
     pub disk_space_bytes: Option<u64>,
     /// Threads that compute [default: physical cores that this process may use]
-    #[arg(long, value_name = "N", value_parser = values::count)]
+    #[arg(long, value_name = "N", value_parser = values::threads)]
     pub threads: Option<usize>,
     /// A machine's measured rates: a file, or the name of one that is built in
     /// [default: this machine's, measured first where there is none]
@@ -173,10 +173,10 @@ pub struct PolicyArgs {
         value_names = ["WG", "WC", "CG", "CC", "HG", "HC"], value_parser = values::percentage)]
     percent: Option<Vec<f64>>,
     /// Sequences that compute together
-    #[arg(long, value_name = "N", value_parser = values::count)]
+    #[arg(long, value_name = "N", value_parser = values::sequences)]
     pub gpu_batch_size: Option<usize>,
     /// Batches that share one pass over the weights
-    #[arg(long, value_name = "N", value_parser = values::count)]
+    #[arg(long, value_name = "N", value_parser = values::sequences)]
     pub num_gpu_batches: Option<usize>,
     /// Percent of the weights outside the GPU that the CPU multiplies where they lie
     #[arg(long = "cpu-compute-share", value_name = "PERCENT", allow_negative_numbers = true,

@@ -8,6 +8,7 @@ pub use super::arg_groups::{
 use super::values::{self, DeviceChoice};
 use crate::dtype::Dtype;
 use crate::model::ModelSpec;
+use crate::plan::MOST_SEQUENCES;
 use crate::policy::Shares;
 use crate::units::parse_bytes;
 use clap::error::ErrorKind;
@@ -81,7 +82,7 @@ pub struct ProbeArgs {
     #[arg(long = "cpu-mem", value_name = "SIZE", value_parser = parse_bytes)]
     pub cpu_mem_bytes: Option<u64>,
     /// Threads that compute [default: physical cores that this process may use]
-    #[arg(long, value_name = "N", value_parser = values::count)]
+    #[arg(long, value_name = "N", value_parser = values::threads)]
     pub threads: Option<usize>,
     #[command(flatten)]
     pub place: PlaceArgs,
@@ -248,6 +249,13 @@ fn check_solve(solve: &SolveArgs) -> Result<(), (ErrorKind, String)> {
         && let Err(e) = Shares::from_percent(percent, 0.0)
     {
         return invalid(e.to_string());
+    }
+    let (size, batches) = (solve.policy.gpu_batch_size, solve.policy.num_gpu_batches);
+    // Each is in range by itself: their product cannot overflow.
+    if size.unwrap_or(1) * batches.unwrap_or(1) > MOST_SEQUENCES {
+        return invalid(format!(
+            "--gpu-batch-size x --num-gpu-batches is a block's sequences: at most {MOST_SEQUENCES}"
+        ));
     }
     if solve.limits.device == DeviceChoice::Cpu && solve.limits.gpu_mem_bytes.is_some() {
         let why = "--gpu-mem says nothing with --device cpu: leave one of them out".to_owned();

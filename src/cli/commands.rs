@@ -97,7 +97,7 @@ fn plan(args: &PlanArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
         true => say_json(&solved.plan)?,
         false => say(&show_plan::show_plan(&solved.plan, args.explain))?,
     }
-    feasible(&solved.plan)
+    feasible(&solved.plan).map_err(|failure| failure.after_document(args.solve.json))
 }
 
 /// An infeasible plan is a failure after it has been shown.
@@ -188,7 +188,12 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
             done.report,
         )])));
     }
-    done.failure.map_or(Ok(()), Err)
+    ended(done.failure, args.json)
+}
+
+/// What a run that was told of ends with.
+fn ended(failure: Option<Failure>, json: bool) -> Result<(), Failure> {
+    failure.map_or(Ok(()), |failure| Err(failure.after_document(json)))
 }
 
 fn read_plan(path: &Path) -> Result<Plan, Failure> {
@@ -217,8 +222,11 @@ fn planned_lines(args: &ExecArgs, plan: &Plan, model: &Model) -> Result<Vec<Line
 
 fn compare(args: &CompareArgs) -> Result<(), Failure> {
     let read = |path: &std::path::PathBuf| {
-        let text = std::fs::read_to_string(path)
-            .map_err(|e| Failure::failed(format!("{}: cannot be read ({e})", path.display())))?;
+        let text = std::fs::read_to_string(path).map_err(|e| {
+            Failure::failed(format!("{}: cannot be read ({e})", path.display())).with_hint(
+                "name reports saved by `loadmaster exec --report` or `loadmaster run --report`",
+            )
+        })?;
         let report = RunReport::from_json(&text)
             .map_err(|e| Failure::failed(format!("{}: {e}", path.display())))?;
         Ok((path.display().to_string(), report))
@@ -278,7 +286,7 @@ fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure
     } else {
         talk.note(&show_compare::show(&comparison));
     }
-    done.failure.map_or(Ok(()), Err)
+    ended(done.failure, args.solve.json)
 }
 
 /// Random prompts that fill the block that was planned.

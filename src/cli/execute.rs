@@ -6,7 +6,7 @@ use super::measured::{Measured, measured_figures, repriced_figures};
 use super::progress::{Talk, Unit};
 use super::prompt_lines::{Line, LineError};
 use super::prompts;
-use super::results::{ResultSink, Results};
+use super::results::{ResultSink, Results, check_place};
 use super::session::Model;
 use crate::cost::rates::Rates;
 use crate::engine::open::{Packed, RunJob, footprint, open};
@@ -57,27 +57,42 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
     let device = runnable_device(job.plan)?;
     check_model(job.plan, job.model)?;
     let rates = Rates::new(job.profile, device, policy.threads).map_err(Failure::failed)?;
-    let tokenizer = job.model.tokenizer.as_ref();
-    let mut results = Results::open(job.results.output_file(), job.results.overwrite, tokenizer)
-        .map_err(Failure::failed)?;
+    check_places(job.results)?;
     let mut setup = SetupFigures {
         probe_s: job.probe_s,
         ..SetupFigures::default()
     };
-    let store = packed_store(&job, &policy, (&mut setup, talk), stop)?;
-    let packed = packed(&store)?;
     let run = RunJob {
         model: &job.model.spec,
         policy: &policy,
         device,
         lengths: planned_lengths(job.plan),
-        host: job.model.host_bytes(job.plan.workload.prompt_tokens),
-        packed: &packed,
+        host: job
+            .model
+            .host_bytes(job.plan.workload.prompt_tokens, policy.threads),
+        packed: &Packed::default(),
         spill: &spill_dir(job.offload_dir)?,
         pricer: Pricer::new(rates.clone()),
     };
+    // Before the packing, so that no time is spent on what cannot run; and after it, because it takes
+    // disk and others may have taken memory meanwhile.
     os::release_free_heap();
     check_room(&run, job.offload_dir)?;
+    let store = packed_store(&job, &policy, (&mut setup, talk), stop)?;
+    let packed = packed(&store)?;
+    let run = RunJob {
+        packed: &packed,
+        ..run
+    };
+    os::release_free_heap();
+    check_room(&run, job.offload_dir)?;
+    // Only now: a run that cannot start leaves no empty file, and what --overwrite replaces is kept.
+    let mut results = Results::open(
+        job.results.output_file(),
+        job.results.overwrite,
+        job.model.tokenizer.as_ref(),
+    )
+    .map_err(Failure::failed)?;
     let (requests, bad) = prompts::split(job.lines.clone());
     bad.iter()
         .try_for_each(|(line, error)| results.failed(*line, error))
@@ -120,6 +135,16 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
         write_atomically(path, report.to_json().as_bytes()).map_err(Failure::failed)?;
     }
     Ok(Executed { report, failure })
+}
+
+/// Whether results and report can be written, before there is anything to write.
+fn check_places(results: &ResultArgs) -> Result<(), Failure> {
+    let places = [results.output_file(), results.report.as_deref()];
+    places
+        .into_iter()
+        .flatten()
+        .try_for_each(|path| check_place(path, results.overwrite))
+        .map_err(Failure::failed)
 }
 
 fn runnable_device(plan: &Plan) -> Result<DeviceKind, Failure> {
@@ -325,11 +350,12 @@ fn how_it_ended(
             )))
         }
         Ok(_) if failed_lines > 0 => {
-            let first = first_bad.map_or(String::new(), |(_, e)| {
+            let first = first_bad.map_or("; their results say why".to_owned(), |(_, e)| {
                 format!("; the first: {}", e.message)
             });
+            let lines = if failed_lines == 1 { "line" } else { "lines" };
             Some(Failure::failed(format!(
-                "{failed_lines} input lines failed, the others are done{first}"
+                "{failed_lines} input {lines} failed, the others are done{first}"
             )))
         }
         Ok(_) => None,

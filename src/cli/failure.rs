@@ -30,6 +30,8 @@ pub struct Failure {
     pub kind: FailureKind,
     pub message: String,
     pub hint: Option<String>,
+    /// stdout has its one document already.
+    pub documented: bool,
 }
 
 #[derive(Serialize)]
@@ -54,11 +56,18 @@ impl Failure {
             kind,
             message: one_line(&message.to_string()),
             hint: None,
+            documented: false,
         }
     }
 
     pub fn with_hint(mut self, hint: impl fmt::Display) -> Failure {
         self.hint = Some(one_line(&hint.to_string()));
+        self
+    }
+
+    /// With `json`, a document on stdout tells of this failure already: no second one is printed.
+    pub fn after_document(mut self, json: bool) -> Failure {
+        self.documented = json;
         self
     }
 
@@ -110,7 +119,7 @@ impl Failure {
 
     /// Tells stderr, and with `--json` stdout too. Closed streams are no reason to fail again.
     pub fn tell(&self, json: bool) {
-        if json {
+        if json && !self.documented {
             let _ = writeln!(std::io::stdout(), "{}", self.to_json());
         }
         let _ = std::io::stderr().write_all(self.to_text().as_bytes());

@@ -184,6 +184,23 @@ impl<'a> Results<'a> {
     }
 }
 
+/// Refuses a place for a file before the work rather than after it. Devices and pipes are taken as they are.
+pub fn check_place(path: &Path, overwrite: bool) -> Result<(), ResultError> {
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.is_file() && !overwrite => Err(ResultError::Exists(path.to_owned())),
+        Ok(_) => Ok(()),
+        Err(_) => {
+            // Made and removed: permissions alone do not tell whether a file can be written.
+            let made = open_file(path, false)?;
+            drop(made);
+            std::fs::remove_file(path).map_err(|cause| ResultError::Open {
+                path: path.to_owned(),
+                cause,
+            })
+        }
+    }
+}
+
 fn open_file(path: &Path, overwrite: bool) -> Result<File, ResultError> {
     let mut options = OpenOptions::new();
     options.write(true);

@@ -8,6 +8,7 @@ use super::values::DeviceChoice;
 use crate::checkpoint::{ModelLocation, WeightSource, find_model};
 use crate::cost::footprint::HostBytes;
 use crate::machine::cpu::kernels::Isa;
+use crate::machine::cpu::pool::SCRATCH_FLOATS;
 use crate::machine::{disk, os};
 use crate::model::ModelSpec;
 use crate::model::families::named_size;
@@ -21,10 +22,14 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-/// What a run holds beside its arenas and the tokenizer: program text, heap and stacks (22 MiB measured
-/// at every size), the load's bounce buffer (8 MiB), and a fixed slack for what a memory cgroup charges
-/// beside the process's own pages (page cache in flight, kernel objects).
+/// What a run holds beside its arenas and the tokenizer: program text, heap, two threads' stacks and
+/// scratch (22 MiB measured at every size), the load's bounce buffer (8 MiB), and a fixed slack for what a
+/// memory cgroup charges beside the process's own pages (page cache in flight, kernel objects).
 pub const PROCESS_BYTES: u64 = 64 * MIB;
+/// What `PROCESS_BYTES` has room for.
+const PROCESS_THREADS: usize = 2;
+/// Scratch and touched stack of a further thread.
+const THREAD_BYTES: u64 = 4 * SCRATCH_FLOATS as u64 + 64 * 1024;
 /// A disk of another machine, where nothing else is said.
 const FOREIGN_DISK_BYTES: u64 = 1 << 50;
 
@@ -79,11 +84,15 @@ impl Model {
     }
 
     /// What the process holds beside its arenas.
-    pub fn host_bytes(&self, prompt_tokens: u64) -> HostBytes {
+    pub fn host_bytes(&self, prompt_tokens: u64, threads: usize) -> HostBytes {
+        let more_threads = threads.saturating_sub(PROCESS_THREADS) as u64;
         let tokenizer = self.tokenizer.as_ref().map_or(0, Tokenizer::held_bytes);
         // A token id is held with its line, and again with its sequence.
         HostBytes {
-            process_bytes: PROCESS_BYTES + tokenizer + 8 * prompt_tokens,
+            process_bytes: PROCESS_BYTES
+                + more_threads * THREAD_BYTES
+                + tokenizer
+                + 8 * prompt_tokens,
             gpu_context_bytes: 0,
         }
     }
@@ -200,8 +209,9 @@ pub fn make_offload_dir(offload_dir: &Path) -> Result<(), Failure> {
         Failure::failed(format!("{}: cannot be made ({e})", offload_dir.display()))
             .with_hint("give a writable directory with --offload-dir, or set LOADMASTER_HOME")
     };
-    std::fs::create_dir_all(offload_dir).map_err(failed)?;
-    disk::check_disk_tier(offload_dir).map_err(Failure::failed)
+    // First, so that nothing is left in memory that only looks like a disk.
+    disk::check_disk_tier(offload_dir).map_err(Failure::failed)?;
+    std::fs::create_dir_all(offload_dir).map_err(failed)
 }
 
 /// A profile by file, by a name saved here, or by a name compiled in.

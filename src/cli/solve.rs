@@ -134,7 +134,7 @@ fn plan(
         compress: compress_mode(args.policy.compress),
         kv: kv_format(args.policy.kv, model.spec.dtype),
         threads: target.threads,
-        host: model.host_bytes(prompt_tokens),
+        host: model.host_bytes(prompt_tokens, target.threads),
         stored_bytes: [stored(false), stored(true)],
         repricer: Some(&ScheduleRepricer),
     };

@@ -4,6 +4,7 @@
 use crate::dtype::Dtype;
 use crate::model::ModelSpec;
 use crate::model::families::{named_size, size_names};
+use crate::plan::{MOST_SEQUENCES, MOST_THREADS};
 use crate::units::{parse_bytes, show_bytes};
 use std::fmt;
 use thiserror::Error;
@@ -13,6 +14,8 @@ use thiserror::Error;
 pub enum ValueError {
     #[error("it must be at least {least}")]
     TooSmall { least: u64 },
+    #[error("it must be at most {most}")]
+    TooLarge { most: usize },
     #[error("it is not a whole number: write one like 32")]
     NotACount,
     #[error("it is not a percentage: write a number from 0 to 100")]
@@ -91,6 +94,21 @@ pub fn count(text: &str) -> Result<usize, ValueError> {
         Ok(n) => usize::try_from(n).map_err(|_| ValueError::NotACount),
         Err(_) => Err(ValueError::NotACount),
     }
+}
+
+/// A number of threads that some machine may have; more would only take memory.
+pub fn threads(text: &str) -> Result<usize, ValueError> {
+    at_most(MOST_THREADS, text)
+}
+
+/// Sequences of a batch, or batches of a block.
+pub fn sequences(text: &str) -> Result<usize, ValueError> {
+    at_most(MOST_SEQUENCES, text)
+}
+
+fn at_most(most: usize, text: &str) -> Result<usize, ValueError> {
+    let refused = ValueError::TooLarge { most };
+    count(text).and_then(|n| if n <= most { Ok(n) } else { Err(refused) })
 }
 
 /// A count of tokens from 1 on: lengths are 32-bit throughout.
@@ -172,6 +190,8 @@ mod tests {
         assert_eq!(count("0"), Err(ValueError::TooSmall { least: 1 }));
         assert_eq!(count("-3"), Err(ValueError::TooSmall { least: 1 }));
         assert_eq!(count("1.5"), Err(ValueError::NotACount));
+        assert_eq!(threads("1024"), Ok(1024));
+        assert_eq!(threads("1025"), Err(ValueError::TooLarge { most: 1024 }));
         assert_eq!(tokens("4294967296"), Err(ValueError::NotACount));
         assert_eq!(percentage("12.5"), Ok(12.5));
         assert_eq!(percentage("100%"), Ok(100.0));

@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A packed store as the engine sees it: one file, and where everything lies in it.
+#[derive(Default)]
 pub struct Packed {
     pub file: PathBuf,
     /// Per matrix of `ModelSpec::matrices`.

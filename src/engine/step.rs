@@ -98,7 +98,8 @@ impl Step {
         let mut active = Vec::new();
         let mut batches = Vec::new();
         for batch in 0..rules.batches {
-            let first = batch * rules.gpu_batch_size;
+            // A block that is not full may have fewer slots than batches.
+            let first = (batch * rules.gpu_batch_size).min(slots.len());
             let last = (first + rules.gpu_batch_size).min(slots.len());
             let members = slots[first..last].iter().flatten().copied();
             let head_first = active.len();

@@ -36,6 +36,14 @@ fn usage_errors_name_what_would_do() {
         ("--cpu-memory 1GiB", &["--cpu-memory", "--cpu-mem"]),
         ("--gpu-batch-size 0", &["--gpu-batch-size", "at least 1"]),
         ("--threads 100000", &["--threads", "at most"]),
+        (
+            "--gpu-batch-size 99999999999",
+            &["--gpu-batch-size", "at most"],
+        ),
+        (
+            "--gpu-batch-size 9999 --num-gpu-batches 9999",
+            &["--num-gpu-batches", "at most"],
+        ),
         ("--compress maybe", &["--compress", "fastest"]),
         ("--profile nowhere", &["nowhere", "t4-gcp", "probe"]),
         ("--prompt-len 3", &["--prompt-len", "--input"]),

@@ -49,6 +49,11 @@ const SIZE: &str = "--prompt-len 48 --gen-len 6 --num-prompts 6";
 #[test]
 fn no_run_takes_more_than_planned() {
     let home = Home::packed();
+    // Packs the 4-bit store, so that no run below has to.
+    home.run(&format!(
+        "run --model synth:opt-125m {SIZE} --compress-weight 1"
+    ))
+    .good();
     for flags in [
         "--percent 0 100 0 100 0 100",
         "--percent 0 50 0 50 0 50 --gpu-batch-size 3 --num-gpu-batches 2",
@@ -60,7 +65,9 @@ fn no_run_takes_more_than_planned() {
         let (planned, measured, outside) = peaks(&home, &format!("{SIZE} {flags}"));
         assert!(measured <= planned, "{flags}: {measured} > {planned}");
         assert!(outside <= planned, "{flags}: {outside} > {planned}");
-        assert!(measured <= outside, "{flags}: {measured} > {outside}");
+        // The two accounts are brought up to date page by page, each in its own time.
+        let apart = measured.abs_diff(outside);
+        assert!(apart < 1 << 20, "{flags}: {measured} and {outside}");
         // Not by a plan that asks for the moon: the fixed part is slack of at most this.
         assert!(
             planned - measured < 64 << 20,

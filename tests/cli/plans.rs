@@ -94,18 +94,25 @@ fn a_plan_for_more_memory_than_is_free_is_refused() {
     plan = set(&plan, "prompt_tokens_max", "64");
     plan = set(&plan, "kv_tokens_max", "64");
     plan = set(&plan, "gpu_batch_size", "1000000");
-    plan = set(&plan, "num_gpu_batches", "1000000");
+    let blocks = set(&plan, "num_gpu_batches", "1000000");
+    home.write("blocks.toml", &blocks);
+    limited(&home, "exec blocks.toml --input in.jsonl").fails(1, &["sequences", "at most 1048576"]);
+    plan = set(&plan, "num_gpu_batches", "1");
     home.write("huge.toml", &plan);
-    // Should the check ever be lost, the limit keeps the machine that runs this alive.
-    let program = home.command("exec huge.toml --input in.jsonl");
-    let mut words = std::process::Command::new("sh");
-    words.args(["-c", "ulimit -v 4000000; exec \"$@\"", "sh"]);
-    words.arg(program.get_program()).args(program.get_args());
-    words
+    let ended = limited(&home, "exec huge.toml --input in.jsonl");
+    ended.fails(1, &["memory", "are missing", "--cpu-mem"]);
+}
+
+/// Should a check ever be lost, this limit keeps the machine that the test runs on alive.
+fn limited(home: &Home, words: &str) -> Ended {
+    let program = home.command(words);
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", "ulimit -v 4000000; exec \"$@\"", "sh"]);
+    shell.arg(program.get_program()).args(program.get_args());
+    shell
         .current_dir(&home.dir)
         .env("LOADMASTER_HOME", &home.dir);
-    let ended = Ended::new("exec huge.toml", words.output().expect("started"));
-    ended.fails(1, &["memory", "are missing", "--cpu-mem"]);
+    Ended::new(words, shell.output().expect("started"))
 }
 
 /// The plan with one whole-number key of its first such line set.
