@@ -86,28 +86,16 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
     };
     os::release_free_heap();
     check_room(&run, job.offload_dir)?;
-    // Only now: a run that cannot start leaves no empty file, and what --overwrite replaces is kept.
-    let mut results = Results::open(
-        job.results.output_file(),
-        job.results.overwrite,
-        job.model.tokenizer.as_ref(),
-    )
-    .map_err(Failure::failed)?;
+    let mut results = open_results(&job)?;
     let (requests, bad) = prompts::split(job.lines.clone());
     bad.iter()
         .try_for_each(|(line, error)| results.failed(*line, error))
         .map_err(Failure::failed)?;
-    let shapes = requests
-        .iter()
-        .map(|r| (r.line, r.prompt.len(), r.max_tokens))
-        .collect();
-    let mut measured = Measured::new(job.plan.budget, shapes);
-    let options = RunOptions {
-        ignore_eos: job.ignore_eos,
-    };
+    let mut measured = Measured::new(job.plan.budget, shapes(&requests));
+    let ignore_eos = job.ignore_eos;
     let ran = generate(
         &run,
-        (requests, options),
+        (requests, RunOptions { ignore_eos }),
         (&mut measured, &mut setup),
         (&mut results, talk),
         stop,
@@ -118,11 +106,7 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
     let report = RunReport {
         schema: REPORT_SCHEMA.to_owned(),
         plan: job.plan.clone(),
-        outcome: match (&ran, &failure) {
-            (Ok(outcome), _) if outcome.interrupted => RunOutcome::Interrupted,
-            (_, Some(_)) => RunOutcome::Failed,
-            _ => RunOutcome::Done,
-        },
+        outcome: outcome_of(&ran, &failure),
         started_at,
         finished_at: probe::timestamp(),
         lines: counts,
@@ -145,6 +129,19 @@ fn check_places(results: &ResultArgs) -> Result<(), Failure> {
         .flatten()
         .try_for_each(|path| check_place(path, results.overwrite))
         .map_err(Failure::failed)
+}
+
+/// Only when the run can start: one that cannot leaves no empty file, and keeps what --overwrite replaces.
+fn open_results<'a>(job: &Execution<'a>) -> Result<Results<'a>, Failure> {
+    let tokenizer = job.model.tokenizer.as_ref();
+    Results::open(job.results.output_file(), job.results.overwrite, tokenizer)
+        .map_err(Failure::failed)
+}
+
+/// (line, prompt tokens, most generated tokens) of every request.
+fn shapes(requests: &[Request]) -> Vec<(usize, usize, usize)> {
+    let shape = |r: &Request| (r.line, r.prompt.len(), r.max_tokens);
+    requests.iter().map(shape).collect()
 }
 
 fn runnable_device(plan: &Plan) -> Result<DeviceKind, Failure> {
@@ -359,6 +356,14 @@ fn how_it_ended(
             )))
         }
         Ok(_) => None,
+    }
+}
+
+fn outcome_of(ran: &Result<Outcome, EngineError>, failure: &Option<Failure>) -> RunOutcome {
+    match (ran, failure) {
+        (Ok(outcome), _) if outcome.interrupted => RunOutcome::Interrupted,
+        (_, Some(_)) => RunOutcome::Failed,
+        _ => RunOutcome::Done,
     }
 }
 

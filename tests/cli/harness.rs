@@ -30,9 +30,17 @@ fn target_tmp() -> &'static Path {
     Path::new(env!("CARGO_TARGET_TMPDIR"))
 }
 
+/// Numbers of threads that tests ask for beside the default: each has its profile.
+const OTHER_THREADS: [usize; 2] = [3, 24];
+
+fn save_profiles(dir: &Path) {
+    for threads in OTHER_THREADS.into_iter().chain([os::default_threads()]) {
+        save_profile(dir, &own_profile(dir, threads)).expect("saved");
+    }
+}
+
 /// A profile of round figures that this machine takes for its own.
-fn own_profile(dir: &Path) -> HardwareProfile {
-    let threads = os::default_threads();
+fn own_profile(dir: &Path, threads: usize) -> HardwareProfile {
     let key = ProfileKey::of_this_machine(dir, threads, Isa::detect().name());
     let mut profile = round_profile();
     profile.machine.name = key.name();
@@ -47,7 +55,7 @@ impl Home {
     /// Empty but for the profile; gone at the end.
     pub fn new() -> Home {
         let own = tempfile::tempdir_in(target_tmp()).expect("a directory under target");
-        save_profile(own.path(), &own_profile(own.path())).expect("saved");
+        save_profiles(own.path());
         Home {
             dir: own.path().to_owned(),
             _own: Some(own),
@@ -59,7 +67,7 @@ impl Home {
         static PACKED: OnceLock<PathBuf> = OnceLock::new();
         let dir = PACKED.get_or_init(|| {
             let dir = target_tmp().join("cli-home");
-            save_profile(&dir, &own_profile(&dir)).expect("saved");
+            save_profiles(&dir);
             let home = Home {
                 dir: dir.clone(),
                 _own: None,
@@ -70,7 +78,7 @@ impl Home {
         });
         let own = tempfile::tempdir_in(target_tmp()).expect("a directory under target");
         std::os::unix::fs::symlink(dir.join("store"), own.path().join("store")).expect("linked");
-        save_profile(own.path(), &own_profile(own.path())).expect("saved");
+        save_profiles(own.path());
         Home {
             dir: own.path().to_owned(),
             _own: Some(own),

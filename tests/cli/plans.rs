@@ -99,8 +99,12 @@ fn a_plan_for_more_memory_than_is_free_is_refused() {
     limited(&home, "exec blocks.toml --input in.jsonl").fails(1, &["sequences", "at most 1048576"]);
     plan = set(&plan, "num_gpu_batches", "1");
     home.write("huge.toml", &plan);
-    let ended = limited(&home, "exec huge.toml --input in.jsonl");
+    home.write("out.jsonl", "precious\n");
+    let words = "exec huge.toml --input in.jsonl --output out.jsonl --overwrite";
+    let ended = limited(&home, words);
     ended.fails(1, &["memory", "are missing", "--cpu-mem"]);
+    assert_eq!(home.read("out.jsonl"), "precious\n");
+    assert!(!home.path("store").exists(), "nothing was packed for it");
 }
 
 /// Should a check ever be lost, this limit keeps the machine that the test runs on alive.
