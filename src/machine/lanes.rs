@@ -7,7 +7,7 @@ use crate::cost::figures::LaneFigures;
 use crate::tier::{Lane, PerLane, Phase};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -32,13 +32,18 @@ struct Queue {
     tasks: Mutex<(VecDeque<Task>, bool)>,
     filled: Condvar,
     length: AtomicU64,
+    /// The worker sleeps: set and cleared under the lock.
+    idle: AtomicBool,
 }
 
 /// Finished counts of all lanes, and the first failure.
 #[derive(Default)]
 struct Board {
     finished: PerLane<AtomicU64>,
-    sleepers: Mutex<()>,
+    /// What each sleeping waiter waits for. A lane wakes them only when one of them has got it: with few
+    /// cores, a thread that wakes in vain takes time from the one that computes.
+    sleepers: Mutex<Vec<Fences>>,
+    sleeping: AtomicUsize,
     changed: Condvar,
     failed: AtomicBool,
     failure: Mutex<Option<MachineError>>,
@@ -47,7 +52,7 @@ struct Board {
 
 impl Board {
     fn reached(&self, fences: &Fences) -> bool {
-        let done = |&lane: &Lane| self.finished[lane].load(Ordering::Acquire) >= fences.mark(lane);
+        let done = |&lane: &Lane| self.finished[lane].load(Ordering::SeqCst) >= fences.mark(lane);
         Lane::ALL.iter().all(done)
     }
 
@@ -59,19 +64,31 @@ impl Board {
             }
             std::hint::spin_loop();
         }
-        let mut guard = lock(&self.sleepers);
+        let mut sleepers = lock(&self.sleepers);
+        sleepers.push(*fences);
+        // Said before looking once more, so that a lane which finishes now sees a sleeper.
+        self.sleeping.fetch_add(1, Ordering::SeqCst);
         while !self.reached(fences) {
-            guard = self
+            sleepers = self
                 .changed
-                .wait(guard)
+                .wait(sleepers)
                 .unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        self.sleeping.fetch_sub(1, Ordering::SeqCst);
+        if let Some(mine) = sleepers.iter().position(|other| other == fences) {
+            sleepers.swap_remove(mine);
         }
     }
 
     fn finish(&self, lane: Lane, number: u64) {
-        let _guard = lock(&self.sleepers);
-        self.finished[lane].store(number, Ordering::Release);
-        self.changed.notify_all();
+        self.finished[lane].store(number, Ordering::SeqCst);
+        if self.sleeping.load(Ordering::SeqCst) > 0
+            && lock(&self.sleepers)
+                .iter()
+                .any(|fences| self.reached(fences))
+        {
+            self.changed.notify_all();
+        }
     }
 
     fn fail(&self, error: MachineError) {
@@ -139,9 +156,15 @@ impl Lanes {
             phase: self.phase,
             work_s,
         };
-        lock(&queue.tasks).0.push_back(task);
+        let idle = {
+            let mut tasks = lock(&queue.tasks);
+            tasks.0.push_back(task);
+            queue.idle.load(Ordering::Relaxed)
+        };
         queue.length.fetch_add(1, Ordering::Release);
-        queue.filled.notify_one();
+        if idle {
+            queue.filled.notify_one();
+        }
         fence
     }
 
@@ -223,10 +246,12 @@ fn next(queue: &Queue) -> Option<Task> {
         if tasks.1 {
             return None;
         }
+        queue.idle.store(true, Ordering::Relaxed);
         tasks = queue
             .filled
             .wait(tasks)
             .unwrap_or_else(|poisoned| poisoned.into_inner());
+        queue.idle.store(false, Ordering::Relaxed);
     }
 }
 
