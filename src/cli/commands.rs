@@ -1,8 +1,8 @@
 //! The commands, each a short way from flags to a document or a table on stdout.
 
 use super::args::{
-    Cli, Command, CompareArgs, ExecArgs, PlanArgs, ProbeArgs, RunArgs, StoreAction, StoreArgs,
-    SynthArgs,
+    Cli, Command, CompareArgs, DASH, ExecArgs, PlanArgs, ProbeArgs, RunArgs, StoreAction,
+    StoreArgs, SynthArgs,
 };
 use super::execute::{Execution, execute};
 use super::failure::Failure;
@@ -90,11 +90,14 @@ fn probe(args: &ProbeArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Fai
 fn plan(args: &PlanArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
     let solved = solve(&args.solve, true, talk, stop)?;
     talk.end();
-    if let Some(path) = args.out.as_ref().filter(|_| solved.plan.feasible) {
+    let out = args.out.as_deref().filter(|_| solved.plan.feasible);
+    let piped = out == Some(Path::new(DASH));
+    if let Some(path) = out.filter(|_| !piped) {
         write_atomically(path, solved.plan.to_toml().as_bytes()).map_err(Failure::failed)?;
     }
     match args.solve.json {
         true => say_json(&solved.plan)?,
+        false if piped => say(&solved.plan.to_toml())?,
         false => say(&show_plan::show_plan(&solved.plan, args.explain))?,
     }
     feasible(&solved.plan).map_err(|failure| failure.after_document(args.solve.json))

@@ -106,12 +106,18 @@ pub fn total_s(terms: &Terms, shares: &ShareVector) -> f64 {
     segments.map(|s| s.times * segment_time(s, shares).0).sum()
 }
 
-/// The largest row, and the lane or resource to name for it.
+/// The largest row, and the lane or resource to name for it: of equal rows the first, which is a lane's
+/// own before those of pairs and chains.
 fn segment_time(segment: &Segment, shares: &ShareVector) -> (f64, &'static str) {
     let timed = segment.rows.iter().map(|r| (r.seconds.at(shares), r.bound));
-    let (seconds, bound) = timed
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .unwrap_or((0.0, Bound::Sum));
+    let larger = |best: (f64, Bound), row: (f64, Bound)| {
+        if row.0 > best.0 * (1.0 + 1e-9) {
+            row
+        } else {
+            best
+        }
+    };
+    let (seconds, bound) = timed.reduce(larger).unwrap_or((0.0, Bound::Sum));
     let name = match bound {
         Bound::Lane(lane) | Bound::Pair(_, lane) => lane.name(),
         Bound::Chain(lane) | Bound::SideChain(lane) => lane.name(),

@@ -16,7 +16,6 @@ use crate::machine::cpu::pool::Pool;
 use crate::machine::disk::DiskError;
 use crate::profile::{AttentionRates, CpuFacts, GemmCurve, QuantiseRates};
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
 
 /// Attention is measured at the width of opt-1.3b.
 pub const HIDDEN: usize = 2048;
@@ -49,7 +48,6 @@ pub struct ComputeArea {
     attention: Vec<KvPoint>,
     read_bytes_per_s: Series,
     copy_bytes_per_s: Series,
-    launch_s: Series,
     rowwise_bytes_per_s: Series,
     pack_bytes_per_s: Series,
     append_bytes_per_s: Series,
@@ -79,7 +77,6 @@ impl ComputeArea {
             attention: KV_FORMATS.into_iter().map(kv).collect(),
             read_bytes_per_s: Series::default(),
             copy_bytes_per_s: Series::default(),
-            launch_s: Series::default(),
             rowwise_bytes_per_s: Series::default(),
             pack_bytes_per_s: Series::default(),
             append_bytes_per_s: Series::default(),
@@ -131,7 +128,6 @@ impl ComputeArea {
         self.pack_bytes_per_s.push(pack(bench)?);
         self.append_bytes_per_s.push(append(bench)?);
         self.rowwise_bytes_per_s.push(rowwise(bench)?);
-        self.launch_s.push(launch(bench)?);
         Ok(())
     }
 
@@ -148,7 +144,8 @@ impl ComputeArea {
         CpuFacts {
             dram_read_bytes_per_s: median(&self.read_bytes_per_s),
             dram_copy_bytes_per_s: median(&self.copy_bytes_per_s),
-            launch_s: median(&self.launch_s),
+            // Measured last, through a machine's own lanes (launch.rs).
+            launch_s: 0.0,
             rowwise_bytes_per_s: self.rowwise_bytes_per_s.median().map(tidy),
             gemm: self.curves(),
             attention: attention.collect(),
@@ -336,21 +333,6 @@ fn rowwise(bench: &mut Bench) -> Result<f64, ProbeError> {
         );
     })?;
     Ok((rows * HIDDEN * 4) as f64 / seconds)
-}
-
-/// What starting and ending an operation costs: parts that take known time, one for each thread,
-/// take this much longer together. Empty parts would be over before the other threads look.
-fn launch(bench: &mut Bench) -> Result<f64, ProbeError> {
-    const PART: Duration = Duration::from_micros(20);
-    let seconds = bench.time(|b| {
-        b.pool.run(b.pool.threads(), &|_| {
-            let begin = Instant::now();
-            while begin.elapsed() < PART {
-                std::hint::spin_loop();
-            }
-        });
-    })?;
-    Ok((seconds - PART.as_secs_f64()).max(1e-9))
 }
 
 /// A step of the compute lane for races with the disk: a decode of 32 sequences over fp16 weights,

@@ -6,6 +6,7 @@ mod bench;
 mod compute;
 mod contention;
 mod disk;
+mod launch;
 mod samples;
 mod saved;
 mod scale;
@@ -13,6 +14,8 @@ mod scale;
 pub use saved::{ProfileKey, find_profile, profiles_dir, save_profile, timestamp};
 pub use scale::{MAX_WRITTEN_BYTES, ProbeScale};
 
+use crate::cost::rates::RatesError;
+use crate::machine::MachineError;
 use crate::machine::arena::MemoryError;
 use crate::machine::cpu::kernels::Isa;
 use crate::machine::cpu::pool::SCRATCH_FLOATS;
@@ -62,6 +65,10 @@ pub enum ProbeError {
     Disk(#[from] DiskError),
     #[error(transparent)]
     Os(#[from] OsError),
+    #[error(transparent)]
+    Rates(#[from] RatesError),
+    #[error(transparent)]
+    Machine(#[from] MachineError),
     #[error("the measured figures make no profile ({0}): probe again on a quieter machine")]
     Profile(#[from] ProfileError),
 }
@@ -95,7 +102,7 @@ pub fn probe(options: ProbeOptions) -> Result<HardwareProfile, ProbeError> {
         options.stop,
     )?;
     let mut areas = Areas {
-        provenance: provenance(os::load_average(), options.threads),
+        provenance: provenance(os::busy_cores(), options.threads),
         disk: DiskArea::new(options.offload_dir, &bench)?,
         compute: ComputeArea::new(extent),
         contention: ContentionArea::default(),
@@ -103,7 +110,10 @@ pub fn probe(options: ProbeOptions) -> Result<HardwareProfile, ProbeError> {
     areas.tell_what_is_there(&bench, options.progress);
     areas.measure(&mut bench, options.progress)?;
     let key = ProfileKey::of_this_machine(options.offload_dir, options.threads, options.isa.name());
-    let profile = areas.profile(key, options.command)?;
+    let mut profile = areas.profile(key, options.command)?;
+    // Arenas and buffers of the measurements are gone before another machine is opened.
+    drop((bench, areas));
+    profile.cpu.launch_s = launch::launch_s(&profile, options.threads)?;
     // What is handed out is what a saved file would give back: checked by the same reader.
     Ok(HardwareProfile::from_toml(&profile.to_toml())?)
 }
@@ -131,12 +141,10 @@ fn room_within(budget_bytes: u64, threads: usize, extent: &Extent) -> Result<u64
 }
 
 /// Says so in the profile when the cores were busy before the probe began: figures will be low.
-fn provenance(load: Option<f64>, threads: usize) -> String {
-    match load.filter(|load| *load > 0.5 * threads as f64) {
+fn provenance(busy: Option<f64>, threads: usize) -> String {
+    match busy.filter(|busy| *busy > 0.25 * threads as f64) {
         None => "measured".to_owned(),
-        Some(load) => {
-            format!("measured while other programs were busy (load {load:.1} on {threads} threads)")
-        }
+        Some(busy) => format!("measured while other programs kept {busy:.1} cores busy"),
     }
 }
 

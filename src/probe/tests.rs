@@ -109,5 +109,5 @@ fn memory_is_no_place_to_probe() {
 fn a_busy_machine_is_named_in_the_profile() {
     assert_eq!(provenance(Some(0.3), 2), "measured");
     assert_eq!(provenance(None, 2), "measured");
-    assert!(provenance(Some(3.0), 2).contains("load 3.0"));
+    assert!(provenance(Some(3.0), 2).contains("3.0 cores"));
 }

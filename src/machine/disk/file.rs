@@ -325,7 +325,12 @@ fn unused_name(dir: &Path, what: &str) -> PathBuf {
 
 /// Replaces a small file as a whole: readers see the old content or the new, never a part, and
 /// after a power cut one of them is there.
+///
+/// A device or a pipe is written to as it is: replacing it by a file would lose it.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), DiskError> {
+    if std::fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
+        return std::fs::write(path, bytes).map_err(|e| failed("write", path, e));
+    }
     let dir = match path.parent() {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
         _ => Path::new("."),

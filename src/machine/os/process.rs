@@ -88,14 +88,28 @@ pub fn page_locked_limit_bytes() -> u64 {
     0
 }
 
-/// Programs that wanted a core during the last minute, on average; `None` where nobody counts.
-pub fn load_average() -> Option<f64> {
-    load_average_at(Path::new("/"))
+/// Cores that were busy over a quarter of a second from now; `None` where nobody counts. The load average
+/// would still count what ended a minute ago, such as the build of this very program.
+pub fn busy_cores() -> Option<f64> {
+    let first = cpu_ticks_at(Path::new("/"))?;
+    std::thread::sleep(std::time::Duration::from_millis(250));
+    let second = cpu_ticks_at(Path::new("/"))?;
+    let (all, idle) = (second.0 - first.0, second.1 - first.1);
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get()) as f64;
+    (all > 0.0).then(|| cores * (1.0 - idle / all))
 }
 
-fn load_average_at(root: &Path) -> Option<f64> {
-    let text = std::fs::read_to_string(root.join("proc/loadavg")).ok()?;
-    text.split_whitespace().next()?.parse().ok()
+/// Ticks of all cores since the start: all, and idle ones (waiting for the disk among them).
+fn cpu_ticks_at(root: &Path) -> Option<(f64, f64)> {
+    let text = std::fs::read_to_string(root.join("proc/stat")).ok()?;
+    let line = text.lines().find(|line| line.starts_with("cpu "))?;
+    let ticks: Vec<f64> = line
+        .split_whitespace()
+        .skip(1)
+        .map_while(|t| t.parse().ok())
+        .collect();
+    // user, nice, system, idle, iowait, irq, softirq, steal; guest time is in user already.
+    (ticks.len() >= 5).then(|| (ticks.iter().take(8).sum(), ticks[3] + ticks[4]))
 }
 
 /// The operating system and its version: "Linux 6.1.0".
@@ -129,10 +143,14 @@ mod tests {
     }
 
     #[test]
-    fn the_load_is_the_last_minute_s() {
-        let root = tree(&[("proc/loadavg", "2.50 1.00 0.50 3/200 4711\n")]);
-        assert_eq!(load_average_at(root.path()), Some(2.5));
-        assert_eq!(load_average_at(tree(&[]).path()), None);
+    fn busy_cores_come_from_the_kernel_s_ticks() {
+        let root = tree(&[(
+            "proc/stat",
+            "cpu  20 0 10 60 10 0 0 0 0 0\ncpu0 1 1 1 1 1\n",
+        )]);
+        assert_eq!(cpu_ticks_at(root.path()), Some((100.0, 70.0)));
+        assert_eq!(cpu_ticks_at(tree(&[]).path()), None);
+        assert!(busy_cores().is_none_or(|cores| cores >= -0.01));
     }
 
     #[test]
