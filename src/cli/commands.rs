@@ -12,7 +12,7 @@ use super::prompts::Source;
 use super::session::{Model, make_offload_dir, measure, named_profile, own_profile};
 use super::show_compare;
 use super::show_plan;
-use super::solve::{Solved, solve, work_lines};
+use super::solve::{Asked, Solved, solve, work_lines};
 use crate::checkpoint::{SynthJob, write_synth};
 use crate::compare::Comparison;
 use crate::machine::disk::write_atomically;
@@ -88,7 +88,11 @@ fn probe(args: &ProbeArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Fai
 }
 
 fn plan(args: &PlanArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
-    let solved = solve(&args.solve, true, talk, stop)?;
+    let asked = Asked {
+        sizes_do: true,
+        explain: args.explain,
+    };
+    let solved = solve(&args.solve, asked, talk, stop)?;
     talk.end();
     let out = args.out.as_deref().filter(|_| solved.plan.feasible);
     let piped = out == Some(Path::new(DASH));
@@ -251,7 +255,7 @@ struct RunDocument<'a> {
 }
 
 fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
-    let solved = solve(&args.solve, false, talk, stop)?;
+    let solved = solve(&args.solve, Asked::default(), talk, stop)?;
     talk.note(&show_plan::show_plan(&solved.plan, false));
     feasible(&solved.plan)?;
     let lines = match &solved.lines {

@@ -27,6 +27,14 @@ pub struct Solved {
     pub lines: Option<Vec<Line>>,
 }
 
+/// What differs between `plan` and `run`.
+#[derive(Clone, Copy, Default)]
+pub struct Asked {
+    /// A size's name is enough: there need be no weights.
+    pub sizes_do: bool,
+    pub explain: bool,
+}
+
 /// Plans by running the engine's own schedule on the virtual-time machine.
 struct ScheduleRepricer;
 
@@ -47,16 +55,16 @@ impl Repricer for ScheduleRepricer {
 /// Model, machine, work, plan.
 pub fn solve(
     args: &SolveArgs,
-    sizes_do: bool,
+    asked: Asked,
     talk: &mut Talk,
     stop: &AtomicBool,
 ) -> Result<Solved, Failure> {
-    let model = Model::find(&args.model, args.work.seed, sizes_do)?;
+    let model = Model::find(&args.model, args.work.seed, asked.sizes_do)?;
     let lines = has_work(&args.work)
         .then(|| read_lines(args, &model))
         .transpose()?;
     let target = Target::settle(&args.limits, talk, stop)?;
-    let plan = plan(args, &model, &target, lines.as_deref())?;
+    let plan = plan((args, asked), &model, &target, lines.as_deref())?;
     Ok(Solved {
         model,
         target,
@@ -95,7 +103,7 @@ pub fn work_lines(
 }
 
 fn plan(
-    args: &SolveArgs,
+    (args, asked): (&SolveArgs, Asked),
     model: &Model,
     target: &Target,
     lines: Option<&[Line]>,
@@ -129,6 +137,7 @@ fn plan(
         device_name: &target.device_name,
         profile: &target.profile,
         calibrated: true,
+        explain: asked.explain,
         budget: target.budget,
         fixed: fixed(&args.policy),
         compress: compress_mode(args.policy.compress),

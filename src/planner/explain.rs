@@ -21,7 +21,11 @@ pub fn explain(request: &PlanRequest, space: &Space, (found, rungs): (&Found, &[
     Explain {
         four_bit: four_bit(request, rungs, found),
         warning: found.forced_lossy.then(|| warning(found)),
-        what_if: what_if(request, space, found),
+        what_if: if request.explain {
+            what_if(request, space, found)
+        } else {
+            Vec::new()
+        },
     }
 }
 

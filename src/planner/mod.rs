@@ -112,6 +112,8 @@ pub struct PlanRequest<'a> {
     pub profile: &'a HardwareProfile,
     /// False ignores the profile's learnt multipliers.
     pub calibrated: bool,
+    /// Solve again for what more memory or faster parts would bring.
+    pub explain: bool,
     /// Bytes of the whole process per tier.
     pub budget: PlanBudget,
     pub fixed: Fixed,

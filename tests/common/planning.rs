@@ -35,6 +35,7 @@ impl Setting {
             },
             profile: &self.profile,
             calibrated: true,
+            explain: true,
             budget: self.budget,
             fixed: Fixed::default(),
             compress: CompressMode::Auto,
