@@ -88,7 +88,13 @@ impl Failure {
         let usage = usage.filter(|usage| !usage.ends_with("loadmaster <COMMAND>"));
         let hints: Vec<String> = tips.chain(usage).collect();
         if hints.is_empty() {
-            return failure;
+            let unknown = error.kind() == clap::error::ErrorKind::InvalidSubcommand;
+            let commands = "`loadmaster --help` lists the commands";
+            return if unknown {
+                failure.with_hint(commands)
+            } else {
+                failure
+            };
         }
         failure.with_hint(hints.join("; "))
     }

@@ -65,9 +65,10 @@ fn no_run_takes_more_than_planned() {
         let (planned, measured, outside) = peaks(&home, &format!("{SIZE} {flags}"));
         assert!(measured <= planned, "{flags}: {measured} > {planned}");
         assert!(outside <= planned, "{flags}: {outside} > {planned}");
-        // The two accounts are brought up to date page by page, each in its own time.
-        let apart = measured.abs_diff(outside);
-        assert!(apart < 1 << 20, "{flags}: {measured} and {outside}");
+        // The report's peak begins when the weights are loaded; the outside sees planning too. The two
+        // accounts are brought up to date page by page, each in its own time.
+        let seen = outside + (1 << 20);
+        assert!(measured <= seen, "{flags}: {measured} and {outside}");
         // Not by a plan that asks for the moon: the fixed part is slack of at most this.
         assert!(
             planned - measured < 64 << 20,
