@@ -212,7 +212,7 @@ fn what_does_not_fit_is_refused_with_a_budget_that_does() {
     for setting in [
         cpu(opt_1_3b(), 150 * MIB, Workload::uniform(4, 128, 16)),
         cpu(opt_125m(), 90 * MIB, Workload::uniform(1, 512, 16)),
-        on_t4(opt_175b(), 200 * MIB, Workload::uniform(8, 512, 32)),
+        on_t4(opt_175b(), 100 * MIB, Workload::uniform(8, 512, 32)),
     ] {
         let refused = plan(&setting.request()).unwrap();
         assert!(!refused.feasible, "{}", refused.to_toml());
