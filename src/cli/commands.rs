@@ -9,7 +9,7 @@ use super::failure::Failure;
 use super::progress::{Talk, Unit};
 use super::prompt_lines::Line;
 use super::prompts::Source;
-use super::session::{Model, make_offload_dir, measure, named_profile, own_profile};
+use super::settle::{Model, make_offload_dir, measure, named_profile, own_profile};
 use super::show_compare;
 use super::show_plan;
 use super::solve::{Asked, Solved, solve, work_lines};

@@ -7,7 +7,7 @@ use super::progress::{Talk, Unit};
 use super::prompt_lines::{Line, LineError};
 use super::prompts;
 use super::results::{ResultSink, Results, check_place};
-use super::session::Model;
+use super::settle::Model;
 use crate::cost::rates::Rates;
 use crate::engine::open::{Packed, RunJob, footprint, open};
 use crate::engine::{Engine, EngineError, Outcome, Request, RunOptions};

@@ -10,7 +10,7 @@ pub mod progress;
 pub mod prompt_lines;
 pub mod prompts;
 pub mod results;
-pub mod session;
+pub mod settle;
 pub mod show_compare;
 pub mod show_plan;
 pub mod solve;

@@ -7,7 +7,7 @@ use super::failure::Failure;
 use super::progress::Talk;
 use super::prompt_lines::{Line, Rules};
 use super::prompts::{self, Source};
-use super::session::{Model, Target, has_work};
+use super::settle::{Model, Target, has_work};
 use crate::cost::estimate::EstimateInput;
 use crate::cost::figures::Figures;
 use crate::dtype::Dtype;
