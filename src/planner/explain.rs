@@ -13,7 +13,7 @@ use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 /// Gains under this are not worth a line.
-const WORTH_SAYING: f64 = 1.02;
+const WORTH_SAYING: f64 = 1.05;
 const RUNNERS_UP: usize = 3;
 
 /// The lines below the plan.
