@@ -307,7 +307,7 @@ fn generate(
     stop: &AtomicBool,
 ) -> Result<Outcome, EngineError> {
     os::reset_peak();
-    measured.others(run);
+    measured.others();
     talk.stage("loading the weights");
     let start = Instant::now();
     let (mut machine, facts) = open(run)?;

@@ -41,7 +41,7 @@ impl Measured {
     }
 
     /// Memory in use by others, before the arenas are mapped.
-    pub fn others(&mut self, _run: &RunJob) {
+    pub fn others(&mut self) {
         if let Ok(now) = os::memory_now() {
             let own = os::process_memory().map_or(0, |m| m.resident_bytes);
             self.total_bytes = now.total_bytes;
