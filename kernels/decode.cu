@@ -1,0 +1,170 @@
+// Attention of one query row a sequence, each K and V row read once: out = softmax(q · k / √head_size) · v.
+// The keys are cut into chunks of 256; `attend_combine` puts an item's chunks together in the order of their
+// index, so that results depend on nothing but the item. Twin: cpu/kernels/decode.rs.
+#include "device.cuh"
+
+constexpr u32 THREADS = 128, WARPS = THREADS / 32, CHUNK = 256, WIDEST = 256, EACH = 8;
+
+/// Elements first..first + 8 of a K or V row as f32, zeros past `end`. `vectors`: rows and heads are such that
+/// eight elements are aligned to 16 bytes (q4: to eight codes of one height).
+DEVICE void read8(const u8* row, u32 first, bool vectors, f32 (&x)[EACH], f32*) {
+  if (vectors) {
+    float4 a = __ldg((const float4*)(row + 4 * first)), b = __ldg((const float4*)(row + 4 * first + 16));
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+    return;
+  }
+  for (u32 i = 0; i < EACH; i++) x[i] = KvFormat<f32>::read(row, first + i);
+}
+DEVICE void read8(const u8* row, u32 first, bool vectors, f32 (&x)[EACH], Half*) {
+  if (vectors) {
+    uint4 raw = __ldg((const uint4*)(row + 2 * first));
+    const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+    UNROLL
+    for (u32 i = 0; i < EACH; i++) x[i] = half_to_float((u16)(words[i / 2] >> (i % 2 * 16)));
+    return;
+  }
+  for (u32 i = 0; i < EACH; i++) x[i] = KvFormat<Half>::read(row, first + i);
+}
+DEVICE void read8(const u8* row, u32 first, bool vectors, f32 (&x)[EACH], Q4*) {
+  if (vectors) {
+    const u32* group = (const u32*)(row + first / GROUP * GROUP_BYTES);
+    u32 ends = __ldg(group + 8), inside = first % GROUP, nibble = inside / 16 * 4;
+    f32 scale = half_to_float((u16)ends), minimum = half_to_float((u16)(ends >> 16));
+    UNROLL
+    for (u32 i = 0; i < EACH; i += 2) {
+      u32 pair = __ldg(group + (inside % 16 + i) / 2) >> nibble;
+      x[i] = fmaf((f32)(pair & 15), scale, minimum);
+      x[i + 1] = fmaf((f32)(pair >> 16 & 15), scale, minimum);
+    }
+    return;
+  }
+  for (u32 i = 0; i < EACH; i++) x[i] = KvFormat<Q4>::read(row, first + i);
+}
+
+/// The 8 elements from `d` on of a head, zeros past its end.
+template <class C>
+DEVICE void read_head(const u8* row, u32 start, u32 d, u32 head_size, bool vectors, f32 (&x)[EACH]) {
+  if (d + EACH <= head_size) return read8(row, start + d, vectors, x, (C*)0);
+  for (u32 i = 0; i < EACH; i++) x[i] = d + i < head_size ? KvFormat<C>::read(row, start + d + i) : 0.0f;
+}
+
+/// Whether `read8` may take vectors: every head begins at a multiple of eight elements, every row aligned.
+template <class C> DEVICE bool whole_vectors(const KvItem& item, u32 head_size, u32 hidden) {
+  return head_size % EACH == 0 && (sizeof(C) == 1 || (item.records % 16 == 0 && KvFormat<C>::row_bytes(hidden) % 16 == 0));
+}
+
+DEVICE f32 block_fold(f32 value, bool largest, f32 (&parts)[WARPS]) {
+  value = largest ? warp_max(value) : warp_sum(value);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
+  __syncthreads();
+  f32 folded = parts[0];
+  for (u32 warp = 1; warp < WARPS; warp++) folded = largest ? larger(parts[warp], folded) : folded + parts[warp];
+  __syncthreads();
+  return folded;
+}
+
+/// Launch: grid (chunks of all items, heads), block 128; `first_part` counts chunks. Lanes of a warp share a
+/// key in groups of 1, 2, .. 32, eight elements of the head each, and take as many keys at once as groups fit.
+/// partial `[chunks][heads][head_size + 2]`: weighted values, maximum, sum; items of one chunk go to out.
+template <class C>
+DEVICE void attend_decode(const f32* qkv, u32 qkv_stride, const KvItem* items, u32 items_count, u32 heads,
+                          u32 head_size, f32* out, u32 out_stride, f32* partial) {
+  SHARED(f32, scores, [CHUNK]);
+  SHARED(f32, parts, [WARPS]);
+  SHARED(f32, values, [WARPS][WIDEST]);
+  KvItem item = find_item(items, items_count, blockIdx.x);
+  u32 head = blockIdx.y, hidden = heads * head_size, start = head * head_size;
+  u32 keys = item.past + 1, first = (blockIdx.x - item.first_part) * CHUNK;
+  u32 count = keys - first < CHUNK ? keys - first : CHUNK;
+  bool vectors = whole_vectors<C>(item, head_size, hidden);
+  u32 sharing = 1;
+  while (sharing * EACH < head_size) sharing *= 2;
+  u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  u32 together = 32 / sharing, d = lane % sharing * EACH, mine = warp * together + lane / sharing;
+
+  const f32* query = qkv + (u64)item.first_row * qkv_stride + start;
+  f32 scale = 1.0f / sqrtf((f32)head_size), q[EACH];
+  for (u32 i = 0; i < EACH; i++) q[i] = d + i < head_size ? query[d + i] * scale : 0.0f;
+  // All lanes go through every round: they sum together.
+  for (u32 round = 0; round < count; round += WARPS * together) {
+    u32 key = round + mine;
+    f32 score = 0.0f, k[EACH];
+    if (key < count && d < head_size) {
+      read_head<C>(kv_row<C>(item, first + key, 0, hidden), start, d, head_size, vectors, k);
+      UNROLL
+      for (u32 i = 0; i < EACH; i++) score = fmaf(q[i], k[i], score);
+    }
+    for (u32 distance = sharing / 2; distance; distance /= 2) score += __shfl_xor_sync(~0u, score, distance);
+    if (key < count && d == 0) scores[key] = score;
+  }
+  __syncthreads();
+
+  f32 maximum = -INFINITE, total = 0.0f;
+  for (u32 key = threadIdx.x; key < count; key += THREADS) maximum = larger(scores[key], maximum);
+  maximum = block_fold(maximum, true, parts);
+  for (u32 key = threadIdx.x; key < count; key += THREADS) {
+    f32 weight = exp_exact(scores[key] - maximum);
+    scores[key] = weight;
+    total += weight;
+  }
+  total = block_fold(total, false, parts);
+
+  f32 sums[EACH] = {};
+  for (u32 key = mine; key < count; key += WARPS * together) {
+    if (d >= head_size) break;
+    f32 v[EACH];
+    read_head<C>(kv_row<C>(item, first + key, 1, hidden), start, d, head_size, vectors, v);
+    UNROLL
+    for (u32 i = 0; i < EACH; i++) sums[i] = fmaf(scores[key], v[i], sums[i]);
+  }
+  UNROLL
+  for (u32 i = 0; i < EACH; i++) {
+    for (u32 distance = sharing; distance < 32; distance *= 2) sums[i] += __shfl_xor_sync(~0u, sums[i], distance);
+    if (lane < sharing && d + i < head_size) values[warp][d + i] = sums[i];
+  }
+  __syncthreads();
+  bool alone = keys <= CHUNK;
+  f32* part = partial + ((u64)blockIdx.x * heads + head) * (head_size + 2);
+  f32* to = alone ? out + (u64)item.first_row * out_stride + start : part;
+  for (u32 i = threadIdx.x; i < head_size; i += THREADS) {
+    f32 sum = values[0][i];
+    for (u32 w = 1; w < WARPS; w++) sum += values[w][i];
+    to[i] = alone ? sum / total : sum;
+  }
+  if (!alone && threadIdx.x == 0) {
+    part[head_size] = maximum;
+    part[head_size + 1] = total;
+  }
+}
+
+#define ATTEND_DECODE(name, C)                                                                                       \
+  KERNEL __launch_bounds__(THREADS) attend_decode_##name(const f32* qkv, u32 qkv_stride, const KvItem* items,        \
+                                                         u32 items_count, u32 heads, u32 head_size, f32* out,        \
+                                                         u32 out_stride, f32* partial) {                             \
+    attend_decode<C>(qkv, qkv_stride, items, items_count, heads, head_size, out, out_stride, partial);               \
+  }
+ATTEND_DECODE(f32, f32)
+ATTEND_DECODE(f16, Half)
+ATTEND_DECODE(q4, Q4)
+
+/// out = Σ chunks' values · e^(their maximum - running maximum) / the same over their sums, in order of index.
+/// Launch: grid (items, heads), block 128; items of one chunk are left alone.
+KERNEL attend_combine(const f32* partial, const KvItem* items, u32 items_count, u32 heads, u32 head_size, f32* out,
+                      u32 out_stride) {
+  if (blockIdx.x >= items_count) return;
+  KvItem item = items[blockIdx.x];
+  u32 chunks = (item.past + CHUNK) / CHUNK, stride = head_size + 2;
+  if (chunks == 1) return;
+  for (u32 d = threadIdx.x; d < head_size; d += THREADS) {
+    f32 maximum = -INFINITE, total = 0.0f, sum = 0.0f;
+    for (u32 chunk = 0; chunk < chunks; chunk++) {
+      const f32* part = partial + ((u64)(item.first_part + chunk) * heads + blockIdx.y) * stride;
+      f32 next = larger(part[head_size], maximum);
+      f32 shrink = exp_exact(maximum - next), weight = exp_exact(part[head_size] - next);
+      sum = fmaf(sum, shrink, part[d] * weight);
+      total = fmaf(total, shrink, part[head_size + 1] * weight);
+      maximum = next;
+    }
+    out[(u64)item.first_row * out_stride + blockIdx.y * head_size + d] = sum / total;
+  }
+}

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Builds the stand-in CUDA libraries (and with `checks` the kernels' own checks) with g++ alone:
+#   tests/cuda/build.sh DIR          DIR/default, DIR/no-cublas, DIR/no-nvrtc, DIR/no-gemm-ex, DIR/no-host-register
+# Objects are kept in DIR/objects and made again only when a source is newer. Needs x86-64 with AVX2, FMA and F16C.
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+out="${1:?usage: build.sh DIR}"
+mkdir -p "$out/objects"
+out="$(cd "$out" && pwd)"
+CXX="${CXX:-g++}"
+FLAGS=(-std=c++17 -O2 -g1 -march=native -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Wno-multichar -I"$here")
+
+exec 9>"$out/lock"
+flock 9
+
+fresh() { # TARGET: newer than every source
+  [ -e "$1" ] && [ -z "$(find "$here" "$here/../../kernels" -newer "$1" -name '*.*' -print -quit)" ]
+}
+
+compile() { # OBJECT SOURCE [FLAG...]
+  local object="$out/objects/$1.o" source="$2"
+  shift 2
+  fresh "$object" || "$CXX" "${FLAGS[@]}" "$@" -c "$source" -o "$object"
+}
+
+compile_kernels() { # FILE...
+  local file
+  for file in "$@"; do
+    compile "kernels_$file" "$here/units/$file.cpp" "-DSIGNATURE=\"$(head -n 1 "$here/../../kernels/$file.cu" | sed 's/["\\]//g')\""
+  done
+}
+
+cd "$out"
+(compile_kernels gemm_small rows norm) & first=$!
+(compile_kernels prefill append epilogue) & second=$!
+wait "$first"
+(compile_kernels decode probe $(cd "$here/units" && ls prefill_*.cpp 2>/dev/null | sed 's/\.cpp//')) & first=$!
+for unit in emulator fake_driver fake_queue fake_stream fake_memory fake_cublas fake_nvrtc fake_nvml; do
+  compile "$unit" "$here/$unit.cpp"
+done
+compile driver_no_register "$here/fake_driver.cpp" -DWITHOUT_HOST_REGISTER
+compile cublas_no_gemm_ex "$here/fake_cublas.cpp" -DWITHOUT_GEMM_EX
+wait "$first"
+wait "$second"
+
+link() { # DIRECTORY LIBRARY VERSION OBJECT... : LIBRARY.so.VERSION with its usual other names
+  local dir="$out/$1" name="$2" version="$3" needs=()
+  shift 3
+  mkdir -p "$dir"
+  [ "$name" = libcuda ] || needs=(-L"$dir" -l:libcuda.so.1)
+  "$CXX" -shared -o "$dir/$name.so.$version" -Wl,-soname,"$name.so.$version" -Wl,-rpath,'$ORIGIN' \
+    "${@/%/.o}" "${needs[@]}" -lpthread
+  ln -sf "$name.so.$version" "$dir/$name.so"
+}
+
+cd "$out/objects"
+kernels=(kernels_*.o)
+for variant in default no-cublas no-nvrtc no-gemm-ex no-host-register; do
+  driver=fake_driver
+  cublas=fake_cublas
+  [ "$variant" = no-host-register ] && driver=driver_no_register
+  [ "$variant" = no-gemm-ex ] && cublas=cublas_no_gemm_ex
+  link "$variant" libcuda 1 "$driver" fake_queue fake_stream fake_memory emulator "${kernels[@]%.o}"
+  link "$variant" libnvidia-ml 1 fake_nvml
+  [ "$variant" = no-cublas ] || link "$variant" libcublas 13 "$cublas"
+  [ "$variant" = no-nvrtc ] || link "$variant" libnvrtc 13 fake_nvrtc
+done
