@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Builds the stand-in CUDA libraries (and with `checks` the kernels' own checks) with g++ alone:
+# Builds the stand-in CUDA libraries, or the runner of single kernels, with g++ alone:
 #   tests/cuda/build.sh DIR          DIR/default, DIR/no-cublas, DIR/no-nvrtc, DIR/no-gemm-ex, DIR/no-host-register
+#   tests/cuda/build.sh DIR runner   DIR/runner: with address and undefined-behaviour sanitizers
 # Objects are kept in DIR/objects and made again only when a source is newer. Needs x86-64 with AVX2, FMA and F16C.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 out="${1:?usage: build.sh DIR}"
-mkdir -p "$out/objects"
+what="${2:-libraries}"
+mkdir -p "$out/$what-objects"
 out="$(cd "$out" && pwd)"
+objects="$out/$what-objects"
 CXX="${CXX:-g++}"
 FLAGS=(-std=c++17 -O2 -g1 -march=native -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Wno-multichar -I"$here")
 
-exec 9>"$out/lock"
+[ "$what" = runner ] && FLAGS+=(-fsanitize=address,undefined -fno-sanitize-recover=all)
+
+exec 9>"$objects/lock"
 flock 9
 
 fresh() { # TARGET: newer than every source
@@ -18,7 +23,7 @@ fresh() { # TARGET: newer than every source
 }
 
 compile() { # OBJECT SOURCE [FLAG...]
-  local object="$out/objects/$1.o" source="$2"
+  local object="$objects/$1.o" source="$2"
   shift 2
   fresh "$object" || "$CXX" "${FLAGS[@]}" "$@" -c "$source" -o "$object"
 }
@@ -35,11 +40,15 @@ cd "$out"
 (compile_kernels prefill append epilogue) & second=$!
 wait "$first"
 (compile_kernels decode probe $(cd "$here/units" && ls prefill_*.cpp 2>/dev/null | sed 's/\.cpp//')) & first=$!
-for unit in emulator fake_driver fake_queue fake_stream fake_memory fake_cublas fake_nvrtc fake_nvml; do
+units=(emulator registry fake_driver fake_queue fake_stream fake_memory fake_cublas fake_nvrtc fake_nvml)
+[ "$what" = runner ] && units=(emulator registry runner)
+for unit in "${units[@]}"; do
   compile "$unit" "$here/$unit.cpp"
 done
-compile driver_no_register "$here/fake_driver.cpp" -DWITHOUT_HOST_REGISTER
-compile cublas_no_gemm_ex "$here/fake_cublas.cpp" -DWITHOUT_GEMM_EX
+if [ "$what" = libraries ]; then
+  compile driver_no_register "$here/fake_driver.cpp" -DWITHOUT_HOST_REGISTER
+  compile cublas_no_gemm_ex "$here/fake_cublas.cpp" -DWITHOUT_GEMM_EX
+fi
 wait "$first"
 wait "$second"
 
@@ -53,14 +62,18 @@ link() { # DIRECTORY LIBRARY VERSION OBJECT... : LIBRARY.so.VERSION with its usu
   ln -sf "$name.so.$version" "$dir/$name.so"
 }
 
-cd "$out/objects"
+cd "$objects"
 kernels=(kernels_*.o)
+if [ "$what" = runner ]; then
+  "$CXX" -fsanitize=address,undefined -o "$out/runner" emulator.o registry.o runner.o "${kernels[@]}" -lpthread
+  exit
+fi
 for variant in default no-cublas no-nvrtc no-gemm-ex no-host-register; do
   driver=fake_driver
   cublas=fake_cublas
   [ "$variant" = no-host-register ] && driver=driver_no_register
   [ "$variant" = no-gemm-ex ] && cublas=cublas_no_gemm_ex
-  link "$variant" libcuda 1 "$driver" fake_queue fake_stream fake_memory emulator "${kernels[@]%.o}"
+  link "$variant" libcuda 1 "$driver" fake_queue fake_stream fake_memory emulator registry "${kernels[@]%.o}"
   link "$variant" libnvidia-ml 1 fake_nvml
   [ "$variant" = no-cublas ] || link "$variant" libcublas 13 "$cublas"
   [ "$variant" = no-nvrtc ] || link "$variant" libnvrtc 13 fake_nvrtc

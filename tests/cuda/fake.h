@@ -12,6 +12,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -53,7 +54,9 @@ struct Kernel {
   /// The first line of the file in which it stands: a module that lacks the line lacks the kernel.
   std::string signature;
   std::function<Bound(void**)> bind;
+  size_t arguments;
 };
+std::vector<Kernel>& registry();
 void add_kernel(Kernel kernel);
 const Kernel* find_kernel(const std::string& name);
 
@@ -67,7 +70,7 @@ template <class... A> Kernel describe(const char* name, const char* signature, v
   auto bind = [kernel](void** arguments) {
     return bind_arguments(kernel, arguments, std::index_sequence_for<A...>());
   };
-  return {name, signature, bind};
+  return {name, signature, bind, sizeof...(A)};
 }
 
 }  // namespace fake

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <sys/mman.h>
 #include <unistd.h>
-#include <vector>
 
 using namespace fake;
 
@@ -21,11 +20,6 @@ thread_local void* t_current = nullptr;
 uint64_t context_bytes() { return setting("FAKE_CUDA_CONTEXT", 64ull << 20); }
 int devices() { return int(setting("FAKE_CUDA_DEVICES", 1)); }
 int capability() { return int(setting("FAKE_CUDA_CAPABILITY", 80)); }
-
-std::vector<Kernel>& registry() {
-  static std::vector<Kernel>* kernels = new std::vector<Kernel>;
-  return *kernels;
-}
 
 struct Module {
   std::string text;
@@ -59,19 +53,6 @@ const Named* named(int result) {
 }
 
 }  // namespace
-
-namespace fake {
-
-void add_kernel(Kernel kernel) { registry().push_back(std::move(kernel)); }
-
-const Kernel* find_kernel(const std::string& name) {
-  for (const Kernel& kernel : registry()) {
-    if (kernel.name == name) return &kernel;
-  }
-  return nullptr;
-}
-
-}  // namespace fake
 
 // Errors, device, context.
 
