@@ -2,6 +2,8 @@
 //! test has a profile ready, so that none of them measures the machine; what happens inside is tested
 //! beside the code and in the other files here.
 
+#[path = "cli/disks.rs"]
+mod disks;
 #[path = "cli/endings.rs"]
 mod endings;
 #[path = "cli/flags.rs"]

@@ -91,6 +91,7 @@ fn plan(args: &PlanArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
     let asked = Asked {
         sizes_do: true,
         explain: args.explain,
+        results: None,
     };
     let solved = solve(&args.solve, asked, talk, stop)?;
     talk.end();
@@ -255,7 +256,11 @@ struct RunDocument<'a> {
 }
 
 fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
-    let solved = solve(&args.solve, Asked::default(), talk, stop)?;
+    let asked = Asked {
+        results: Some(&args.results),
+        ..Asked::default()
+    };
+    let solved = solve(&args.solve, asked, talk, stop)?;
     talk.note(&show_plan::show_plan(&solved.plan, false));
     feasible(&solved.plan)?;
     let lines = match &solved.lines {

@@ -1,12 +1,13 @@
 //! `plan`, and the first half of `run`: flags to a request, the planner's answer to a document.
 
 use super::args::{
-    Compress, DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, Kv, PolicyArgs, SolveArgs, WorkArgs,
+    Compress, DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, Kv, PolicyArgs, ResultArgs, SolveArgs, WorkArgs,
 };
 use super::failure::Failure;
 use super::progress::Talk;
 use super::prompt_lines::{Line, Rules};
 use super::prompts::{self, Source};
+use super::results::Results;
 use super::settle::{Model, Target, has_work};
 use crate::cost::estimate::EstimateInput;
 use crate::cost::figures::Figures;
@@ -29,10 +30,12 @@ pub struct Solved {
 
 /// What differs between `plan` and `run`.
 #[derive(Clone, Copy, Default)]
-pub struct Asked {
+pub struct Asked<'a> {
     /// A size's name is enough: there need be no weights.
     pub sizes_do: bool,
     pub explain: bool,
+    /// Where error lines go when no line is any good; None where nothing is to be generated.
+    pub results: Option<&'a ResultArgs>,
 }
 
 /// Plans by running the engine's own schedule on the virtual-time machine.
@@ -63,6 +66,9 @@ pub fn solve(
     let lines = has_work(&args.work)
         .then(|| read_lines(args, &model))
         .transpose()?;
+    if let Some(lines) = &lines {
+        some_good(lines, asked.results)?;
+    }
     let target = Target::settle(&args.limits, talk, stop)?;
     let plan = plan((args, asked), &model, &target, lines.as_deref())?;
     Ok(Solved {
@@ -109,9 +115,6 @@ fn plan(
     lines: Option<&[Line]>,
 ) -> Result<Plan, Failure> {
     let workload = lines.map(prompts::workload);
-    if workload.as_ref().is_some_and(|w| w.prompts() == 0) {
-        return Err(nothing_to_do(lines.unwrap_or_default()));
-    }
     let job = match &workload {
         Some(workload) => Job::Given(workload),
         None => Job::BestBlock {
@@ -161,11 +164,30 @@ fn named(mut plan: Plan, model: &Model) -> Plan {
     plan
 }
 
-/// Every line is bad: the first one's reason says it best.
-fn nothing_to_do(lines: &[Line]) -> Failure {
-    let first = lines.iter().find_map(|line| line.result.as_ref().err());
-    let why = first.map_or("there are no prompts".to_owned(), |e| e.message.clone());
-    Failure::failed(format!("no line can be generated from: {why}"))
+/// Where every line is bad there is nothing to plan: each gets its error line all the same.
+fn some_good(lines: &[Line], results: Option<&ResultArgs>) -> Result<(), Failure> {
+    if lines.iter().any(|line| line.result.is_ok()) {
+        return Ok(());
+    }
+    let bad = || {
+        let error = |line: &Line| line.result.as_ref().err().cloned().map(|e| (line.index, e));
+        lines.iter().filter_map(error)
+    };
+    if let Some(places) = results {
+        let file = places.output_file();
+        let mut to = Results::open(file, places.overwrite, None).map_err(Failure::failed)?;
+        let written = bad().try_for_each(|(index, error)| to.failed(index, &error));
+        if !to.is_closed() {
+            written.map_err(Failure::failed)?;
+        }
+    }
+    let why = bad()
+        .next()
+        .map_or("there are none".to_owned(), |(_, e)| e.message);
+    Err(Failure::failed(format!(
+        "none of the {} input lines can be generated from; the first: {why}",
+        lines.len()
+    )))
 }
 
 fn stored_bytes(

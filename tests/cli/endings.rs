@@ -73,6 +73,38 @@ fn interrupted_by(signal: &str) {
 fn signals_leave_whole_lines() {
     interrupted_by("INT");
     interrupted_by("TERM");
+    interrupted_by("HUP");
+}
+
+#[test]
+fn a_signal_while_packing_leaves_no_half_store() {
+    let home = Home::new();
+    let mut child = home
+        .command("run --model synth:opt-1.3b --prompt-len 4 --gen-len 2 --num-prompts 1")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("started");
+    let mut reader = BufReader::new(child.stderr.take().expect("a pipe"));
+    let mut talk = String::new();
+    while !talk.contains("packing the weights") {
+        assert_ne!(reader.read_line(&mut talk).expect("UTF-8"), 0, "{talk}");
+    }
+    send("TERM", child.id());
+    std::io::Read::read_to_string(&mut reader, &mut talk).expect("UTF-8");
+    assert_eq!(child.wait().expect("ended").code(), Some(1), "{talk}");
+    assert!(
+        talk.lines()
+            .last()
+            .is_some_and(|l| l.starts_with("error: ")),
+        "{talk}"
+    );
+    let entries = std::fs::read_dir(home.path("store"))
+        .expect("begun")
+        .flatten();
+    let names = entries.map(|e| e.file_name().to_string_lossy().into_owned());
+    let left: Vec<String> = names.filter(|name| !name.ends_with(".lock")).collect();
+    assert_eq!(left, [""; 0]);
 }
 
 fn send(signal: &str, pid: u32) {

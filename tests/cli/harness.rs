@@ -85,6 +85,11 @@ impl Home {
         }
     }
 
+    /// Profiles for another offload directory, whose disk may be another.
+    pub fn save_profiles_in(&self, dir: &Path) {
+        save_profiles(dir);
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }

@@ -1,6 +1,6 @@
 //! What input lines may be: ids or text, each with its own settings; and a bad one fails alone.
 
-use crate::harness::{Ended, Home, RAGGED};
+use crate::harness::{Ended, Home, RAGGED, in_order};
 use serde_json::json;
 use std::io::Write;
 use std::process::Stdio;
@@ -128,20 +128,34 @@ fn prompts_are_text_where_there_is_a_tokenizer() {
     let ended = words.args(["Paris is", "Rome is"]).output();
     let from_flags = Ended::new("--prompt", ended.expect("started")).good();
     assert_eq!(from_file, from_flags.lines());
-    let mut child = home
-        .command(&format!("{model} --input -"))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("started");
-    let mut stdin = child.stdin.take().expect("a pipe");
-    stdin.write_all(b"Paris is\nRome is\n").expect("heard");
-    drop(stdin);
-    let piped = Ended::new("--input -", child.wait_with_output().expect("ended"));
+    let piped = fed(&home, &format!("{model} --input -"), "Paris is\nRome is\n");
     assert_eq!(piped.good().lines(), from_file);
+    // --prompt - is one prompt, its inner line ends included, among others.
+    let piped = fed(&home, &format!("{model} --prompt Paris -"), "Rome\nis\n").good();
+    let lengths: Vec<_> = piped
+        .lines()
+        .iter()
+        .map(|l| l["prompt_tokens"].clone())
+        .collect();
+    assert_eq!(lengths, [6, 8]);
+    let nothing = fed(&home, &format!("{model} --prompt -"), "");
+    nothing.fails(1, &["the prompt is empty"]);
+    fed(&home, &format!("{model} --prompt - -"), "a").fails(2, &["only once"]);
+    fed(&home, &format!("{model} --input -"), "").fails(1, &["standard input is empty"]);
     // The begin token and eight bytes.
     assert_eq!(from_file[0]["prompt_tokens"], 9);
+}
+
+/// Runs with a text on standard input.
+fn fed(home: &Home, words: &str, text: &str) -> Ended {
+    let mut command = home.command(words);
+    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.stderr(Stdio::piped()).spawn().expect("started");
+    let mut stdin = child.stdin.take().expect("a pipe");
+    // Who refuses the flags does not listen.
+    let _ = stdin.write_all(text.as_bytes());
+    drop(stdin);
+    Ended::new(words, child.wait_with_output().expect("ended"))
 }
 
 #[test]
@@ -166,16 +180,11 @@ fn a_checkpoint_with_a_tokenizer_takes_text() {
 fn no_prompts_are_an_error() {
     let home = Home::packed();
     home.write("empty.jsonl", "");
-    home.write("empty.txt", "\n");
     home.write("prompts.csv", "a,b\n");
     std::fs::write(home.path("latin.txt"), b"caf\xe9\n").expect("written");
     let model = "run --model synth:opt-125m --gen-len 2";
     for (input, parts) in [
         ("empty.jsonl", ["is empty", "one prompt a line"]),
-        (
-            "empty.txt",
-            ["line 1: the prompt is empty", "take the line out"],
-        ),
         ("none.jsonl", ["none.jsonl: no such file", "--input"]),
         ("latin.txt", ["line 1 is not UTF-8", "iconv"]),
     ] {
@@ -189,6 +198,40 @@ fn no_prompts_are_an_error() {
     Ended::new("--prompt ''", ended.expect("started")).fails(1, &["prompt is empty"]);
     home.run(&format!("{model} --input"))
         .fails(2, &["--input <FILE>", "value"]);
+}
+
+#[test]
+fn lines_that_are_all_bad_have_error_lines_all_the_same() {
+    let home = Home::new();
+    home.write(
+        "bad.jsonl",
+        "{\"prompt\": []}\n{\"prompt\": [4\n{\"prompt\": [4000]}\n",
+    );
+    home.write("one.txt", "\n");
+    let run = "run --model GOLDEN --input bad.jsonl";
+    let codes = |lines: &[serde_json::Value]| -> Vec<String> {
+        let code = |l: &serde_json::Value| l["error"]["code"].as_str().expect("a code").to_owned();
+        lines.iter().map(code).collect()
+    };
+    let expected = ["empty_prompt", "bad_line", "unknown_token"];
+    let ended = home.run(run);
+    ended.fails(1, &["none of the 3 input lines", "line 1", "at least one"]);
+    assert_eq!(codes(&ended.lines()), expected);
+    home.run(&format!("{run} --output out.jsonl"))
+        .fails(1, &["none of the 3"]);
+    assert_eq!(codes(&in_order(&home.read("out.jsonl"))), expected);
+    home.run(&format!("{run} --output out.jsonl"))
+        .fails(1, &["exists", "--overwrite"]);
+    let planned = home.run("plan --model GOLDEN --input bad.jsonl");
+    planned.fails(1, &["none of the 3 input lines"]);
+    assert_eq!(planned.stdout, "");
+    // exec has a plan, and says the same of its lines.
+    home.write("good.jsonl", "{\"prompt\": [51], \"max_tokens\": 2}\n");
+    home.run("plan --model GOLDEN --input good.jsonl -o plan.toml")
+        .good();
+    let ended = home.run("exec plan.toml --input bad.jsonl");
+    ended.fails(1, &["3 input lines failed", "line 1"]);
+    assert_eq!(codes(&ended.lines()), expected);
 }
 
 #[test]
