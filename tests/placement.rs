@@ -1,14 +1,17 @@
 //! Placement must not change results: whatever the shares, batch shape, overlap and machine, logits are
 //! the same bits.
 
+#[path = "placement/demand.rs"]
+mod demand;
 mod running;
 
+use demand::Count;
 use loadmaster::checkpoint::SynthSource;
 use loadmaster::dtype::Dtype;
 use loadmaster::engine::Request;
 use loadmaster::model::ModelSpec;
-use loadmaster::placement::{Placement, WeightHome};
-use loadmaster::policy::{DeviceKind, Policy};
+use loadmaster::placement::Placement;
+use loadmaster::policy::{DeviceKind, Policy, Shares};
 use loadmaster::tier::Lane;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -167,46 +170,58 @@ fn two_hundred_random_policies_give_the_same_bits() {
     }
 }
 
-#[test]
-fn lanes_move_what_the_shares_demand() {
-    let model = small_model(Dtype::F16);
-    let pack = pack(&SynthSource::new(model.clone(), 3), false);
-    let lines = requests(&model, &[(6, 4); 4]);
-    // The token table is all in DRAM or all on the GPU in these policies only when its share says so:
-    // its lookups are counted apart, by comparing runs that differ in nothing else.
-    let p = policy([0.0, 50.0, 0.0, 100.0, 0.0, 100.0], 1.0, (4, 1));
-    let ran = run(&model, &pack, &p, DeviceKind::Cpu, lines.clone());
-    let placement = Placement::new(&model, &p);
-    let passes = 4;
-    let streamed = passes * placement.weight_bytes(WeightHome::DiskCompute);
-    let read = ran.lanes[Lane::DiskToCpu].bytes;
-    let rounding = passes * 2 * 4096 * placement.matrices.len() as u64;
-    let lookups = 4 * (6 + 3) * (placement.panel_bytes[placement.matrices.len() - 1] + 8192);
-    assert!(
-        read >= streamed && read <= streamed + rounding + lookups,
-        "{streamed} <= {read}"
-    );
-    assert_eq!(ran.lanes[Lane::CpuToDisk].bytes, 0);
+/// Every lane's bytes against the count by hand, exactly.
+fn check_bytes(reference: &Reference, policy: Policy, device: DeviceKind) {
+    let (model, pack) = (&reference.model, &reference.pack);
+    let (compress_weight, compress_cache) = reference.compress;
+    let policy = Policy {
+        compress_weight,
+        compress_cache,
+        kv: reference.kv,
+        ..policy
+    };
+    let ran = run(model, pack, &policy, device, reference.lines.clone());
+    let placement = Placement::new(model, &policy);
+    let lines = ran.collected.lines.values();
+    let generated: Vec<Vec<u32>> = lines.map(|line| line.token_ids.clone()).collect();
+    let gpu = device == DeviceKind::Host;
+    let parts = (model, &policy, &placement);
+    let demanded = Count::new(parts, &pack.matrix_offsets, gpu).run(&reference.lines, &generated);
+    for lane in Lane::ALL {
+        let moved = ran.lanes[lane].bytes;
+        assert_eq!(moved, demanded[lane], "{}: {policy:?}", lane.name());
+    }
+}
 
-    // The cache alone on disk: each new record is written once, each old one read once a step.
-    let p = policy([0.0, 100.0, 0.0, 0.0, 0.0, 100.0], 1.0, (4, 1));
-    let ran = run(&model, &pack, &p, DeviceKind::Cpu, lines);
-    let record = model.kv_record_bytes(Dtype::F32);
-    let (mut reads, mut writes) = (0, 0);
-    for step in 1..4u64 {
-        reads += (record * (6 + step - 1)).next_multiple_of(4096);
+#[test]
+fn lanes_move_exactly_what_random_placements_demand() {
+    let f16 = Dtype::F16;
+    let references = [
+        Reference::new(f16, ((false, false), f16), &[(9, 4); 5]),
+        Reference::new(f16, ((false, false), Dtype::F32), &[(33, 3); 7]),
+        Reference::new(Dtype::Bf16, ((false, false), f16), &[(6, 5); 4]),
+        Reference::new(Dtype::F32, ((false, false), Dtype::F32), &[(17, 2); 6]),
+        Reference::new(f16, ((true, true), f16), &[(40, 3); 5]),
+        // More rows than pass at once: looked up and multiplied in two chunks.
+        Reference::new(f16, ((true, false), f16), &[(120, 2); 6]),
+    ];
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[29; 32]);
+    let config = Config {
+        failure_persistence: None,
+        ..Config::default()
+    };
+    let mut runner = TestRunner::new_with_rng(config, rng);
+    for round in 0..210 {
+        let tree = policies().new_tree(&mut runner).expect("a policy");
+        let reference = &references[round % references.len()];
+        let policy = tree.current();
+        check_bytes(reference, policy.clone(), DeviceKind::Host);
+        // The same without a GPU, where its share of everything falls to the CPU.
+        if round % 4 == 0 {
+            let [wg, wc, cg, cc, hg, hc] = policy.shares.percent();
+            let shares = Shares::from_percent([0.0, wg + wc, 0.0, cg + cc, 0.0, hg + hc], 1.0);
+            let shares = shares.expect("percentages");
+            check_bytes(reference, Policy { shares, ..policy }, DeviceKind::Cpu);
+        }
     }
-    for (from, to) in [(0, 6), (6, 7), (7, 8), (8, 9)] {
-        let start = record * from / 4096 * 4096;
-        writes += (record * to - start).next_multiple_of(4096);
-    }
-    let sequences_and_layers = 4 * model.layers as u64;
-    assert_eq!(
-        ran.lanes[Lane::DiskToCpu].bytes,
-        reads * sequences_and_layers
-    );
-    assert_eq!(
-        ran.lanes[Lane::CpuToDisk].bytes,
-        writes * sequences_and_layers
-    );
 }
