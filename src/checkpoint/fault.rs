@@ -53,9 +53,15 @@ pub enum CheckpointError {
         needed_bytes: u64,
     },
     #[error(
-        "model \"{name}\" is neither a directory nor in the local hub cache ({looked}): get it with\n  hf download {name}\nor use random weights: --model synth:opt-1.3b"
+        "model \"{name}\" is neither a directory nor in the local hub cache ({looked}): get it with\n  hf download {name}\nor use random weights: --model synth:{size}"
     )]
-    NotFound { name: String, looked: String },
+    NotFound {
+        name: String,
+        looked: String,
+        size: String,
+    },
+    #[error("{} is a file: name the directory that it is in", .0.display())]
+    NotADirectory(PathBuf),
     #[error("{}: no such directory: name a directory in Hugging Face layout, an id like facebook/opt-1.3b, or synth:opt-1.3b", .0.display())]
     NoDirectory(PathBuf),
     #[error("\"synth:{name}\" names no known size: use synth: with one of {known}")]

@@ -42,10 +42,14 @@ pub fn find_model(arg: &str, hf_home: Option<&Path>) -> Result<ModelLocation, Ch
         let dir = dir.to_owned();
         return Ok(ModelLocation::Directory { dir, name });
     }
+    if dir.is_file() {
+        return Err(CheckpointError::NotADirectory(dir.to_owned()));
+    }
     let hub = hub_dir(hf_home);
     let not_found = |name: &str| CheckpointError::NotFound {
         name: name.to_owned(),
         looked: hub.display().to_string(),
+        size: size_of_name(name).to_owned(),
     };
     // "opt-1.3b" alone means the one that facebook published.
     let id = match named_size(arg) {
@@ -58,6 +62,12 @@ pub fn find_model(arg: &str, hf_home: Option<&Path>) -> Result<ModelLocation, Ch
     let dir = snapshot(&hub, &id).ok_or_else(|| not_found(&id))?;
     let name = id.rsplit('/').next().unwrap_or(&id).to_owned();
     Ok(ModelLocation::Directory { dir, name })
+}
+
+/// The size that an id names, or one to try instead.
+fn size_of_name(id: &str) -> &str {
+    let name = id.rsplit('/').next().unwrap_or(id);
+    named_size(name).map_or("opt-1.3b", |_| name)
 }
 
 fn hub_dir(hf_home: Option<&Path>) -> PathBuf {

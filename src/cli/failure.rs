@@ -73,6 +73,10 @@ impl Failure {
 
     /// What clap refused. Requests for help or the version are no failure: see `is_request`.
     pub fn from_clap(error: &clap::Error) -> Failure {
+        if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+            let commands = "`loadmaster --help` and `loadmaster store --help` list the commands";
+            return Failure::usage("the command is missing").with_hint(commands);
+        }
         let text = error.to_string();
         let text = text.strip_prefix("error: ").unwrap_or(&text);
         let (body, rest) = text.split_once("\n\nUsage:").unwrap_or((text, ""));

@@ -234,7 +234,10 @@ pub fn named_profile(name: &str, offload_dir: &Path) -> Result<HardwareProfile, 
             "compiled in: {names}; `loadmaster probe` measures this machine"
         ))
     })?;
-    HardwareProfile::from_toml(&text).map_err(|e| Failure::failed(format!("{name}: {e}")))
+    HardwareProfile::from_toml(&text).map_err(|e| {
+        Failure::failed(format!("{name}: {e}"))
+            .with_hint("`loadmaster probe -o FILE` measures this machine into a profile")
+    })
 }
 
 fn choose_device(
@@ -271,6 +274,12 @@ fn budgets(
                     .gpu_mem_bytes
                     .unwrap_or(total.saturating_sub(512 * MIB)),
             )
+        }
+        _ if limits.gpu_mem_bytes.is_some() => {
+            return Err(
+                Failure::usage("--gpu-mem says nothing here: no GPU takes part")
+                    .with_hint("leave it out, or name a machine with a GPU by --profile"),
+            );
         }
         _ => None,
     };

@@ -184,10 +184,11 @@ fn some_good(lines: &[Line], results: Option<&ResultArgs>) -> Result<(), Failure
     let why = bad()
         .next()
         .map_or("there are none".to_owned(), |(_, e)| e.message);
-    Err(Failure::failed(format!(
-        "none of the {} input lines can be generated from; the first: {why}",
-        lines.len()
-    )))
+    let none = match lines.len() {
+        1 => "the only input line cannot be generated from".to_owned(),
+        count => format!("none of the {count} input lines can be generated from; the first"),
+    };
+    Err(Failure::failed(format!("{none}: {why}")))
 }
 
 fn stored_bytes(

@@ -29,6 +29,7 @@ fn usage_errors_name_what_would_do() {
             &["60", "sum to at most 100"],
         ),
         ("--device cuda:0", &["cuda", "--device cpu"]),
+        ("--gpu-mem 1GiB", &["--gpu-mem", "no GPU", "leave it out"]),
         ("--device tpu", &["--device", "cuda:0"]),
         ("--path /models", &["--path", "--model DIR"]),
         ("--sep-layer 1", &["--sep-layer", "leave it out"]),
@@ -55,6 +56,9 @@ fn usage_errors_name_what_would_do() {
     home.run("run --input in.jsonl").fails(2, &["--model"]);
     home.run("run --model GOLDEN --input in.jsonl --json")
         .fails(2, &["--output FILE"]);
+    home.run("").fails(2, &["command is missing", "--help"]);
+    home.run("store")
+        .fails(2, &["command is missing", "store --help"]);
     home.run("fly").fails(2, &["fly", "loadmaster"]);
 }
 

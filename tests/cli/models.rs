@@ -34,12 +34,38 @@ fn a_missing_model_says_where_it_was_looked_for() {
     refused(&home, &parts);
     let hub = home.run("run --model facebook/opt-125m --num-prompts 1");
     let cache = home.path("hf/hub");
-    let parts = ["hf download facebook/opt-125m", &cache.to_string_lossy()];
+    let parts = [
+        "hf download facebook/opt-125m",
+        "synth:opt-125m",
+        &cache.to_string_lossy(),
+    ];
     hub.fails(1, &parts);
     let size = home.run("run --model opt-1.3b --num-prompts 1");
     size.fails(1, &["hf download facebook/opt-1.3b", "synth:opt-1.3b"]);
     let unknown = home.run("plan --model synth:opt-3b");
     unknown.fails(1, &["opt-3b", "opt-2.7b"]);
+}
+
+#[test]
+fn an_id_is_found_in_the_hub_cache() {
+    let home = Home::new();
+    let from = home.copy_golden("opt-like");
+    let repo = home.path("hf/hub/models--facebook--opt-125m");
+    let snapshot = repo.join("snapshots/27dcfa74");
+    std::fs::create_dir_all(repo.join("refs")).expect("made");
+    std::fs::create_dir_all(&snapshot).expect("made");
+    std::fs::write(repo.join("refs/main"), "27dcfa74").expect("written");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::rename(from.join(file), snapshot.join(file)).expect("moved");
+    }
+    let run = "run --num-prompts 2 --prompt-len 3 --gen-len 1 --model";
+    let by_id = home.run(&format!("{run} facebook/opt-125m")).good().lines();
+    assert_eq!(by_id.len(), 2);
+    let by_path = home.run(&format!("{run} {}", snapshot.display())).good();
+    assert_eq!(by_path.lines(), by_id);
+    let file = snapshot.join("config.json");
+    let ended = home.run(&format!("{run} {}", file.display()));
+    ended.fails(1, &["config.json is a file", "the directory that it is in"]);
 }
 
 #[test]

@@ -10,6 +10,7 @@ pub mod kv;
 mod math;
 pub mod norm;
 pub mod pack;
+mod pack_q4;
 mod panel;
 mod prefill;
 mod q4;

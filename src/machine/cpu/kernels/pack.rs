@@ -1,10 +1,10 @@
 //! From row-major weights to panels (panel.rs has the layout) and back. Packing has to keep up with a
 //! disk, so the transposes work on whole vectors. No files, no tensors' names.
 
-use super::panel::{Bf16, CODES_AT, Element, F16, F32, GROUP_BYTES, UNIT_BYTES};
-use super::q4::{Group, quantise};
+use super::pack_q4::Quantise;
+use super::panel::{CODES_AT, GROUP_BYTES, UNIT_BYTES};
 use super::shared::Shared;
-use super::simd::{Body, Isa, LANES, Simd};
+use super::simd::{Isa, LANES};
 use crate::dtype::{Dtype, PANEL_ROWS, Q4_GROUP, panels};
 use crate::machine::cpu::pool::Pool;
 use half::{bf16, f16};
@@ -107,7 +107,7 @@ fn ask_for<const N: usize>(source: &PackSource, from: usize) {
 
 /// Transposes 16 / N rows of 16 bytes.
 #[inline(always)]
-fn square<const N: usize>(from: (&[u8], usize), to: (&mut [u8], usize)) {
+pub(super) fn square<const N: usize>(from: (&[u8], usize), to: (&mut [u8], usize)) {
     let tall = 16 / N;
     assert!(from.0.len() >= (tall - 1) * from.1 + 16 && to.0.len() >= (tall - 1) * to.1 + 16);
     #[cfg(target_arch = "x86_64")]
@@ -120,91 +120,6 @@ fn square<const N: usize>(from: (&[u8], usize), to: (&mut [u8], usize)) {
         for k in 0..tall {
             let (at, there) = (row * from.1 + k * N, k * to.1 + row * N);
             to.0[there..there + N].copy_from_slice(&from.0[at..at + N]);
-        }
-    }
-}
-
-/// One panel to 4 bits.
-struct Quantise<'a> {
-    source: PackSource<'a>,
-    to: &'a mut [u8],
-}
-
-impl Body for Quantise<'_> {
-    type Out = ();
-    #[inline(always)]
-    fn run<V: Simd>(self) {
-        match self.source.dtype {
-            Dtype::F32 => self.groups::<V, F32>(),
-            Dtype::F16 => self.groups::<V, F16>(),
-            _ => self.groups::<V, Bf16>(),
-        }
-    }
-}
-
-impl Quantise<'_> {
-    #[inline(always)]
-    fn groups<V: Simd, E: Element>(self) {
-        let (rows, inputs) = (self.source.rows, self.source.inputs);
-        for (g, to) in self.to.chunks_exact_mut(GROUP_BYTES).enumerate() {
-            let mut codes = [[0u8; PANEL_ROWS]; Q4_GROUP];
-            to[..CODES_AT].fill(0);
-            for row in 0..rows {
-                let from = row * inputs + g * Q4_GROUP;
-                let count = (inputs - g * Q4_GROUP).min(Q4_GROUP);
-                let bytes = &self.source.bytes[from * E::BYTES..(from + count) * E::BYTES];
-                let group = quantise::<V>(&values::<V, E>(bytes, count));
-                place(&group, row, &mut codes, to);
-            }
-            write_units(&codes, &mut to[CODES_AT..]);
-        }
-    }
-}
-
-/// `count` elements as f32, filled up to 64 with the last.
-#[inline(always)]
-fn values<V: Simd, E: Element>(bytes: &[u8], count: usize) -> [f32; Q4_GROUP] {
-    let mut values = [0f32; Q4_GROUP];
-    for (j, to) in values.chunks_exact_mut(LANES).enumerate() {
-        let rest = count.saturating_sub(j * LANES);
-        // SAFETY: `bytes` holds `count` elements, of which `rest` are left; `to` holds sixteen f32.
-        unsafe {
-            let from = bytes.as_ptr().wrapping_add(j * LANES * E::BYTES);
-            V::store(to.as_mut_ptr(), E::load_first::<V>(from, rest));
-        }
-    }
-    let last = values[count - 1];
-    values[count..].fill(last);
-    values
-}
-
-/// Puts one row's group where its column is.
-#[inline(always)]
-fn place(group: &Group, row: usize, codes: &mut [[u8; PANEL_ROWS]; Q4_GROUP], to: &mut [u8]) {
-    to[2 * row..2 * row + 2].copy_from_slice(&group.scale.to_le_bytes());
-    let minimum = 2 * (PANEL_ROWS + row);
-    to[minimum..minimum + 2].copy_from_slice(&group.minimum.to_le_bytes());
-    for (line, code) in codes.iter_mut().zip(group.codes) {
-        line[row] = code as u8;
-    }
-}
-
-/// Codes `[input][row]` to units.
-#[inline(always)]
-fn write_units(codes: &[[u8; PANEL_ROWS]; Q4_GROUP], units: &mut [u8]) {
-    for (pair, unit) in codes
-        .chunks_exact(2)
-        .zip(units.chunks_exact_mut(UNIT_BYTES))
-    {
-        let mut words = [0u32; LANES];
-        for j in 0..8 {
-            let line = &pair[j / 4][j % 4 * LANES..][..LANES];
-            for (word, &code) in words.iter_mut().zip(line) {
-                *word |= (code as u32) << (4 * j);
-            }
-        }
-        for (word, bytes) in words.iter().zip(unit.chunks_exact_mut(4)) {
-            bytes.copy_from_slice(&word.to_le_bytes());
         }
     }
 }

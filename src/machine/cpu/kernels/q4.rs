@@ -9,8 +9,10 @@ use crate::dtype::{Q4_GROUP, Q4_GROUP_BYTES};
 const VECTORS: usize = Q4_GROUP / LANES;
 /// Bytes of the codes of one group.
 const CODE_BYTES: usize = Q4_GROUP / 2;
-const LARGEST: f32 = 65504.0;
-const ROUNDER: f32 = 12_582_912.0;
+/// fp16's range.
+pub(super) const LARGEST: f32 = 65504.0;
+/// Adding it leaves a small whole number in the low bits.
+pub(super) const ROUNDER: f32 = 12_582_912.0;
 
 /// A group: value = code × scale + minimum, scale and minimum as fp16 bits.
 pub(super) struct Group {

@@ -1,0 +1,321 @@
+"""Drives the rows of run.sh: prepares models, runs each row in a process of its own, interleaved over
+rounds, and prints one table with ratios to the best peer of the same precision."""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+WORK = ROOT / "target/peers"
+LOADMASTER = ROOT / "target/release/loadmaster"
+MIB = 1 << 20
+CGROUP = pathlib.Path("/sys/fs/cgroup/memory/loadmaster-peers")
+
+# row: (engine, its precision there, precision class that ratios compare within)
+ROWS = {
+    "transformers-bf16": ("transformers", "bfloat16", "bf16"),
+    "transformers-fp32": ("transformers", "float32", "fp32"),
+    "ctranslate2-float32": ("ctranslate2", "float32", "fp32"),
+    "ctranslate2-int8": ("ctranslate2", "int8", "int8"),
+    "loadmaster-exact": ("loadmaster", "", "fp32"),
+    "loadmaster-bf16": ("loadmaster", "--compute bf16", "bf16"),
+    "loadmaster-4bit": ("loadmaster", "--compress-weight 1", "int8"),
+}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(prog="benches/peers/run.sh", description=__doc__)
+    parser.add_argument("--model", default="opt-1.3b")
+    parser.add_argument("--batch", default="1,8,32")
+    parser.add_argument("--prompt-len", type=int, default=128)
+    parser.add_argument("--gen-len", type=int, default=32)
+    parser.add_argument("--rows", default=",".join(ROWS), help="some of " + ", ".join(ROWS))
+    parser.add_argument("--threads", help="swept for the peers, e.g. 1,2 (default: all cores)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--repeat-under", type=float, default=20, help="seconds; longer rows run once"
+    )
+    parser.add_argument("--offload", action="store_true", help="Accelerate's disk offload instead")
+    parser.add_argument(
+        "--weights-memory", type=float, default=1, help="GiB of weights that Accelerate keeps in DRAM"
+    )
+    args = parser.parse_args()
+    args.batches = [int(b) for b in args.batch.split(",")]
+    args.threads_list = [int(t) for t in (args.threads or str(os.cpu_count())).split(",")]
+    args.rows = args.rows.split(",")
+    return args
+
+
+def call(words, **more):
+    """stdout of a command; its failure is this script's."""
+    ended = subprocess.run([str(w) for w in words], capture_output=True, text=True, **more)
+    if ended.returncode:
+        sys.exit(f"{' '.join(map(str, words))}\n{ended.stderr}")
+    return ended.stdout
+
+
+def peer(*words, **more):
+    return call([sys.executable, HERE / "peer.py", *words], **more)
+
+
+def environment():
+    return dict(os.environ, LOADMASTER_HOME=str(WORK / "home"), TOKENIZERS_PARALLELISM="false")
+
+
+def checkpoint(model, dtype):
+    """Random weights in the real file format, made once."""
+    out = WORK / f"{model}-{dtype}"
+    if not out.exists():
+        print(f"writing {out.relative_to(ROOT)}", file=sys.stderr)
+        call([LOADMASTER, "synth", model, "--dtype", dtype, "--out", out])
+    return out
+
+
+def converted(model, source):
+    out = WORK / f"{model}-ctranslate2"
+    if not out.exists():
+        print(f"converting for CTranslate2: {out.relative_to(ROOT)}", file=sys.stderr)
+        peer("convert", source, out, env=environment())
+    return out
+
+
+def prompts(model_dir, count, length):
+    vocab = json.loads((model_dir / "config.json").read_text())["vocab_size"]
+    out = WORK / f"prompts-{count}-{length}-{vocab}.jsonl"
+    peer("prompts", out, count, length, vocab)
+    return out
+
+
+def loadmaster(model_dir, prompts_file, batch, gen, flags, inside=None):
+    """One run of `loadmaster run`; a first, untimed one has packed and probed."""
+    lines = WORK / f"lines-{batch}.jsonl"
+    with open(prompts_file) as f:
+        lines.write_text("".join(f.readlines()[:batch]))
+    report, out = WORK / "report.json", WORK / "out.jsonl"
+    call(
+        [LOADMASTER, "run", "--model", model_dir, "--input", lines, "--gen-len", gen,
+         "--ignore-eos", "--report", report, "--output", out, "--overwrite", *flags.split()],
+        env=environment(), preexec_fn=inside,
+    )  # fmt: skip
+    measured = json.loads(report.read_text())["measured"]
+    results = sorted(map(json.loads, out.read_text().splitlines()), key=lambda r: r["index"])
+    return {
+        "prefill_s": measured["prefill_s"],
+        "decode_s": measured["decode_s"],
+        "peak_bytes": measured["tiers"]["cpu"]["peak_bytes"],
+        "tokens": [r["token_ids"] for r in results],
+    }
+
+
+def ceilings():
+    """The machine's own limits, now."""
+    out = call(["cargo", "bench", "-q", "--bench", "streaming", "--", "ceilings"], cwd=ROOT)
+    return out.strip().splitlines()[-1]
+
+
+def versions():
+    names = [line.split("==") for line in (HERE / "requirements.txt").read_text().split() if "==" in line]
+    return ", ".join(f"{name} {version}" for name, version in names)
+
+
+class Table:
+    """Runs by (row, batch), each a list of measurements at the best thread count."""
+
+    def __init__(self, gen):
+        self.gen = gen
+        self.runs = {}
+        self.threads = {}
+
+    def add(self, row, batch, threads, run):
+        known = self.threads.get((row, batch))
+        if known is None or threads == known:
+            self.threads[row, batch] = threads
+            self.runs.setdefault((row, batch), []).append(run)
+        elif whole(run) < min(map(whole, self.runs[row, batch])):
+            self.threads[row, batch] = threads
+            self.runs[row, batch] = [run]
+
+    def median(self, row, batch):
+        runs = self.runs[row, batch]
+        of = lambda key: statistics.median(r[key] for r in runs)  # noqa: E731
+        prefill, decode = of("prefill_s"), of("decode_s")
+        return {
+            "prefill": prefill,
+            "decode": decode,
+            "rate": batch * self.gen / (prefill + decode),
+            "decode_rate": batch * (self.gen - 1) / max(decode, 1e-9),
+            "peak": max(r["peak_bytes"] for r in runs) / MIB,
+        }
+
+    def same(self, row, batch):
+        """Share of tokens that transformers in float32 gives too."""
+        reference = self.runs.get(("transformers-fp32", batch))
+        if not reference:
+            return "-"
+        pairs = [
+            (a, b)
+            for mine, theirs in zip(self.runs[row, batch][0]["tokens"], reference[0]["tokens"])
+            for a, b in zip(mine, theirs)
+        ]
+        return f"{100 * sum(a == b for a, b in pairs) / len(pairs):.0f} %"
+
+    def best_peer(self, row, batch, key):
+        kind = ROWS[row][2]
+        peers = [
+            self.median(other, batch)
+            for other, b in self.runs
+            if b == batch and ROWS[other][2] == kind and ROWS[other][0] != "loadmaster"
+        ]
+        pick = min if key in ("prefill", "decode", "peak") else max
+        return pick((p[key] for p in peers), default=None)
+
+    def show(self, batches, rows):
+        print(
+            f"\n{'row':20} {'batch':>5} {'thr':>3} {'prefill s':>9} {'decode s':>8} {'dec tok/s':>9} "
+            f"{'tok/s':>7} {'peak MiB':>8} {'runs':>4} {'same':>5}   x best peer: prefill, decode, whole"
+        )
+        for batch in batches:
+            for row in rows:
+                if (row, batch) in self.runs:
+                    print(self.line(row, batch))
+
+    def line(self, row, batch):
+        m = self.median(row, batch)
+        text = (
+            f"{row:20} {batch:5} {self.threads[row, batch]:3} {m['prefill']:9.3f} {m['decode']:8.3f} "
+            f"{m['decode_rate']:9.2f} {m['rate']:7.2f} {m['peak']:8.0f} "
+            f"{len(self.runs[row, batch]):4} {self.same(row, batch):>5}"
+        )
+        if ROWS[row][0] == "loadmaster" and self.best_peer(row, batch, "rate"):
+            best = {key: self.best_peer(row, batch, key) for key in m}
+            text += (
+                f"   {best['prefill'] / m['prefill']:5.2f} {best['decode'] / m['decode']:5.2f} "
+                f"{m['rate'] / best['rate']:5.2f}"
+            )
+        return text
+
+
+def whole(run):
+    return run["prefill_s"] + run["decode_s"]
+
+
+def known_rows(rows):
+    """Rows whose flags this build has."""
+    have = call([LOADMASTER, "run", "--help"])
+    for row in rows:
+        engine, flags, _ = ROWS[row]
+        if engine == "loadmaster" and flags and flags.split()[0] not in have:
+            print(f"{row}: this build has no {flags.split()[0]}", file=sys.stderr)
+        else:
+            yield row
+
+
+def resident(args):
+    source = checkpoint(args.model, "f16")
+    rows = list(known_rows(args.rows))
+    other = converted(args.model, source) if any("ctranslate2" in r for r in rows) else None
+    file = prompts(source, max(args.batches), args.prompt_len)
+    table = Table(args.gen_len)
+    shape = "--percent 0 100 0 100 0 100 --num-gpu-batches 1 --gpu-batch-size"
+
+    def once(row, batch, threads):
+        engine, how, _ = ROWS[row]
+        if engine == "loadmaster":
+            return loadmaster(source, file, batch, args.gen_len, f"{shape} {batch} {how}")
+        model = other if engine == "ctranslate2" else source
+        text = peer(
+            "run", engine, how, threads, batch, args.gen_len, file, model, env=environment()
+        )
+        return json.loads(text.strip().splitlines()[-1])
+
+    for row in rows:
+        if ROWS[row][0] == "loadmaster":
+            once(row, 1, None)  # packs, and probes where there is no profile
+    limits = [ceilings()]
+    slow = set()
+    for round_ in range(args.rounds):
+        for batch in args.batches:
+            for row in rows:
+                ours = ROWS[row][0] == "loadmaster"
+                known = table.threads.get((row, batch))
+                sweep = [os.cpu_count()] if ours else [known] if known else args.threads_list
+                for threads in [] if (row, batch) in slow else sweep:
+                    run = once(row, batch, threads)
+                    table.add(row, batch, threads, run)
+                    print(f"round {round_ + 1} {row} batch {batch} threads {threads}: "
+                          f"{whole(run):.2f} s", file=sys.stderr)  # fmt: skip
+                    if whole(run) > args.repeat_under:
+                        slow.add((row, batch))
+    limits.append(ceilings())
+    print(f"{args.model}, {args.prompt_len} + {args.gen_len} tokens, greedy, end token ignored; {versions()}")
+    print(f"this machine before: {limits[0]}\nand after:           {limits[1]}")
+    table.show(args.batches, rows)
+
+
+def confined(limit):
+    """Puts a child into a memory cgroup of `limit` bytes, page cache included; None without one."""
+    if not (CGROUP.parent / "memory.limit_in_bytes").exists() or os.geteuid():
+        print("no memory cgroup here: the page cache is not limited", file=sys.stderr)
+        return None
+    CGROUP.mkdir(exist_ok=True)
+    (CGROUP / "memory.limit_in_bytes").write_text(str(limit))
+    return lambda: (CGROUP / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def offload(args):
+    source = checkpoint(args.model, "bf16")
+    file = prompts(source, max(args.batches), args.prompt_len)
+    memory = int(args.weights_memory * (1 << 30))
+    # Both run in this much, files that they read included.
+    limit = memory + (2 << 30)
+    inside = confined(limit)
+    weights = sum(f.stat().st_size for f in source.glob("*.safetensors"))
+    print(f"{args.model}, {weights / 1e9:.1f} GB of bf16 weights, {args.prompt_len} + {args.gen_len} tokens; "
+          f"{versions()}; memory cgroup of {limit >> 20} MiB: {'yes' if inside else 'no'}")  # fmt: skip
+    limits = [ceilings()]
+    for name, _ in offload_rows():
+        ROWS[name] = (*ROWS[name][:2], "bf16")  # these weights are bf16, whoever multiplies them
+    table = Table(args.gen_len)
+    folder = WORK / "offload"
+    for batch in args.batches:
+        words = ["run", "accelerate", "bfloat16", os.cpu_count(), batch, args.gen_len, file, source,
+                 "--memory", memory, "--folder", folder]  # fmt: skip
+        start = time.time()
+        run = json.loads(peer(*words, env=environment(), preexec_fn=inside).strip().splitlines()[-1])
+        print(f"accelerate batch {batch}: {whole(run):.1f} s ({time.time() - start:.0f} s with loading)",
+              file=sys.stderr)  # fmt: skip
+        table.add("accelerate", batch, os.cpu_count(), run)
+        peak = run["peak_bytes"] // MIB
+        shape = f"--gpu-batch-size {batch} --num-gpu-batches 1 --cpu-mem {peak}MiB"
+        for name, flags in offload_rows():
+            loadmaster(source, file, 1, 1, "")  # packed by now, or packed here
+            run = loadmaster(source, file, batch, args.gen_len, f"{shape} {flags}", inside)
+            table.add(name, batch, os.cpu_count(), run)
+    limits.append(ceilings())
+    print(f"this machine before: {limits[0]}\nand after:           {limits[1]}")
+    table.show(args.batches, ["accelerate", *(name for name, _ in offload_rows())])
+    best = {row: max(table.median(row, b)["rate"] for b in args.batches) for row, _ in table.runs}
+    for row, rate in best.items():
+        print(f"best batch of {row}: {rate:.2f} tok/s, {rate / best['accelerate']:.2f} x accelerate's")
+    if inside:
+        CGROUP.rmdir()
+
+
+def offload_rows():
+    have = call([LOADMASTER, "run", "--help"])
+    rows = [("loadmaster-exact", "")]
+    return rows + [("loadmaster-bf16", "--compute bf16")] if "--compute " in have else rows
+
+
+ROWS["accelerate"] = ("accelerate", "bfloat16", "bf16")
+
+if __name__ == "__main__":
+    asked = arguments()
+    offload(asked) if asked.offload else resident(asked)

@@ -1,0 +1,87 @@
+//! Packing, streaming and scaling beside the machine's own ceilings, measured in the same run.
+//! `cargo bench --bench streaming -- SECTION [OPTIONS]`:
+//!   packing   packing a checkpoint, as it is and to 4 bits, against a direct copy of the same bytes
+//!   overlap   disk and CPU at once where they take about equally long, with overlap and without
+//!   roofline  five regimes: measured seconds against perfect overlap at this run's ceilings
+//!   ceilings  the machine alone: FMA peak, DRAM reads, direct disk reads and overwrites
+//!   scaling   tokens x parameters per second over sizes, batches and threads
+//! Options: model=opt-1.3b (packing, overlap, roofline), sizes=opt-1.3b,opt-2.7b (scaling), rounds=3,
+//! home=DIR (default target/streaming: packed stores are kept there and reused).
+
+mod ceilings;
+mod overlap;
+mod packing;
+mod program;
+mod roofline;
+mod scaling;
+
+use std::path::PathBuf;
+
+/// What the command line says.
+pub struct Options {
+    words: Vec<String>,
+}
+
+impl Options {
+    fn value(&self, name: &str) -> Option<&str> {
+        let mut pairs = self.words.iter().filter_map(|word| word.split_once('='));
+        pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
+    }
+
+    pub fn model(&self) -> &str {
+        self.value("model").unwrap_or("opt-1.3b")
+    }
+
+    pub fn rounds(&self) -> usize {
+        self.value("rounds")
+            .and_then(|n| n.parse().ok())
+            .unwrap_or(3)
+    }
+
+    /// A list of words or numbers, or the default.
+    pub fn list<'a>(&'a self, name: &str, default: &'a str) -> Vec<&'a str> {
+        self.value(name).unwrap_or(default).split(',').collect()
+    }
+
+    pub fn home(&self) -> PathBuf {
+        let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("target/streaming");
+        let home = self.value("home").map_or(here, PathBuf::from);
+        std::fs::create_dir_all(&home).expect("home can be made");
+        home
+    }
+}
+
+/// The middle one; of an even number the lower middle.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[(values.len() - 1) / 2]
+}
+
+fn main() {
+    let options = Options {
+        words: std::env::args().skip(1).collect(),
+    };
+    for word in &options.words {
+        match word.as_str() {
+            "packing" => packing::run(&options),
+            "overlap" => overlap::run(&options),
+            "roofline" => roofline::run(&options),
+            "scaling" => scaling::run(&options),
+            "ceilings" => {
+                let threads = loadmaster::machine::os::default_threads();
+                println!(
+                    "{}",
+                    ceilings::Meter::new(&options.home(), threads)
+                        .measure()
+                        .show()
+                );
+            }
+            // Cargo's own, and options.
+            word if word.starts_with("--") || word.contains('=') => {}
+            word => println!("no section is called {word}: packing, overlap, roofline, scaling"),
+        }
+    }
+    if !options.words.iter().any(|w| !w.starts_with("--")) {
+        println!("name a section: packing, overlap, roofline or scaling");
+    }
+}
