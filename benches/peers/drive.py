@@ -14,7 +14,8 @@ import time
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
 WORK = ROOT / "target/peers"
-LOADMASTER = ROOT / "target/release/loadmaster"
+LOADMASTER = pathlib.Path(os.environ["LOADMASTER"]).absolute()
+STREAMING = pathlib.Path(os.environ["STREAMING"]).absolute()
 MIB = 1 << 20
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory/loadmaster-peers")
 
@@ -37,7 +38,9 @@ def arguments():
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--gen-len", type=int, default=32)
     parser.add_argument("--rows", default=",".join(ROWS), help="some of " + ", ".join(ROWS))
-    parser.add_argument("--threads", help="swept for the peers, e.g. 1,2 (default: all cores)")
+    parser.add_argument(
+        "--threads", help="swept for the peers, best taken (default: all cores, and half of them)"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--repeat-under", type=float, default=20, help="seconds; longer rows run once"
@@ -48,7 +51,9 @@ def arguments():
     )
     args = parser.parse_args()
     args.batches = [int(b) for b in args.batch.split(",")]
-    args.threads_list = [int(t) for t in (args.threads or str(os.cpu_count())).split(",")]
+    cores = os.cpu_count()
+    threads = args.threads or f"{cores},{max(cores // 2, 1)}"
+    args.threads_list = list(dict.fromkeys(int(t) for t in threads.split(",")))
     args.rows = args.rows.split(",")
     return args
 
@@ -116,7 +121,7 @@ def loadmaster(model_dir, prompts_file, batch, gen, flags, inside=None):
 
 def ceilings():
     """The machine's own limits, now."""
-    out = call(["cargo", "bench", "-q", "--bench", "streaming", "--", "ceilings"], cwd=ROOT)
+    out = call([STREAMING, "ceilings"])
     return out.strip().splitlines()[-1]
 
 
@@ -186,6 +191,18 @@ class Table:
                 if (row, batch) in self.runs:
                     print(self.line(row, batch))
 
+    def show_best(self, batches, rows):
+        """Each row at whichever of the batches suits it, against the best such peer of its precision."""
+        best = {}
+        for row in rows:
+            rates = [(self.median(row, b)["rate"], b) for b in batches if (row, b) in self.runs]
+            best[row] = max(rates, default=(0, 0))
+        for row, (rate, batch) in best.items():
+            same = [r for r in rows if ROWS[r][2] == ROWS[row][2] and ROWS[r][0] != "loadmaster"]
+            peer_rate = max((best[r][0] for r in same), default=0)
+            ratio = f", {rate / peer_rate:.2f} x the best peer's" if peer_rate else ""
+            print(f"best batch of {row}: {batch}, {rate:.2f} tok/s{ratio}")
+
     def line(self, row, batch):
         m = self.median(row, batch)
         text = (
@@ -211,8 +228,8 @@ def known_rows(rows):
     have = call([LOADMASTER, "run", "--help"])
     for row in rows:
         engine, flags, _ = ROWS[row]
-        if engine == "loadmaster" and flags and flags.split()[0] not in have:
-            print(f"{row}: this build has no {flags.split()[0]}", file=sys.stderr)
+        if engine == "loadmaster" and not all(w in have for w in flags.split() if w != "1"):
+            print(f"{row}: this build has no {flags}", file=sys.stderr)
         else:
             yield row
 
@@ -253,10 +270,12 @@ def resident(args):
                           f"{whole(run):.2f} s", file=sys.stderr)  # fmt: skip
                     if whole(run) > args.repeat_under:
                         slow.add((row, batch))
+                        break  # fewer threads would take longer still
     limits.append(ceilings())
     print(f"{args.model}, {args.prompt_len} + {args.gen_len} tokens, greedy, end token ignored; {versions()}")
     print(f"this machine before: {limits[0]}\nand after:           {limits[1]}")
     table.show(args.batches, rows)
+    table.show_best(args.batches, rows)
 
 
 def confined(limit):
@@ -280,8 +299,10 @@ def offload(args):
     print(f"{args.model}, {weights / 1e9:.1f} GB of bf16 weights, {args.prompt_len} + {args.gen_len} tokens; "
           f"{versions()}; memory cgroup of {limit >> 20} MiB: {'yes' if inside else 'no'}")  # fmt: skip
     limits = [ceilings()]
-    for name, _ in offload_rows():
-        ROWS[name] = (*ROWS[name][:2], "bf16")  # these weights are bf16, whoever multiplies them
+    ROWS["accelerate"] = ("accelerate", "bfloat16", "bf16")
+    ours = offload_rows(100 * memory / weights)
+    for name, flags in ours:
+        ROWS[name] = ("loadmaster", flags, "bf16")  # these weights are bf16, whoever multiplies them
     table = Table(args.gen_len)
     folder = WORK / "offload"
     for batch in args.batches:
@@ -289,32 +310,30 @@ def offload(args):
                  "--memory", memory, "--folder", folder]  # fmt: skip
         start = time.time()
         run = json.loads(peer(*words, env=environment(), preexec_fn=inside).strip().splitlines()[-1])
-        print(f"accelerate batch {batch}: {whole(run):.1f} s ({time.time() - start:.0f} s with loading)",
-              file=sys.stderr)  # fmt: skip
+        print(f"accelerate batch {batch}: {whole(run):.1f} s ({time.time() - start:.0f} s with loading), "
+              f"{run['away']}", file=sys.stderr)  # fmt: skip
         table.add("accelerate", batch, os.cpu_count(), run)
         peak = run["peak_bytes"] // MIB
         shape = f"--gpu-batch-size {batch} --num-gpu-batches 1 --cpu-mem {peak}MiB"
-        for name, flags in offload_rows():
-            loadmaster(source, file, 1, 1, "")  # packed by now, or packed here
+        loadmaster(source, file, 1, 1, "")  # packed by now, or packed here
+        for name, flags in ours:
             run = loadmaster(source, file, batch, args.gen_len, f"{shape} {flags}", inside)
             table.add(name, batch, os.cpu_count(), run)
     limits.append(ceilings())
     print(f"this machine before: {limits[0]}\nand after:           {limits[1]}")
-    table.show(args.batches, ["accelerate", *(name for name, _ in offload_rows())])
-    best = {row: max(table.median(row, b)["rate"] for b in args.batches) for row, _ in table.runs}
-    for row, rate in best.items():
-        print(f"best batch of {row}: {rate:.2f} tok/s, {rate / best['accelerate']:.2f} x accelerate's")
+    names = ["accelerate", *(name for name, _ in ours)]
+    table.show(args.batches, names)
+    table.show_best(args.batches, names)
     if inside:
         CGROUP.rmdir()
 
 
-def offload_rows():
+def offload_rows(percent):
+    """With the peer's peak RSS as the budget, and besides with no more of the weights in DRAM than it has."""
+    rows = [("loadmaster-exact", ""), ("same-weights-in-DRAM", f"--percent 0 {percent:.1f} 0 100 0 100")]
     have = call([LOADMASTER, "run", "--help"])
-    rows = [("loadmaster-exact", "")]
-    return rows + [("loadmaster-bf16", "--compute bf16")] if "--compute " in have else rows
+    return rows + [("loadmaster-bf16", "--compute bf16")] if "bf16" in have else rows
 
-
-ROWS["accelerate"] = ("accelerate", "bfloat16", "bf16")
 
 if __name__ == "__main__":
     asked = arguments()

@@ -26,8 +26,8 @@ pub(super) struct WeightFile {
     file: File,
     /// None where direct reading cannot be had, as on a memory filesystem.
     direct: Option<DiskFile>,
-    /// Kept between reads; a second reader at the same time makes its own.
-    buffer: Mutex<Option<AlignedBuffer>>,
+    /// Kept between reads, one for each that was under way at once.
+    buffers: Mutex<Vec<AlignedBuffer>>,
 }
 
 impl std::fmt::Debug for WeightFile {
@@ -55,7 +55,7 @@ impl WeightFile {
             changed: since.map_or((0, 0), |s| (s.as_secs(), s.subsec_nanos())),
             file,
             direct: DiskFile::open_read(path).ok().filter(DiskFile::is_direct),
-            buffer: Mutex::new(None),
+            buffers: Mutex::new(Vec::new()),
         })
     }
 
@@ -77,8 +77,8 @@ impl WeightFile {
     /// buffered read that follows then says why, or succeeds.
     fn read_direct(&self, offset: u64, out: &mut [u8]) -> Option<()> {
         let file = self.direct.as_ref()?;
-        let kept = || self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        let waiting = kept().take();
+        let kept = || self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = kept().pop();
         let mut buffer = waiting.or_else(|| AlignedBuffer::new(PIECE_BYTES).ok())?;
         let mut done = 0;
         while done < out.len() {
@@ -90,7 +90,7 @@ impl WeightFile {
             out[done..done + wanted].copy_from_slice(&buffer[skip..skip + wanted]);
             done += wanted;
         }
-        *kept() = Some(buffer);
+        kept().push(buffer);
         Some(())
     }
 

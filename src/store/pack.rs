@@ -1,5 +1,5 @@
-//! Packing: weights are read or made on one thread, laid out in panels by all cores, and written by
-//! another, each a few buffers ahead of the next. Memory is bounded, an unfinished store vanishes.
+//! Packing: weights are read or made by two threads in turn, laid out in panels by all cores, and written
+//! by others, each a few buffers ahead of the next. Memory is bounded, an unfinished store vanishes.
 
 use super::shelf::{find, is_of, lock_path, open_lock, store_dir, store_name};
 use super::stream::{Sink, StreamJob, write_stream};
@@ -18,8 +18,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Buffers on each side of the packer.
-const BUFFERS: usize = 3;
+/// Threads that read ahead: while one copies out of its bounce buffer, the other keeps the disk busy.
+const READERS: usize = 2;
+/// Buffers on each side of the packer: two a reader, so that none waits for the other.
+const BUFFERS: usize = 2 * READERS;
 /// Rows packed at once fill at most this; more brings nothing.
 const MOST_PIECE_BYTES: u64 = 16 << 20;
 
@@ -211,27 +213,32 @@ impl Packer<'_> {
         Ok(())
     }
 
-    /// A second thread reads ahead; the buffers go round.
+    /// Other threads read ahead, piece by piece in turn; each one's buffers go round.
     fn matrices(&mut self, sink: &mut Sink, pieces: &[Piece]) -> Result<(), StoreError> {
         let source = self.source;
-        let (full_in, full_out) = sync_channel(BUFFERS);
-        let (empty_in, empty_out) = sync_channel::<Vec<u8>>(BUFFERS);
-        for _ in 0..BUFFERS {
-            // There is room for all of them, and the receiver is at hand.
-            let _ = empty_in.send(Vec::new());
-        }
         std::thread::scope(|scope| {
-            scope.spawn(move || read_ahead(source, pieces, empty_out, full_in));
-            for piece in pieces {
-                // The reader ends early only with an error, which it sends first.
-                let Ok(read) = full_out.recv() else {
+            let start = |first: usize| {
+                let (full_in, full_out) = sync_channel(BUFFERS);
+                let (empty_in, empty_out) = sync_channel::<Vec<u8>>(BUFFERS);
+                for _ in 0..BUFFERS / READERS {
+                    // There is room for all of them, and the receiver is at hand.
+                    let _ = empty_in.send(Vec::new());
+                }
+                let mine = pieces.iter().skip(first).step_by(READERS);
+                scope.spawn(move || read_ahead(source, mine, empty_out, full_in));
+                (full_out, empty_in)
+            };
+            let readers: Vec<_> = (0..READERS).map(start).collect();
+            for (piece, (full, empty)) in pieces.iter().zip(readers.iter().cycle()) {
+                // A reader ends early only with an error, which it sends first.
+                let Ok(read) = full.recv() else {
                     return Err(StoreError::Interrupted);
                 };
                 let rows = read?;
                 self.pack(sink, piece, &rows);
                 self.advance(sink)?;
                 // Near the end nobody waits for buffers any more.
-                let _ = empty_in.send(rows);
+                let _ = empty.send(rows);
             }
             Ok(())
         })
@@ -264,9 +271,9 @@ impl Packer<'_> {
 }
 
 /// Fills buffers in the order of the pieces until there are no more, or nobody takes them.
-fn read_ahead(
+fn read_ahead<'p>(
     source: &dyn WeightSource,
-    pieces: &[Piece],
+    pieces: impl Iterator<Item = &'p Piece>,
     empty: Receiver<Vec<u8>>,
     full: SyncSender<Result<Vec<u8>, CheckpointError>>,
 ) {

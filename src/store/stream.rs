@@ -1,11 +1,13 @@
-//! A file written from front to back by direct I/O: buffers are filled on one side while full ones
-//! are written on the other. What the bytes are is the caller's business.
+//! A file written by direct I/O: buffers are filled from front to back on one side while full ones are
+//! written on the other, two at a time. What the bytes are is the caller's business.
 
 use crate::machine::arena::{AlignedBuffer, MemoryError};
 use crate::machine::disk::{DiskError, DiskFile};
 use crate::units::PAGE_BYTES;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, PoisonError};
 use thiserror::Error;
 
 /// Why a stream could not be written.
@@ -127,20 +129,29 @@ pub(crate) fn write_stream<E: From<StreamError>>(
         empty: empty_out,
         failed: false,
     };
+    let full = &(Mutex::new(full_out), AtomicBool::new(false));
+    let disk = &file;
     let (filled, written) = std::thread::scope(|scope| {
-        let writer = scope.spawn(|| drain(&file, full_out, empty_in));
+        let start = |empty| scope.spawn(move || drain(disk, full, empty));
+        // No sender stays here: when all writers have ended, the front hears of it.
+        let writers = [empty_in.clone(), empty_in].map(start);
         let filled = fill(&mut sink);
         let end = sink.position();
         if filled.is_ok() {
             sink.align(PAGE_BYTES);
             sink.flush();
         }
-        // Without its sender the writer comes to its end.
+        // Without its sender the writers come to their end.
         drop(sink);
-        let written = writer
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        (filled.map(|()| end), written)
+        let ends = writers.into_iter().map(|writer| {
+            let joined = writer.join();
+            joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        let written: Vec<Result<(), DiskError>> = ends.collect();
+        (
+            filled.map(|()| end),
+            written.into_iter().collect::<Result<(), _>>(),
+        )
     });
     written.map_err(StreamError::from)?;
     let end = filled?;
@@ -149,22 +160,29 @@ pub(crate) fn write_stream<E: From<StreamError>>(
     Ok(())
 }
 
+/// Writes full buffers until there will be no more, or a write has failed. Every buffer goes back, so
+/// that the front never waits for one in vain.
 fn drain(
     file: &DiskFile,
-    full: Receiver<Full>,
+    (full, failed): &(Mutex<Receiver<Full>>, AtomicBool),
     empty: Sender<AlignedBuffer>,
 ) -> Result<(), DiskError> {
-    while let Ok(Full {
-        buffer,
-        bytes,
-        offset,
-    }) = full.recv()
-    {
-        file.write_at(&buffer[..bytes], offset)?;
+    loop {
+        let next = full.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Some(Full {
+            buffer,
+            bytes,
+            offset,
+        }) = next.ok().filter(|_| !failed.load(Ordering::Relaxed))
+        else {
+            return Ok(());
+        };
+        let wrote = file.write_at(&buffer[..bytes], offset);
+        failed.fetch_or(wrote.is_err(), Ordering::Relaxed);
         // Nobody waits for the last buffers.
         let _ = empty.send(buffer);
+        wrote?;
     }
-    Ok(())
 }
 
 #[cfg(test)]

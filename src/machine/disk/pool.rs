@@ -9,6 +9,8 @@ use std::thread::JoinHandle;
 
 /// Pieces are at most this large unless the pool is made otherwise.
 pub const DEFAULT_PIECE_BYTES: u64 = 4 * MIB;
+/// Pieces that a thread has of one job, where the job is large enough.
+const PIECES_A_THREAD: u64 = 4;
 /// Below this, a disk's rate falls with the size of a request.
 const SMALLEST_PIECE_BYTES: u64 = MIB;
 
@@ -151,9 +153,10 @@ impl IoPool {
         self.wait(id)
     }
 
-    /// Every thread gets a share of a small job, but no piece is smaller than a disk likes.
+    /// Every thread gets several pieces even of a small job, so that all end at about the same time, but
+    /// no piece is smaller than a disk likes.
     fn piece_for(&self, total_bytes: u64) -> u64 {
-        let share = total_bytes.div_ceil(self.workers.len() as u64);
+        let share = total_bytes.div_ceil(PIECES_A_THREAD * self.workers.len() as u64);
         round_up(share, PAGE_BYTES).clamp(SMALLEST_PIECE_BYTES, self.piece_bytes)
     }
 

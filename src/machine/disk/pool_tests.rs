@@ -119,7 +119,8 @@ fn small_jobs_are_spread_and_large_ones_cut() {
     let pool = IoPool::new(4).unwrap();
     assert_eq!(pool.threads(), 4);
     assert_eq!(pool.piece_for(64 * MIB), 4 * MIB);
-    assert_eq!(pool.piece_for(8 * MIB), 2 * MIB);
+    assert_eq!(pool.piece_for(32 * MIB), 2 * MIB);
+    assert_eq!(pool.piece_for(8 * MIB), MIB);
     assert_eq!(pool.piece_for(4 * MIB), MIB);
     assert_eq!(pool.piece_for(4096), MIB);
 }
