@@ -67,7 +67,8 @@ fn compare_one(report: String, run: RunReport) -> ComparedRun {
     }
 }
 
-fn errors(predicted: &Figures, measured: &Figures) -> Errors {
+/// Errors of one prediction.
+pub fn errors(predicted: &Figures, measured: &Figures) -> Errors {
     let least_s = WORTH_COMPARING * measured.total_s;
     let time = |p: f64, m: f64| (m > 0.0 && m >= least_s).then(|| percent(p, m));
     let plain = |p: f64, m: f64| (m > 0.0).then(|| percent(p, m));
@@ -95,12 +96,12 @@ fn errors(predicted: &Figures, measured: &Figures) -> Errors {
     }
 }
 
-fn percent(predicted: f64, measured: f64) -> f64 {
+pub fn percent(predicted: f64, measured: f64) -> f64 {
     100.0 * (predicted - measured) / measured
 }
 
 /// One figure per field over all runs that have it.
-fn fold(errors: &[Errors], of: impl Fn(&[f64]) -> f64) -> Errors {
+pub fn fold(errors: &[Errors], of: impl Fn(&[f64]) -> f64) -> Errors {
     let over = |field: &dyn Fn(&Errors) -> Option<f64>| {
         let values: Vec<f64> = errors.iter().filter_map(field).map(f64::abs).collect();
         (!values.is_empty()).then(|| of(&values))

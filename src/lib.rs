@@ -33,6 +33,8 @@ pub mod tokenizer;
 
 // Floor 6: telling
 pub mod compare;
+pub mod measured;
+pub mod proof;
 pub mod report;
 
 // Floor 7: door

@@ -35,9 +35,29 @@ pub struct HardwareProfile {
     /// What a lane keeps of its rate while another runs: "cpu_compute+disk_to_cpu" = [first, second].
     #[serde(default)]
     pub contention: BTreeMap<String, [f64; 2]>,
-    /// Multipliers per term, written only by `calibrate`.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub calibration: BTreeMap<String, f64>,
+    /// Written only by `calibrate`.
+    #[serde(default, skip_serializing_if = "Calibration::is_empty")]
+    pub calibration: Calibration,
+}
+
+/// What measured runs have taught: multipliers of the cost terms, and where they come from.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibration {
+    pub date: String,
+    /// The reports that were fitted.
+    pub reports: Vec<String>,
+    /// Mean error of the lanes' busy seconds, without the multipliers and with them.
+    pub before_pct: f64,
+    pub after_pct: f64,
+    /// Multiplier per term ("gemm.cpu", "disk_read").
+    pub terms: BTreeMap<String, f64>,
+}
+
+impl Calibration {
+    pub fn is_empty(&self) -> bool {
+        self.terms.is_empty()
+    }
 }
 
 /// What must match for a profile to be reused.
@@ -187,6 +207,12 @@ impl HardwareProfile {
         toml::to_string(self).expect("a profile is plain data")
     }
 
+    /// As it was measured.
+    pub fn without_calibration(mut self) -> Self {
+        self.calibration = Calibration::default();
+        self
+    }
+
     /// Every figure that something is divided by is positive and finite; every table has a point.
     fn check(&self) -> Result<(), ProfileError> {
         let mut rates = vec![
@@ -228,6 +254,7 @@ impl HardwareProfile {
         }
         rates.extend(
             self.calibration
+                .terms
                 .iter()
                 .map(|(k, v)| (format!("calibration.{k}"), *v)),
         );

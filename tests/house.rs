@@ -22,7 +22,7 @@ const FLOORS: [&[&str]; 8] = [
     &["planner", "plan"],
     &["machine"],
     &["checkpoint", "store", "tokenizer", "engine", "probe"],
-    &["report", "compare"],
+    &["report", "compare", "measured", "proof"],
     &["cli", "lib", "main"],
 ];
 

@@ -18,7 +18,7 @@ pub const DEFAULT_PROMPT_LEN: u32 = 512;
 pub const DEFAULT_GEN_LEN: u32 = 32;
 
 /// Where everything is written.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct PlaceArgs {
     /// Directory for profiles, packed weights and spilled KV cache
     /// [default: $LOADMASTER_HOME, else the user's cache directory]
@@ -156,8 +156,27 @@ pub struct LimitArgs {
     /// [default: this machine's, measured first where there is none]
     #[arg(long, value_name = "FILE|NAME")]
     pub profile: Option<String>,
+    /// Leave what `loadmaster calibrate` has taught this profile out of account
+    #[arg(long)]
+    pub no_calibration: bool,
     #[command(flatten)]
     pub place: PlaceArgs,
+}
+
+impl LimitArgs {
+    /// Nothing limited: this machine as it is.
+    pub fn of_place(place: &PlaceArgs) -> LimitArgs {
+        LimitArgs {
+            device: DeviceChoice::Auto,
+            gpu_mem_bytes: None,
+            cpu_mem_bytes: None,
+            disk_space_bytes: None,
+            threads: None,
+            profile: None,
+            no_calibration: false,
+            place: place.clone(),
+        }
+    }
 }
 
 /// Decisions that are the planner's unless given.

@@ -5,6 +5,7 @@ pub use super::arg_groups::{
     Compress, DASH, DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, HintArgs, Kv, LimitArgs, PlaceArgs,
     PolicyArgs, ResultArgs, WorkArgs, default_offload_dir,
 };
+pub use super::proof_args::{AccuracyArgs, CalibrateArgs, CampaignArgs, RivalsArgs};
 use super::values::{self, DeviceChoice};
 use crate::dtype::Dtype;
 use crate::model::ModelSpec;
@@ -68,6 +69,22 @@ pub enum Command {
     Synth(SynthArgs),
     /// List or remove packed weights
     Store(StoreArgs),
+    /// Measure random jobs against their plans: how true the estimates are
+    #[command(after_help = "Example:\n  loadmaster accuracy --seed 991 --rows 20")]
+    Accuracy(AccuracyArgs),
+    /// Refine this machine's profile from measured runs, by least squares
+    #[command(
+        after_help = "Example:\n  loadmaster calibrate report-a.json report-b.json --dry-run"
+    )]
+    Calibrate(CalibrateArgs),
+    /// Run random jobs inside memory cgroups of exactly their budgets: nothing may run out
+    #[command(after_help = "Example:\n  loadmaster campaign --seed 7 --triples 200")]
+    Campaign(CampaignArgs),
+    /// Measure the planner's choice against many other policies
+    #[command(
+        after_help = "Example:\n  loadmaster rivals --seed 3 --model synth:opt-1.3b --cpu-mem 2GiB --num-prompts 16 --prompt-len 64 --gen-len 8"
+    )]
+    Rivals(RivalsArgs),
 }
 
 #[derive(Debug, Args)]
@@ -118,6 +135,9 @@ pub struct ExecArgs {
     /// A plan saved by `loadmaster plan -o`
     #[arg(value_name = "PLAN")]
     pub plan: PathBuf,
+    /// Leave what `loadmaster calibrate` has taught the profile out of account
+    #[arg(long)]
+    pub no_calibration: bool,
     #[command(flatten)]
     pub work: WorkArgs,
     #[command(flatten)]
@@ -221,6 +241,10 @@ impl Cli {
             Command::Exec(args) => args.json,
             Command::Compare(args) => args.json,
             Command::Run(args) => args.solve.json,
+            Command::Accuracy(args) => args.json,
+            Command::Calibrate(args) => args.json,
+            Command::Campaign(args) => args.json,
+            Command::Rivals(args) => args.json,
             Command::Synth(_) | Command::Store(_) => false,
         }
     }
@@ -234,6 +258,7 @@ impl Cli {
                 check_results(&args.results, &args.solve.work, self.json())
             }
             Command::Exec(args) => check_results(&args.results, &args.work, self.json()),
+            Command::Accuracy(args) => args.check(),
             Command::Synth(args) if args.shard_bytes == 0 => Err((
                 ErrorKind::ValueValidation,
                 "--shard-size 0 holds no weights: write a size like 5GB".to_owned(),

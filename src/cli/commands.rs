@@ -1,14 +1,18 @@
 //! The commands, each a short way from flags to a document or a table on stdout.
 
+use super::accuracy;
 use super::args::{
     Cli, Command, CompareArgs, DASH, ExecArgs, PlanArgs, ProbeArgs, RunArgs, StoreAction,
     StoreArgs, SynthArgs,
 };
+use super::calibrate;
+use super::campaign;
 use super::execute::{Execution, execute};
 use super::failure::Failure;
 use super::progress::{Talk, Unit};
 use super::prompt_lines::Line;
 use super::prompts::Source;
+use super::rivals;
 use super::settle::{Model, make_offload_dir, measure, named_profile, own_profile};
 use super::show_compare;
 use super::show_plan;
@@ -40,13 +44,17 @@ pub fn dispatch(cli: Cli, stop: &AtomicBool) -> Result<(), Failure> {
         Command::Run(args) => run(&args, &mut talk, stop),
         Command::Synth(args) => synth(&args, &mut talk, stop),
         Command::Store(args) => stores(&args),
+        Command::Accuracy(args) => accuracy::accuracy(&args, &mut talk, stop),
+        Command::Calibrate(args) => calibrate::calibrate(&args),
+        Command::Campaign(args) => campaign::campaign(&args, &mut talk, stop),
+        Command::Rivals(args) => rivals::rivals(&args, &mut talk, stop),
     };
     talk.end();
     ended
 }
 
 /// Writes to stdout; a reader that went away is no failure.
-fn say(text: &str) -> Result<(), Failure> {
+pub(super) fn say(text: &str) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::failed(format!(
@@ -56,7 +64,7 @@ fn say(text: &str) -> Result<(), Failure> {
     }
 }
 
-fn say_json(document: &impl Serialize) -> Result<(), Failure> {
+pub(super) fn say_json(document: &impl Serialize) -> Result<(), Failure> {
     let text =
         serde_json::to_string_pretty(document).map_err(|e| Failure::failed(e.to_string()))?;
     say(&(text + "\n"))
@@ -168,6 +176,10 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
             )?
             .0
         }
+    };
+    let profile = match args.no_calibration {
+        true => profile.without_calibration(),
+        false => profile,
     };
     let done = execute(
         Execution {

@@ -2,7 +2,6 @@
 
 use super::args::ResultArgs;
 use super::failure::Failure;
-use super::measured::{Measured, measured_figures, repriced_figures};
 use super::progress::{Talk, Unit};
 use super::prompt_lines::{Line, LineError};
 use super::prompts;
@@ -16,6 +15,7 @@ use crate::machine::cpu::pool::Pool;
 use crate::machine::disk::write_atomically;
 use crate::machine::price::Pricer;
 use crate::machine::{Machine, disk, os};
+use crate::measured::{Measured, measured_figures, repriced_figures};
 use crate::plan::Plan;
 use crate::policy::{DeviceKind, Policy};
 use crate::probe;
@@ -166,7 +166,7 @@ fn check_model(plan: &Plan, model: &Model) -> Result<(), Failure> {
     }
 }
 
-fn planned_lengths(plan: &Plan) -> Lengths {
+pub(super) fn planned_lengths(plan: &Plan) -> Lengths {
     let w = &plan.workload;
     Lengths {
         prompts: w.prompts,
@@ -177,7 +177,7 @@ fn planned_lengths(plan: &Plan) -> Lengths {
     }
 }
 
-fn spill_dir(offload_dir: &Path) -> Result<PathBuf, Failure> {
+pub(super) fn spill_dir(offload_dir: &Path) -> Result<PathBuf, Failure> {
     let dir = offload_dir.join("spill");
     let failed = |e| Failure::failed(format!("{}: cannot be made ({e})", dir.display()));
     std::fs::create_dir_all(&dir).map_err(failed)?;
@@ -185,7 +185,7 @@ fn spill_dir(offload_dir: &Path) -> Result<PathBuf, Failure> {
 }
 
 /// What is missing is missing now: memory and disk against what is free at this moment.
-fn check_room(run: &RunJob, offload_dir: &Path) -> Result<(), Failure> {
+pub(super) fn check_room(run: &RunJob, offload_dir: &Path) -> Result<(), Failure> {
     let needed = footprint(run);
     let memory = needed.total(Tier::Cpu) + needed.arena_bytes(Tier::Gpu);
     // What this process holds already is part of what the plan counts.
@@ -218,7 +218,7 @@ fn check_room(run: &RunJob, offload_dir: &Path) -> Result<(), Failure> {
 }
 
 /// The store of the plan's weights: reused, or packed now.
-fn packed_store(
+pub(super) fn packed_store(
     job: &Execution,
     policy: &Policy,
     (setup, talk): (&mut SetupFigures, &mut Talk),
@@ -281,7 +281,7 @@ fn packed_store(
 }
 
 /// The store as the engine reads it.
-fn packed(store: &Store) -> Result<Packed, Failure> {
+pub(super) fn packed(store: &Store) -> Result<Packed, Failure> {
     let whole = round_up(store.smalls_bytes(), PAGE_BYTES);
     let mut buffer = AlignedBuffer::new(whole).map_err(Failure::failed)?;
     store
@@ -367,7 +367,7 @@ fn outcome_of(ran: &Result<Outcome, EngineError>, failure: &Option<Failure>) -> 
     }
 }
 
-fn host_facts() -> HostFacts {
+pub(super) fn host_facts() -> HostFacts {
     HostFacts {
         cpu: os::cpu_info().describe(),
         gpu: None,

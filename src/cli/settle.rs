@@ -103,6 +103,7 @@ fn has_tokenizer(dir: &Path) -> bool {
 }
 
 /// The machine that is planned for.
+#[derive(Clone)]
 pub struct Target {
     pub profile: HardwareProfile,
     pub device: DeviceKind,
@@ -135,6 +136,11 @@ impl Target {
                     own_profile(&offload_dir, (threads, limits.cpu_mem_bytes), talk, stop)?;
                 (profile, false, probed)
             }
+        };
+        let profile = if limits.no_calibration {
+            profile.without_calibration()
+        } else {
+            profile
         };
         let probe_s = if probed {
             started.elapsed().as_secs_f64()

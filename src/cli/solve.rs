@@ -16,6 +16,7 @@ use crate::engine::replay::replay;
 use crate::plan::Plan;
 use crate::planner::{self, CompressMode, Fixed, Job, PlanError, PlanRequest, Replay, Repricer};
 use crate::store;
+use crate::workload::Workload;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -154,6 +155,37 @@ fn plan(
         PlanError::Rates(_) => Failure::failed(error),
         _ => Failure::usage(error),
     })?;
+    Ok(named(plan, model))
+}
+
+/// A plan of known lengths with choices that are made already: what the proving commands try out.
+pub fn plan_fixed(
+    model: &Model,
+    target: &Target,
+    (workload, fixed, compress): (&Workload, Fixed, CompressMode),
+    offload_dir: &Path,
+) -> Result<Plan, Failure> {
+    let fingerprint = model.fingerprint();
+    let stored = |compress| stored_bytes(offload_dir, model, fingerprint.as_deref(), compress);
+    let request = PlanRequest {
+        model: &model.spec,
+        fingerprint: fingerprint.as_deref(),
+        job: Job::Given(workload),
+        device: target.device,
+        device_name: &target.device_name,
+        profile: &target.profile,
+        calibrated: true,
+        explain: false,
+        budget: target.budget,
+        fixed,
+        compress,
+        kv: kv_format(Kv::Auto, model.spec.dtype),
+        threads: target.threads,
+        host: model.host_bytes(workload.prompt_tokens(), target.threads),
+        stored_bytes: [stored(false), stored(true)],
+        repricer: Some(&ScheduleRepricer),
+    };
+    let plan = planner::plan(&request).map_err(Failure::failed)?;
     Ok(named(plan, model))
 }
 

@@ -20,6 +20,8 @@ pub enum ValueError {
     NotACount,
     #[error("it is not a percentage: write a number from 0 to 100")]
     NotAPercentage,
+    #[error("it is not a time: write seconds like 20")]
+    NotSeconds,
     #[error("write 1 or 0 (true, false, yes and no do as well)")]
     NotASwitch,
     #[error("write auto, cpu, cuda:N or host:SIZE, like cuda:0 or host:4GiB ({0})")]
@@ -114,6 +116,14 @@ fn at_most(most: usize, text: &str) -> Result<usize, ValueError> {
 /// A count of tokens from 1 on: lengths are 32-bit throughout.
 pub fn tokens(text: &str) -> Result<u32, ValueError> {
     u32::try_from(count(text)?).map_err(|_| ValueError::NotACount)
+}
+
+/// A time limit in seconds: "20", "2.5", "20s".
+pub fn seconds(text: &str) -> Result<f64, ValueError> {
+    match text.trim_end_matches('s').parse::<f64>() {
+        Ok(s) if s.is_finite() && s > 0.0 => Ok(s),
+        _ => Err(ValueError::NotSeconds),
+    }
 }
 
 pub fn percentage(text: &str) -> Result<f64, ValueError> {

@@ -66,7 +66,7 @@ impl BlockShape {
 
 /// Rows of a chunk: at most CHUNK_ROWS_MAX, and all chunks nearly equal, so that no short last one lets
 /// the next layer's weights wait.
-fn even_chunks(rows: u64) -> u64 {
+pub fn even_chunks(rows: u64) -> u64 {
     rows.div_ceil(rows.div_ceil(CHUNK_ROWS_MAX as u64).max(1))
 }
 

@@ -95,13 +95,19 @@ impl Rates {
             write_fresh: disk_curve(write.latency_s, &write.fresh),
             write_over: disk_curve(write.latency_s, &write.overwrite),
             keeps: contention(profile)?,
-            calibration: profile.calibration.clone(),
+            calibration: profile.calibration.terms.clone(),
         })
     }
 
     /// The same rates without what `calibrate` has learnt.
     pub fn uncalibrated(mut self) -> Rates {
         self.calibration.clear();
+        self
+    }
+
+    /// The same rates with these multipliers instead of the profile's.
+    pub fn with_multipliers(mut self, multipliers: BTreeMap<String, f64>) -> Rates {
+        self.calibration = multipliers;
         self
     }
 

@@ -82,7 +82,7 @@ fn likeliest(logits: &[f32], sampling: &Sampling) -> Vec<(u32, f64)> {
 }
 
 /// A number in [0, 1) from a counter (splitmix64 over seed, line and position).
-fn unit_random(seed: u64, draw: Draw) -> f64 {
+pub fn unit_random(seed: u64, draw: Draw) -> f64 {
     let mix = |mut z: u64| {
         z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

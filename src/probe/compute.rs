@@ -169,9 +169,18 @@ impl ComputeArea {
     }
 }
 
-/// Seconds of one product with a weight matrix that no cache holds.
 fn product(bench: &mut Bench, point: &GemmPoint) -> Result<f64, ProbeError> {
-    let bytes = panels(point.outputs) * point.format.panel_bytes(point.inputs) as usize;
+    let shape = (point.inputs, point.outputs);
+    product_s(bench, (point.format, point.rows), shape)
+}
+
+/// Seconds of one product of so many rows with a weight matrix (inputs, outputs) that no cache holds.
+pub fn product_s(
+    bench: &mut Bench,
+    (format, rows): (Dtype, usize),
+    (inputs, outputs): (usize, usize),
+) -> Result<f64, ProbeError> {
+    let bytes = panels(outputs) * format.panel_bytes(inputs) as usize;
     bench.time(|b| {
         let begin = b.rotate(bytes);
         gemm(
@@ -179,16 +188,16 @@ fn product(bench: &mut Bench, point: &GemmPoint) -> Result<f64, ProbeError> {
             b.isa,
             GemmArgs {
                 x: b.inputs.as_slice_of(),
-                ldx: point.inputs,
-                m: point.rows,
-                inputs: point.inputs,
+                ldx: inputs,
+                m: rows,
+                inputs,
                 weights: &b.arena[begin..begin + bytes],
-                format: point.format,
-                rows: point.outputs,
+                format,
+                rows: outputs,
                 bias: None,
                 activation: Activation::None,
                 out: b.outputs.as_mut_slice_of(),
-                ldo: point.outputs,
+                ldo: outputs,
             },
         );
     })

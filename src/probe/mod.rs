@@ -3,6 +3,7 @@
 //! are noisy; the disk is measured on files without a name, so that nothing can be left behind.
 
 mod bench;
+mod burst;
 mod compute;
 mod contention;
 mod disk;
@@ -11,6 +12,8 @@ mod samples;
 mod saved;
 mod scale;
 
+pub use burst::{Burst, BurstPlace, burst_bytes, slowdowns};
+pub use samples::median;
 pub use saved::{ProfileKey, find_profile, profiles_dir, save_profile, timestamp};
 pub use scale::{MAX_WRITTEN_BYTES, ProbeScale};
 

@@ -12,14 +12,7 @@ impl Series {
 
     /// The middle value (of an even number the mean of the middle two); `None` before the first.
     pub fn median(&self) -> Option<f64> {
-        let mut sorted = self.0.clone();
-        sorted.sort_by(f64::total_cmp);
-        let (count, middle) = (sorted.len(), sorted.len() / 2);
-        match count {
-            0 => None,
-            _ if count % 2 == 1 => Some(sorted[middle]),
-            _ => Some((sorted[middle - 1] + sorted[middle]) / 2.0),
-        }
+        median(&self.0)
     }
 
     /// Largest less smallest, in percent of the median.
@@ -30,6 +23,18 @@ impl Series {
             Some(median) if median > 0.0 => 100.0 * (largest - smallest) / median,
             _ => 0.0,
         }
+    }
+}
+
+/// The middle value (of an even number the mean of the middle two); `None` of nothing.
+pub fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let (count, middle) = (sorted.len(), sorted.len() / 2);
+    match count {
+        0 => None,
+        _ if count % 2 == 1 => Some(sorted[middle]),
+        _ => Some((sorted[middle - 1] + sorted[middle]) / 2.0),
     }
 }
 

@@ -79,7 +79,7 @@ pub fn find_profile(offload_dir: &Path, key: &ProfileKey) -> Option<HardwareProf
     newest.map(|(_, profile)| profile)
 }
 
-/// Saves a profile under its own name; returns the path.
+/// Saves a profile under its own name; returns the path. What `calibrate` has written there stays.
 pub fn save_profile(offload_dir: &Path, profile: &HardwareProfile) -> Result<PathBuf, ProbeError> {
     let dir = profiles_dir(offload_dir);
     std::fs::create_dir_all(&dir).map_err(|source| ProbeError::Directory {
@@ -87,7 +87,13 @@ pub fn save_profile(offload_dir: &Path, profile: &HardwareProfile) -> Result<Pat
         source,
     })?;
     let path = dir.join(format!("{}.toml", profile.machine.name));
-    disk::write_atomically(&path, profile.to_toml().as_bytes())?;
+    let old = std::fs::read_to_string(&path).ok();
+    let old = old.and_then(|text| HardwareProfile::from_toml(&text).ok());
+    let kept = HardwareProfile {
+        calibration: old.map(|p| p.calibration).unwrap_or_default(),
+        ..profile.clone()
+    };
+    disk::write_atomically(&path, kept.to_toml().as_bytes())?;
     Ok(path)
 }
 

@@ -93,6 +93,11 @@ fn directories(root: &Path, controller: Option<&str>) -> Vec<PathBuf> {
     inside.ancestors().map(|p| top.join(p)).collect()
 }
 
+/// The group of this process in one hierarchy, where that is mounted.
+pub(super) fn own_directory(root: &Path, controller: Option<&str>) -> Option<PathBuf> {
+    directories(root, controller).into_iter().next()
+}
+
 /// The path in a line of /proc/self/cgroup ("4:cpu,memory:/a/b"), if it is the wanted hierarchy's.
 fn group_path(line: &str, controller: Option<&str>) -> Option<String> {
     let mut fields = line.splitn(3, ':').skip(1);
@@ -161,7 +166,7 @@ fn number(path: &Path) -> Option<u64> {
     std::fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
-fn stat_value(stat: &str, key: &str) -> Option<u64> {
+pub(super) fn stat_value(stat: &str, key: &str) -> Option<u64> {
     let line = stat
         .lines()
         .find(|line| line.split(' ').next() == Some(key))?;

@@ -3,10 +3,12 @@
 //! Reading only (and resetting our own peak); what to do with the figures is the planner's.
 
 mod cgroup;
+mod confine;
 mod cores;
 mod process;
 
 pub(crate) use cgroup::unescape;
+pub use confine::{ConfineError, GroupAccount, MemoryGroup, wait_for_peak};
 pub use cores::{CpuInfo, cpu_info, cpu_info_at, default_threads, default_threads_at};
 pub use cores::{last_level_cache_bytes, pin_current_thread};
 pub use process::{ProcessMemory, page_locked_limit_bytes, process_memory, process_memory_at};

@@ -1,0 +1,403 @@
+//! `accuracy`: random jobs drawn, planned and written down first, then measured round by round, then
+//! judged. Nothing that is measured changes what was predicted.
+
+use super::args::AccuracyArgs;
+use super::commands::{say, say_json};
+use super::execute::host_facts;
+use super::failure::Failure;
+use super::progress::Talk;
+use super::settle::{Model, Target};
+use super::show_accuracy::{show_plans, show_verdict};
+use super::solve::plan_fixed;
+use super::trial::Trial;
+use crate::cost::estimate::{EstimateInput, estimate};
+use crate::cost::figures::Figures;
+use crate::cost::rates::Rates;
+use crate::engine::replay::replay;
+use crate::machine::disk::write_atomically;
+use crate::plan::Plan;
+use crate::planner::CompressMode;
+use crate::policy::{Compute, Policy, Shares};
+use crate::probe::{burst_bytes, timestamp};
+use crate::proof::draw::{DrawnRow, Draws, drawn_row};
+use crate::proof::judge::{Judged, Verdict, judge};
+use crate::proof::record::{ROWS_SCHEMA, RowRecord, Rows};
+use crate::tier::{PerTier, Tier};
+use crate::units::{MIB, show_bytes, show_seconds};
+use crate::workload::Workload;
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// Draws for one row before its size is given up.
+const MOST_DRAWS: u64 = 400;
+/// Left free beside a row and its bursts: others may need some meanwhile.
+const SPARE_BYTES: u64 = 256 * MIB;
+
+/// Draws, plans, measures, judges.
+pub fn accuracy(args: &AccuracyArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
+    let rows = match &args.judge {
+        Some(path) => read_rows(path)?,
+        None => measured_rows(args, talk, stop)?,
+    };
+    talk.end();
+    if args.plan_only {
+        return match args.json {
+            true => say_json(&rows),
+            false => say(&show_plans(&rows)),
+        };
+    }
+    let verdict = judged(&rows, args.reprice)?;
+    if verdict.rows.is_empty() {
+        return Err(Failure::failed("no row was measured")
+            .with_hint("the same command goes on where it was interrupted"));
+    }
+    match args.json {
+        true => say_json(&verdict)?,
+        false => say(&show_verdict(&verdict))?,
+    }
+    if !verdict.complete {
+        talk.note("some rows have fewer than five runs: the same command goes on with them");
+    }
+    Ok(())
+}
+
+/// Judges saved rows by the plans' own predictions, or by this version's.
+fn judged(rows: &Rows, reprice: bool) -> Result<Verdict, Failure> {
+    let mut specs = Vec::new();
+    for row in &rows.rows {
+        let model = Model::find(&row.plan.model.name, 0, true)?;
+        let policy = row.plan.to_policy().map_err(Failure::failed)?;
+        let predicted = match (&row.plan.estimate, reprice) {
+            (Some(figures), false) => figures.clone(),
+            _ => repriced(rows, &row.plan, (&model, &policy))?,
+        };
+        specs.push((model.spec, policy, predicted));
+    }
+    let pairs = rows.rows.iter().zip(&specs);
+    let judged: Vec<Judged> = pairs
+        .map(|(record, (model, policy, predicted))| Judged {
+            record,
+            model,
+            policy,
+            predicted: predicted.clone(),
+        })
+        .collect();
+    Ok(judge(rows, &judged))
+}
+
+fn repriced(
+    rows: &Rows,
+    plan: &Plan,
+    (model, policy): (&Model, &Policy),
+) -> Result<Figures, Failure> {
+    let device = plan.device_kind().map_err(Failure::failed)?;
+    let rates = Rates::new(&rows.profile, device, policy.threads).map_err(Failure::failed)?;
+    let w = &plan.workload;
+    let mean = |tokens: u64| (tokens / w.prompts.max(1)) as u32;
+    let workload = Workload::uniform(
+        w.prompts as usize,
+        mean(w.prompt_tokens),
+        mean(w.gen_tokens),
+    );
+    let input = EstimateInput {
+        model: &model.spec,
+        workload: &workload,
+        rates: &rates,
+        policy,
+        host: model.host_bytes(w.prompt_tokens, policy.threads),
+        budget: PerTier {
+            gpu: plan.budget.gpu_bytes.unwrap_or(0),
+            cpu: plan.budget.cpu_bytes,
+            disk: plan.budget.disk_bytes,
+        },
+    };
+    Ok(replay(&input).unwrap_or_else(|| estimate(&input)))
+}
+
+/// Where a measurement keeps its files.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn of(args: &AccuracyArgs) -> Result<Folder, Failure> {
+        let named = |dir: PathBuf| dir.join("accuracy").join(format!("seed-{}", args.seed));
+        let dir = args
+            .out
+            .clone()
+            .unwrap_or_else(|| named(args.limits.place.offload_dir()));
+        let failed = |e| Failure::failed(format!("{}: cannot be made ({e})", dir.display()));
+        std::fs::create_dir_all(&dir).map_err(failed)?;
+        Ok(Folder(dir))
+    }
+
+    fn rows(&self) -> PathBuf {
+        self.0.join("rows.json")
+    }
+
+    fn save(&self, name: &str, text: &str) -> Result<(), Failure> {
+        write_atomically(&self.0.join(name), text.as_bytes()).map_err(Failure::failed)
+    }
+}
+
+fn read_rows(path: &Path) -> Result<Rows, Failure> {
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        Failure::failed(format!("{}: cannot be read ({e})", path.display()))
+            .with_hint("name the rows.json that `loadmaster accuracy` has written")
+    })?;
+    Rows::from_json(&text).map_err(|e| Failure::failed(format!("{}: {e}", path.display())))
+}
+
+fn sha256(text: &str) -> String {
+    Sha256::digest(text.as_bytes())
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect()
+}
+
+/// Plans first, or those of a measurement that was begun; then round after round of runs.
+fn measured_rows(args: &AccuracyArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<Rows, Failure> {
+    let folder = Folder::of(args)?;
+    let offload_dir = args.limits.place.offload_dir();
+    let mut rows = match folder.rows().exists() {
+        true => begun(args, &read_rows(&folder.rows())?)?,
+        false => planned(args, &folder, &offload_dir, (talk, stop))?,
+    };
+    talk.end();
+    for line in show_plans(&rows).lines() {
+        talk.note(line);
+    }
+    if args.plan_only {
+        return Ok(rows);
+    }
+    let begin = Instant::now();
+    for round in 1..=args.runs {
+        for index in 0..rows.rows.len() {
+            if rows.rows[index].runs.len() >= round {
+                continue;
+            }
+            let name = rows.rows[index].name.clone();
+            talk.stage(&format!(
+                "round {round} of {}, row {} of {} ({name}), {} so far",
+                args.runs,
+                index + 1,
+                rows.rows.len(),
+                show_seconds(begin.elapsed().as_secs_f64())
+            ));
+            match one_run(&rows, index, &offload_dir, (talk, stop)) {
+                Ok(run) => rows.rows[index].runs.push(run),
+                Err(_) if stop.load(Ordering::Relaxed) => {
+                    talk.note("interrupted: finished rows are kept; the same command goes on");
+                    return Ok(rows);
+                }
+                Err(failure) => return Err(failure),
+            }
+            folder.save("rows.json", &rows.to_json())?;
+        }
+    }
+    Ok(rows)
+}
+
+/// A measurement is gone on with only by the same flags.
+fn begun(args: &AccuracyArgs, rows: &Rows) -> Result<Rows, Failure> {
+    let same = rows.seed == args.seed && rows.max_row_s == args.max_row_s;
+    if !same || rows.rows.len() != args.rows {
+        return Err(Failure::usage(format!(
+            "rows of another measurement are there (seed {}, {} rows of at most {} s)",
+            rows.seed,
+            rows.rows.len(),
+            rows.max_row_s
+        ))
+        .with_hint("give another --out DIR, or the same --seed, --rows and --max-row-seconds"));
+    }
+    Ok(rows.clone())
+}
+
+fn one_run(
+    rows: &Rows,
+    index: usize,
+    offload_dir: &Path,
+    (talk, stop): (&mut Talk, &AtomicBool),
+) -> Result<crate::proof::record::RunRecord, Failure> {
+    let plan = &rows.rows[index].plan;
+    let model = Model::find(&plan.model.name, 0, false)?;
+    let trial = Trial::new((&model, plan), &rows.profile, offload_dir, (talk, stop))?;
+    let predicted = plan.estimate.clone().unwrap_or_default();
+    trial.run(&predicted, stop)
+}
+
+/// Profile, plans, and rows without runs: all written before anything is measured.
+fn planned(
+    args: &AccuracyArgs,
+    folder: &Folder,
+    offload_dir: &Path,
+    (talk, stop): (&mut Talk, &AtomicBool),
+) -> Result<Rows, Failure> {
+    let mut target = Target::settle(&args.limits, talk, stop)?;
+    target.budget.cpu_bytes = target
+        .budget
+        .cpu_bytes
+        .saturating_sub(burst_bytes() + SPARE_BYTES);
+    let profile = target.profile.to_toml();
+    folder.save("profile.toml", &profile)?;
+    talk.stage(&format!("drawing and planning {} rows", args.rows));
+    let mut drawing = Drawing::new(args, &target, offload_dir)?;
+    let mut rows = Rows {
+        schema: ROWS_SCHEMA.to_owned(),
+        seed: args.seed,
+        max_row_s: args.max_row_s,
+        started_at: timestamp(),
+        host: host_facts(),
+        profile_sha256: sha256(&profile),
+        profile: target.profile.clone(),
+        rows: Vec::with_capacity(args.rows),
+    };
+    for number in 0..args.rows {
+        if stop.load(Ordering::Relaxed) {
+            return Err(Failure::failed("interrupted before anything was measured"));
+        }
+        let (name, plan) = drawing.row(number)?;
+        let text = plan.to_toml();
+        folder.save(&format!("{name}.toml"), &text)?;
+        rows.rows.push(RowRecord {
+            name,
+            plan,
+            plan_sha256: sha256(&text),
+            runs: Vec::new(),
+        });
+    }
+    folder.save("rows.json", &rows.to_json())?;
+    Ok(rows)
+}
+
+/// The draw: sizes in turn, and for each a job that fits and is short enough.
+struct Drawing<'a> {
+    args: &'a AccuracyArgs,
+    target: &'a Target,
+    offload_dir: &'a Path,
+    rates: Rates,
+    models: Vec<Model>,
+    /// Stores that rows so far need, by (size, 4-bit), in bytes that are not on the disk yet.
+    stores: BTreeMap<(usize, bool), u64>,
+}
+
+impl<'a> Drawing<'a> {
+    fn new(
+        args: &'a AccuracyArgs,
+        target: &'a Target,
+        offload_dir: &'a Path,
+    ) -> Result<Self, Failure> {
+        let find =
+            |s: &crate::model::ModelSpec| Model::find(&format!("synth:{}", s.name), 0, false);
+        let models: Result<Vec<Model>, Failure> = args.sizes.iter().map(find).collect();
+        let rates = Rates::new(&target.profile, target.device, target.threads);
+        Ok(Drawing {
+            args,
+            target,
+            offload_dir,
+            rates: rates.map_err(Failure::failed)?,
+            models: models?,
+            stores: BTreeMap::new(),
+        })
+    }
+
+    /// The row of a number: its size is drawn once, the rest until it is kept.
+    fn row(&mut self, number: usize) -> Result<(String, Plan), Failure> {
+        let mut draws = Draws::new(self.args.seed, number as u64);
+        let sizes: Vec<usize> = (0..self.models.len()).collect();
+        for _ in 0..4 * sizes.len() {
+            let size = draws.one_of(&sizes);
+            for _ in 0..MOST_DRAWS {
+                let row = drawn_row(&mut draws);
+                if let Some(plan) = self.kept(size, &row)? {
+                    let short = self.models[size].spec.name.replace("opt-", "");
+                    return Ok((format!("row-{:02}-{short}", number + 1), plan));
+                }
+            }
+        }
+        Err(Failure::failed(format!(
+            "no row of these sizes is predicted to take at most {} s within {} of memory and {} of disk",
+            self.args.max_row_s,
+            show_bytes(self.target.budget.cpu_bytes),
+            show_bytes(self.target.budget.disk_bytes)
+        ))
+        .with_hint("raise --max-row-seconds, --cpu-mem or --disk-space, or name smaller --sizes"))
+    }
+
+    /// The plan of a row, where it fits memory, disk and time.
+    fn kept(&mut self, size: usize, row: &DrawnRow) -> Result<Option<Plan>, Failure> {
+        let model = &self.models[size];
+        let workload = Workload::uniform(row.prompts, row.prompt_tokens, row.gen_tokens);
+        if row.prompt_tokens + row.gen_tokens > model.spec.positions as u32 {
+            return Ok(None);
+        }
+        let rough = self.rough(model, row, &workload)?;
+        let limit_s = self.args.max_row_s;
+        if rough.total_s > 1.2 * limit_s
+            || rough.tiers[Tier::Cpu].peak_bytes > self.target.budget.cpu_bytes
+            || !self.has_room(size, row, rough.tiers[Tier::Disk].peak_bytes)
+        {
+            return Ok(None);
+        }
+        let how = (&workload, row.fixed, CompressMode::Auto);
+        let plan = plan_fixed(model, self.target, how, self.offload_dir)?;
+        let fits = plan.estimate.as_ref().is_some_and(|e| e.total_s <= limit_s);
+        if !fits {
+            return Ok(None);
+        }
+        let four_bit = row.fixed.compress_weight == Some(true);
+        let bytes = if plan.setup.pack_s > 0.0 {
+            plan.setup.store_bytes
+        } else {
+            0
+        };
+        self.stores.insert((size, four_bit), bytes);
+        Ok(Some(plan))
+    }
+
+    /// The closed form's figures, before anything is searched.
+    fn rough(
+        &self,
+        model: &Model,
+        row: &DrawnRow,
+        workload: &Workload,
+    ) -> Result<Figures, Failure> {
+        let fixed = &row.fixed;
+        let percent = fixed
+            .percent
+            .unwrap_or([0.0, 100.0, 0.0, 100.0, 0.0, 100.0]);
+        let policy = Policy {
+            shares: Shares::from_percent(percent, 1.0).map_err(Failure::failed)?,
+            gpu_batch_size: fixed.gpu_batch_size.unwrap_or(1),
+            num_gpu_batches: fixed.num_gpu_batches.unwrap_or(1),
+            pin_weight: false,
+            compress_weight: fixed.compress_weight == Some(true),
+            compress_cache: fixed.compress_cache == Some(true),
+            cpu_cache_compute: false,
+            overlap: fixed.overlap != Some(false),
+            compute: Compute::Exact,
+            kv: crate::dtype::Dtype::F16,
+            threads: self.target.threads,
+        };
+        Ok(estimate(&EstimateInput {
+            model: &model.spec,
+            workload,
+            rates: &self.rates,
+            policy: &policy,
+            host: model.host_bytes(workload.prompt_tokens(), self.target.threads),
+            budget: PerTier::default(),
+        }))
+    }
+
+    /// Whether the stores of all rows and this row's spill fit the disk together.
+    fn has_room(&self, size: usize, row: &DrawnRow, disk_bytes: u64) -> bool {
+        let four_bit = row.fixed.compress_weight == Some(true);
+        let others = self
+            .stores
+            .iter()
+            .filter(|(key, _)| **key != (size, four_bit));
+        let taken: u64 = others.map(|(_, bytes)| bytes).sum();
+        taken + disk_bytes <= self.target.budget.disk_bytes
+    }
+}

@@ -1,0 +1,121 @@
+//! A plan made ready to be run again and again in this process: what `accuracy` and `rivals` measure.
+
+use super::args::ResultArgs;
+use super::execute::{Execution, packed, packed_store, planned_lengths, spill_dir};
+use super::failure::Failure;
+use super::progress::Talk;
+use super::prompt_lines::Rules;
+use super::prompts::{self, Source};
+use super::settle::Model;
+use crate::cost::figures::Figures;
+use crate::cost::rates::Rates;
+use crate::engine::Request;
+use crate::engine::open::{Packed, RunJob};
+use crate::machine::price::Pricer;
+use crate::plan::Plan;
+use crate::policy::Policy;
+use crate::probe::BurstPlace;
+use crate::profile::HardwareProfile;
+use crate::proof::record::RunRecord;
+use crate::proof::visit::{VisitJob, bursts_of, visit};
+use crate::report::SetupFigures;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+/// What trials of one plan have in common.
+pub struct Trial<'a> {
+    pub model: &'a Model,
+    pub plan: &'a Plan,
+    policy: Policy,
+    rates: Rates,
+    packed: Packed,
+    spill: PathBuf,
+    requests: Vec<Request>,
+}
+
+impl<'a> Trial<'a> {
+    /// Packs the weights where they are not yet; seeded random prompts of the planned lengths.
+    pub fn new(
+        (model, plan): (&'a Model, &'a Plan),
+        profile: &HardwareProfile,
+        offload_dir: &Path,
+        (talk, stop): (&mut Talk, &AtomicBool),
+    ) -> Result<Trial<'a>, Failure> {
+        let policy = plan.to_policy().map_err(Failure::failed)?;
+        let device = plan.device_kind().map_err(Failure::failed)?;
+        let rates = Rates::new(profile, device, policy.threads).map_err(Failure::failed)?;
+        let nowhere = ResultArgs {
+            output: None,
+            overwrite: false,
+            report: None,
+        };
+        let execution = Execution {
+            plan,
+            model,
+            profile,
+            lines: Vec::new(),
+            results: &nowhere,
+            offload_dir,
+            ignore_eos: true,
+            probe_s: 0.0,
+        };
+        let mut setup = SetupFigures::default();
+        let store = packed_store(&execution, &policy, (&mut setup, talk), stop)?;
+        Ok(Trial {
+            model,
+            plan,
+            policy,
+            rates,
+            packed: packed(&store)?,
+            spill: spill_dir(offload_dir)?,
+            requests: random_requests(model, plan)?,
+        })
+    }
+
+    /// Loads, runs, measures; `predicted` says which bursts stand around the run.
+    pub fn run(&self, predicted: &Figures, stop: &AtomicBool) -> Result<RunRecord, Failure> {
+        let w = &self.plan.workload;
+        let run = RunJob {
+            model: &self.model.spec,
+            policy: &self.policy,
+            device: self.rates.device,
+            lengths: planned_lengths(self.plan),
+            host: self.model.host_bytes(w.prompt_tokens, self.policy.threads),
+            packed: &self.packed,
+            spill: &self.spill,
+            pricer: Pricer::new(self.rates.clone()),
+        };
+        let bursts = bursts_of(self.plan, &self.model.spec, &self.policy, predicted);
+        let job = VisitJob {
+            run: &run,
+            budget: self.plan.budget,
+            predicted,
+            requests: &self.requests,
+            bursts: &bursts,
+            place: &BurstPlace {
+                threads: self.policy.threads,
+                store: &self.packed.file,
+                spill: &self.spill,
+                rates: &self.rates,
+                stop,
+            },
+        };
+        visit(&job, stop).map_err(Failure::failed)
+    }
+}
+
+fn random_requests(model: &Model, plan: &Plan) -> Result<Vec<Request>, Failure> {
+    let w = &plan.workload;
+    let random = Source::Random {
+        prompts: w.prompts as usize,
+        prompt_tokens: w.prompt_tokens_max as u32,
+    };
+    let rules = Rules {
+        model: &model.spec,
+        tokenizer: model.tokenizer.as_ref(),
+        gen_tokens: w.gen_tokens_max as u32,
+        seed: 0,
+    };
+    let lines = prompts::read_lines(random, &rules).map_err(Failure::from)?;
+    Ok(prompts::split(lines).0)
+}

@@ -1,0 +1,138 @@
+//! Short bursts of one lane's work: what the machine gives at this moment, beside what its profile
+//! says. They bracket measured runs, so that a neighbour's noise can be told from a wrong prediction.
+
+use super::ProbeError;
+use super::bench::Bench;
+use super::compute::product_s;
+use super::scale::{DiskStep, Extent};
+use crate::cost::rates::Rates;
+use crate::dtype::Dtype;
+use crate::machine::cpu::kernels::Isa;
+use crate::machine::disk::{DiskFile, IoPool, IoRequest};
+use crate::tier::Tier;
+use crate::units::MIB;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+/// Inputs and outputs of a burst's product: a shape of the probe's own grid.
+const SIDE: usize = 4096;
+/// Bytes of one read or write of a burst, and how many there are.
+const READ_BYTES: u64 = 16 * MIB;
+const READS: u64 = 8;
+const WRITE_BYTES: u64 = 4 * MIB;
+const WRITES: u64 = 8;
+
+static EXTENT: Extent = Extent {
+    rounds: 1,
+    write_rounds: 0,
+    limit_s: 1.0,
+    arena_bytes: 192 * MIB,
+    cache_multiple: 0,
+    gemm_rows: &[512],
+    gemm_shapes: &[(SIDE, SIDE)],
+    sample_s: 0.04,
+    reads: &[],
+    writes: &[DiskStep {
+        block_bytes: WRITE_BYTES,
+        depth: 4,
+        repeats: WRITES,
+    }],
+    window_s: 0.0,
+    window_write_bytes: 0,
+    past_tokens: 1,
+    prompt_tokens: 1,
+};
+
+/// One lane's work in small.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Burst {
+    /// A product of `rows` rows with weights in DRAM.
+    Product {
+        format: Dtype,
+        rows: usize,
+    },
+    Read,
+    /// Overwriting, as a spill file sees it.
+    Write,
+}
+
+/// Where bursts work.
+pub struct BurstPlace<'a> {
+    pub threads: usize,
+    /// Read from, with whole mebibytes; never written.
+    pub store: &'a Path,
+    /// Written to, in a file without a name.
+    pub spill: &'a Path,
+    pub rates: &'a Rates,
+    pub stop: &'a AtomicBool,
+}
+
+/// Bytes that bursts hold while they last.
+pub fn burst_bytes() -> u64 {
+    Bench::least_bytes(&EXTENT)
+}
+
+/// Seconds of each burst ÷ the seconds that the rates price it at: 1 = as profiled, 2 = half as fast.
+/// Holds `burst_bytes()`, given back at the end.
+pub fn slowdowns(bursts: &[Burst], place: &BurstPlace) -> Result<Vec<f64>, ProbeError> {
+    let pools = (place.threads, Isa::detect());
+    let mut bench = Bench::new(&EXTENT, burst_bytes(), pools, place.stop)?;
+    bursts
+        .iter()
+        .map(|&b| slowdown(b, &mut bench, place))
+        .collect()
+}
+
+fn slowdown(burst: Burst, bench: &mut Bench, place: &BurstPlace) -> Result<f64, ProbeError> {
+    let (took_s, priced_s) = match burst {
+        Burst::Product { format, rows } => (
+            product_s(bench, (format, rows), (SIDE, SIDE))?,
+            place.rates.gemm_s(Tier::Cpu, format, rows, SIDE, SIDE),
+        ),
+        Burst::Read => read(bench, place)?,
+        Burst::Write => write(bench, place)?,
+    };
+    Ok(took_s / priced_s.max(1e-12))
+}
+
+/// (seconds taken, seconds priced) of reads through the store.
+fn read(bench: &mut Bench, place: &BurstPlace) -> Result<(f64, f64), ProbeError> {
+    let file = DiskFile::open_read(place.store)?;
+    let pool = IoPool::new(4)?;
+    let block = READ_BYTES.min(file.len_bytes()? / MIB * MIB).max(MIB);
+    let last = file.len_bytes()?.saturating_sub(block) / MIB;
+    let begin = Instant::now();
+    for number in 0..READS {
+        // Far apart, so that nothing that looks ahead gets it right.
+        let offset = (number * 7919 * 16) % (last + 1) * MIB;
+        let target = &mut bench.arena[..block as usize];
+        pool.run(&mut [IoRequest::read(&file, offset, target)])?;
+    }
+    let priced = READS as f64 * place.rates.disk_read_s(block as f64, block as f64);
+    Ok((begin.elapsed().as_secs_f64(), priced))
+}
+
+fn write(bench: &mut Bench, place: &BurstPlace) -> Result<(f64, f64), ProbeError> {
+    let file = DiskFile::create_unlinked(place.spill, WRITES * WRITE_BYTES)?;
+    let pool = IoPool::new(4)?;
+    let mut took_s = 0.0;
+    for pass in 0..2 {
+        let begin = Instant::now();
+        for number in 0..WRITES {
+            let source = &bench.arena[..WRITE_BYTES as usize];
+            let offset = number * WRITE_BYTES;
+            pool.run(&mut [IoRequest::write(&file, offset, source)])?;
+        }
+        // The first pass makes the file's blocks.
+        took_s = if pass == 1 {
+            begin.elapsed().as_secs_f64()
+        } else {
+            0.0
+        };
+    }
+    let (all, each) = ((WRITES * WRITE_BYTES) as f64, WRITE_BYTES as f64);
+    Ok((took_s, place.rates.disk_write_s(all, each, false)))
+}
