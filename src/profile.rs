@@ -157,6 +157,13 @@ pub struct CpuFacts {
     /// Seconds to start one compute operation on all threads.
     #[serde(default)]
     pub launch_s: f64,
+    /// Seconds that pass between the end of an operation and the start of one that waited for it on
+    /// another, idle lane: threads wake up. 0 = not measured.
+    #[serde(default)]
+    pub handover_s: f64,
+    /// Bytes of logits that the host draws tokens from per second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sampling_bytes_per_s: Option<f64>,
     /// Bytes of activations that row-wise operations (norms, residual adds) pass per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rowwise_bytes_per_s: Option<f64>,

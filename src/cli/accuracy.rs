@@ -21,13 +21,14 @@ use crate::policy::{Compute, Policy, Shares};
 use crate::probe::{burst_bytes, timestamp};
 use crate::proof::draw::{DrawnRow, Draws, drawn_row};
 use crate::proof::judge::{Judged, Verdict, judge};
-use crate::proof::record::{ROWS_SCHEMA, RowRecord, Rows};
+use crate::proof::record::{ROWS_SCHEMA, RowRecord, Rows, RunRecord};
 use crate::tier::{PerTier, Tier};
 use crate::units::{MIB, show_bytes, show_seconds};
 use crate::workload::Workload;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -38,6 +39,9 @@ const SPARE_BYTES: u64 = 256 * MIB;
 
 /// Draws, plans, measures, judges.
 pub fn accuracy(args: &AccuracyArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
+    if let Some(index) = args.visit {
+        return visit(args, index, talk, stop);
+    }
     let rows = match &args.judge {
         Some(path) => read_rows(path)?,
         None => measured_rows(args, talk, stop)?,
@@ -185,7 +189,7 @@ fn measured_rows(args: &AccuracyArgs, talk: &mut Talk, stop: &AtomicBool) -> Res
                 rows.rows.len(),
                 show_seconds(begin.elapsed().as_secs_f64())
             ));
-            match one_run(&rows, index, &offload_dir, (talk, stop)) {
+            match run_apart((&rows, index), &folder, &offload_dir, (talk, stop)) {
                 Ok(run) => rows.rows[index].runs.push(run),
                 Err(_) if stop.load(Ordering::Relaxed) => {
                     talk.note("interrupted: finished rows are kept; the same command goes on");
@@ -214,17 +218,53 @@ fn begun(args: &AccuracyArgs, rows: &Rows) -> Result<Rows, Failure> {
     Ok(rows.clone())
 }
 
-fn one_run(
-    rows: &Rows,
-    index: usize,
+/// A run in a process of its own, so that its peak of memory is its own too. Packing comes first, in
+/// this one.
+fn run_apart(
+    (rows, index): (&Rows, usize),
+    folder: &Folder,
     offload_dir: &Path,
     (talk, stop): (&mut Talk, &AtomicBool),
-) -> Result<crate::proof::record::RunRecord, Failure> {
+) -> Result<RunRecord, Failure> {
     let plan = &rows.rows[index].plan;
     let model = Model::find(&plan.model.name, 0, false)?;
-    let trial = Trial::new((&model, plan), &rows.profile, offload_dir, (talk, stop))?;
+    Trial::new((&model, plan), &rows.profile, offload_dir, (talk, stop))?;
+    let program = std::env::current_exe().map_err(Failure::failed)?;
+    let out = Command::new(program)
+        .args(["accuracy", "--visit", &index.to_string(), "--out"])
+        .arg(&folder.0)
+        .arg("--offload-dir")
+        .arg(offload_dir)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(Failure::failed)?;
+    if !out.status.success() {
+        let told = String::from_utf8_lossy(&out.stderr);
+        let last = told.lines().last().unwrap_or("it was killed");
+        return Err(Failure::failed(format!(
+            "{}: {last}",
+            rows.rows[index].name
+        )));
+    }
+    serde_json::from_slice(&out.stdout).map_err(|e| Failure::failed(e.to_string()))
+}
+
+/// One run of a row, as JSON on stdout.
+fn visit(
+    args: &AccuracyArgs,
+    index: usize,
+    talk: &mut Talk,
+    stop: &AtomicBool,
+) -> Result<(), Failure> {
+    let mut rows = read_rows(&Folder::of(args)?.rows())?;
+    let too_far = || Failure::usage(format!("--visit {index}: there is no such row"));
+    let plan = rows.rows.get(index).ok_or_else(too_far)?.plan.clone();
+    rows.rows.clear();
+    let model = Model::find(&plan.model.name, 0, false)?;
+    let offload_dir = args.limits.place.offload_dir();
+    let trial = Trial::new((&model, &plan), &rows.profile, &offload_dir, (talk, stop))?;
     let predicted = plan.estimate.clone().unwrap_or_default();
-    trial.run(&predicted, stop)
+    say_json(&trial.run(&predicted, stop)?)
 }
 
 /// Profile, plans, and rows without runs: all written before anything is measured.

@@ -10,7 +10,7 @@ use super::solve::plan_fixed;
 use super::trial::Trial;
 use crate::checkpoint::{SynthJob, write_synth};
 use crate::machine::disk::write_atomically;
-use crate::machine::os::{MemoryGroup, wait_for_peak};
+use crate::machine::os::{self, MemoryGroup, wait_for_peak};
 use crate::plan::Plan;
 use crate::planner::{CompressMode, Fixed};
 use crate::proof::draw::Draws;
@@ -368,6 +368,9 @@ impl<'a> Campaign<'a> {
             .stdin(Stdio::null())
             .stdout(self.file("stdout.json")?)
             .stderr(self.file("stderr.txt")?);
+        // A child's peak begins with its parent's: ours must be low when it is made.
+        os::release_free_heap();
+        os::reset_peak();
         let mut process = command.spawn().map_err(Failure::failed)?;
         let (peak_bytes, done) = wait_for_peak(&mut process).map_err(Failure::failed)?;
         let account = group.account();

@@ -10,7 +10,6 @@ use super::settle::Model;
 use crate::cost::rates::Rates;
 use crate::engine::open::{Packed, RunJob, footprint, open};
 use crate::engine::{Engine, EngineError, Outcome, Request, RunOptions};
-use crate::machine::arena::AlignedBuffer;
 use crate::machine::cpu::pool::Pool;
 use crate::machine::disk::write_atomically;
 use crate::machine::price::Pricer;
@@ -23,7 +22,7 @@ use crate::profile::HardwareProfile;
 use crate::report::{HostFacts, REPORT_SCHEMA, RunOutcome, RunReport, SetupFigures};
 use crate::store::{self, PackJob, Store};
 use crate::tier::Tier;
-use crate::units::{MIB, PAGE_BYTES, round_up, show_bytes};
+use crate::units::{MIB, show_bytes};
 use crate::workload::Lengths;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -79,7 +78,7 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
     os::release_free_heap();
     check_room(&run, job.offload_dir)?;
     let store = packed_store(&job, &policy, (&mut setup, talk), stop)?;
-    let packed = packed(&store)?;
+    let packed = packed(&store);
     let run = RunJob {
         packed: &packed,
         ..run
@@ -281,21 +280,15 @@ pub(super) fn packed_store(
 }
 
 /// The store as the engine reads it.
-pub(super) fn packed(store: &Store) -> Result<Packed, Failure> {
-    let whole = round_up(store.smalls_bytes(), PAGE_BYTES);
-    let mut buffer = AlignedBuffer::new(whole).map_err(Failure::failed)?;
-    store
-        .read_smalls(&mut buffer[..])
-        .map_err(Failure::failed)?;
+pub(super) fn packed(store: &Store) -> Packed {
     let spec = store.spec();
-    let small = |index: usize| buffer[store.small_range(index)].to_vec();
-    Ok(Packed {
+    let matrices = 0..spec.matrices().len();
+    let smalls = 0..spec.smalls().len();
+    Packed {
         file: store.file_path(),
-        matrix_offsets: (0..spec.matrices().len())
-            .map(|i| store.matrix_offset(i))
-            .collect(),
-        smalls: (0..spec.smalls().len()).map(small).collect(),
-    })
+        matrix_offsets: matrices.map(|i| store.matrix_offset(i)).collect(),
+        small_offsets: smalls.map(|i| store.small_range(i).start as u64).collect(),
+    }
 }
 
 /// Loads and generates; what was measured is kept even when the run breaks off.

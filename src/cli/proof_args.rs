@@ -36,6 +36,9 @@ pub struct AccuracyArgs {
     /// With --judge: predict anew with this version instead of taking the plans' predictions
     #[arg(long, requires = "judge", help_heading = "Output")]
     pub reprice: bool,
+    /// One run of one row, in a process of its own: how the command runs its rows
+    #[arg(long, value_name = "INDEX", hide = true, requires = "out")]
+    pub visit: Option<usize>,
     /// Write profile and plans, and stop before anything runs
     #[arg(long, help_heading = "Output")]
     pub plan_only: bool,

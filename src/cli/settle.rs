@@ -22,10 +22,11 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-/// What a run holds beside its arenas and the tokenizer: program text, heap, two threads' stacks and
-/// scratch (22 MiB measured at every size), the load's bounce buffer (8 MiB), and a fixed slack for what a
-/// memory cgroup charges beside the process's own pages (page cache in flight, kernel objects).
-pub const PROCESS_BYTES: u64 = 64 * MIB;
+/// What a run holds beside its arenas and the tokenizer: program text and libraries (10 MiB of file pages),
+/// heap (2 MiB), stacks and scratch of two compute threads (3 MiB), the load's bounce buffer (8 MiB), and
+/// room for what varies. A memory cgroup charges kernel objects and files in flight as well, and not the
+/// file pages: the one is less than the other.
+pub const PROCESS_BYTES: u64 = 32 * MIB;
 /// What `PROCESS_BYTES` has room for.
 const PROCESS_THREADS: usize = 2;
 /// Scratch and touched stack of a further thread.

@@ -66,7 +66,7 @@ impl<'a> Trial<'a> {
             plan,
             policy,
             rates,
-            packed: packed(&store)?,
+            packed: packed(&store),
             spill: spill_dir(offload_dir)?,
             requests: random_requests(model, plan)?,
         })

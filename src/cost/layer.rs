@@ -121,7 +121,7 @@ impl<'a> LayerBuilder<'a> {
         if self.gpu {
             self.link(&mut work, Lane::GpuToCpu, &constant(logits), logits);
         }
-        let sampling = logits / self.rates.dram_read_bytes_per_s;
+        let sampling = self.rates.sampling_s(logits);
         work.lanes[Lane::CpuCompute].constant += sampling;
         work.dram_bytes.constant += logits;
         work.serial = Default::default();

@@ -63,6 +63,9 @@ pub struct Rates {
     /// keeps[a][b]: what lane a keeps of its rate while lane b runs.
     keeps: [[f64; 6]; 6],
     calibration: BTreeMap<String, f64>,
+    /// Seconds until an idle lane begins what it waited for.
+    pub handover_s: f64,
+    sampling_bytes_per_s: f64,
 }
 
 impl Rates {
@@ -95,6 +98,11 @@ impl Rates {
             write_fresh: disk_curve(write.latency_s, &write.fresh),
             write_over: disk_curve(write.latency_s, &write.overwrite),
             keeps: contention(profile)?,
+            handover_s: profile.cpu.handover_s,
+            sampling_bytes_per_s: profile
+                .cpu
+                .sampling_bytes_per_s
+                .unwrap_or(profile.cpu.dram_read_bytes_per_s),
             calibration: profile.calibration.terms.clone(),
         })
     }
@@ -178,6 +186,11 @@ impl Rates {
             _ => rates.rowwise_bytes_per_s,
         };
         self.calibrated("append", on.name(), value_bytes / per_s)
+    }
+
+    /// Seconds in which the host draws a token from `bytes` of logits.
+    pub fn sampling_s(&self, bytes: f64) -> f64 {
+        bytes / self.sampling_bytes_per_s
     }
 
     /// Seconds of a norm or a residual add over `bytes` of activations, read and written together.

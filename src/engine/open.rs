@@ -25,8 +25,8 @@ pub struct Packed {
     pub file: PathBuf,
     /// Per matrix of `ModelSpec::matrices`.
     pub matrix_offsets: Vec<u64>,
-    /// Bytes of each of `ModelSpec::smalls`.
-    pub smalls: Vec<Vec<u8>>,
+    /// Per tensor of `ModelSpec::smalls`.
+    pub small_offsets: Vec<u64>,
 }
 
 /// What to run, decided.
@@ -67,9 +67,9 @@ fn facts(job: &RunJob) -> RunFacts {
         device: job.device,
         matrix_offsets: job.packed.matrix_offsets.clone(),
         files: RunFiles {
-            store: FileId(0),
-            cache: FileId(1),
-            hidden: FileId(2),
+            store: FileId::STORE,
+            cache: FileId::CACHE,
+            hidden: FileId::HIDDEN,
         },
     }
 }
@@ -93,7 +93,7 @@ pub fn open(job: &RunJob) -> Result<(ThreadedMachine, RunFacts), EngineError> {
         pricer: job.pricer.clone(),
     })?;
     let layout = Layout::new(&facts.model, &facts.placement, &facts.footprint);
-    load_smalls(&mut machine, job, &layout)?;
+    load_smalls(&mut machine, job, (&facts, &layout));
     load_weights(&mut machine, &facts, &layout)?;
     machine.forget_log();
     Ok((machine, facts))
@@ -123,20 +123,25 @@ fn open_files(job: &RunJob, facts: &RunFacts) -> Result<Vec<Arc<DiskFile>>, Mach
     Ok(vec![store.clone(), spill(cache)?, spill(hidden)?])
 }
 
-fn load_smalls(
-    machine: &mut ThreadedMachine,
-    job: &RunJob,
-    layout: &Layout,
-) -> Result<(), MachineError> {
-    for (small, bytes) in job.model.smalls().iter().zip(&job.packed.smalls) {
+/// By the reading lane, like the weights: nothing of them stays in the heap.
+fn load_smalls(machine: &mut ThreadedMachine, job: &RunJob, (facts, layout): (&RunFacts, &Layout)) {
+    let smalls = job.model.smalls();
+    for (small, &offset) in smalls.iter().zip(&job.packed.small_offsets) {
         for tier in [Tier::Gpu, Tier::Cpu] {
             let place = layout.buffer(tier, crate::cost::footprint::Buffer::Smalls);
-            if place.bytes > 0 {
-                machine.put(tier, place.offset + layout.small_offset(small), bytes)?;
+            if place.bytes == 0 {
+                continue;
             }
+            let span = LoadSpan {
+                file: facts.files.store,
+                offset,
+                bytes: small.bytes(),
+                to: tier,
+                memory: place.offset + layout.small_offset(small),
+            };
+            machine.submit(Lane::DiskToCpu, Op::Load(span), &Fences::none());
         }
     }
-    Ok(())
 }
 
 fn load_weights(

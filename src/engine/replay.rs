@@ -13,7 +13,7 @@ use crate::machine::price::Pricer;
 use crate::machine::virtual_time::VirtualMachine;
 use crate::machine::{Machine, MachineError};
 use crate::placement::Placement;
-use crate::tier::{Lane, PerLane};
+use crate::tier::{Lane, PerLane, Tier};
 use crate::units::{PAGE_BYTES, round_up};
 use std::sync::atomic::AtomicBool;
 
@@ -98,9 +98,9 @@ pub fn run_facts(input: &EstimateInput) -> RunFacts {
         device,
         matrix_offsets,
         files: RunFiles {
-            store: FileId(0),
-            cache: FileId(1),
-            hidden: FileId(2),
+            store: FileId::STORE,
+            cache: FileId::CACHE,
+            hidden: FileId::HIDDEN,
         },
     }
 }
@@ -229,6 +229,11 @@ fn one_pass(
     let (start_s, before) = (core.machine.now_s(), core.machine.lane_figures());
     let ready = core.run_pass(&step, true)?;
     core.machine.wait(&ready)?;
+    let vocab = core.facts.model.vocab;
+    for _ in &step.active {
+        // What drawing the tokens takes.
+        core.machine.values(Tier::Cpu, 0, vocab);
+    }
     let pass = Pass {
         seconds: core.machine.now_s() - start_s,
         lanes: minus(core.machine.lane_figures(), &before),

@@ -46,14 +46,22 @@ pub fn sample(logits: &[f32], sampling: &Sampling, draw: Draw) -> u32 {
     candidates.last().map_or(0, |(id, _)| *id)
 }
 
+/// The largest first, in lanes that a compiler makes vectors of, then the first place where it stands.
 fn argmax(logits: &[f32]) -> u32 {
-    let mut best = (f32::NEG_INFINITY, 0);
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit > best.0 {
-            best = (logit, id as u32);
+    let mut lanes = [f32::NEG_INFINITY; 32];
+    let (chunks, rest) = logits.as_chunks::<32>();
+    for chunk in chunks {
+        for (most, &logit) in lanes.iter_mut().zip(chunk) {
+            // A NaN compares false and leaves what was there.
+            *most = if logit > *most { logit } else { *most };
         }
     }
-    best.1
+    let most = lanes
+        .iter()
+        .chain(rest)
+        .copied()
+        .fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|&l| l == most).unwrap_or(0) as u32
 }
 
 /// Candidates with unnormalised probabilities, likeliest first, cut by top-k and then top-p.

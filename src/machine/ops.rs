@@ -10,6 +10,13 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileId(pub usize);
 
+/// The files of a run: packed weights, cached tokens, hidden rows.
+impl FileId {
+    pub const STORE: FileId = FileId(0);
+    pub const CACHE: FileId = FileId(1);
+    pub const HIDDEN: FileId = FileId(2);
+}
+
 /// A stretch of a file and of the Cpu arena; all three figures are multiples of 4096.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct FileSpan {

@@ -1,7 +1,7 @@
 //! Seconds of single operations, from the same rates that price whole plans (cost/rates). The
 //! virtual-time machine runs on these prices, and real machines log them as each lane's work.
 
-use super::ops::{Attention, Compute, Op, tier_of};
+use super::ops::{Attention, Compute, FileId, Op, tier_of};
 use crate::cost::rates::Rates;
 use crate::tier::{Lane, Tier};
 
@@ -27,8 +27,10 @@ impl Pricer {
                 .rates
                 .disk_read_s(bytes, bytes / spans.len().max(1) as f64),
             Op::Write(spans) => {
-                self.rates
-                    .disk_write_s(bytes, bytes / spans.len().max(1) as f64, false)
+                let block = bytes / spans.len().max(1) as f64;
+                // Cached tokens go to new pages, hidden rows to the same ones in every layer.
+                let fresh = spans.first().is_some_and(|s| s.file == FileId::CACHE);
+                self.rates.disk_write_s(bytes, block, fresh)
             }
             Op::Load(_) => self.rates.disk_read_s(bytes, bytes),
             Op::Copy { pinned, .. } => self.rates.link_s(lane, bytes, *pinned),
@@ -86,6 +88,16 @@ impl Pricer {
             + self
                 .rates
                 .attention_s(on, attention.format, 0.0, prefill_flop, false)
+    }
+
+    /// Seconds until an idle lane begins what it waited for.
+    pub fn handover_s(&self) -> f64 {
+        self.rates.handover_s
+    }
+
+    /// Seconds in which the host draws a token from so many logits.
+    pub fn sampling_s(&self, logits: usize) -> f64 {
+        self.rates.sampling_s(VALUE_BYTES * logits as f64)
     }
 
     /// What `lane` keeps of its rate while the other `active` lanes run.

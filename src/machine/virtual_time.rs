@@ -7,9 +7,15 @@ use super::price::Pricer;
 use super::{Fence, Fences, Machine, MachineError};
 use crate::cost::figures::LaneFigures;
 use crate::tier::{Lane, PerLane, Phase, Tier};
+use std::cell::Cell;
 use std::collections::VecDeque;
 
+/// A lane that stood still for longer than its threads look for work has gone to sleep.
+const SLEEPS_AFTER_S: f64 = 20e-6;
+
 struct Task {
+    /// When its lane begins it, once its fences are reached.
+    begins_s: Option<f64>,
     left_s: f64,
     work_s: f64,
     busy_s: f64,
@@ -27,6 +33,10 @@ pub struct VirtualMachine {
     figures: PerLane<LaneFigures>,
     phase: Phase,
     now_s: f64,
+    /// When each lane last finished an operation.
+    ended_s: PerLane<f64>,
+    /// What the host has spent drawing tokens.
+    host_s: Cell<f64>,
 }
 
 impl VirtualMachine {
@@ -39,6 +49,8 @@ impl VirtualMachine {
             figures: PerLane::default(),
             phase: Phase::Prefill,
             now_s: 0.0,
+            ended_s: PerLane::default(),
+            host_s: Cell::new(0.0),
         }
     }
 
@@ -48,18 +60,29 @@ impl VirtualMachine {
             .all(|&lane| self.finished[lane] >= fences.mark(lane))
     }
 
-    fn active(&self) -> Vec<Lane> {
-        let runs = |&lane: &Lane| {
-            self.queues[lane]
+    /// Lanes whose first operation has its fences: a lane that slept meanwhile takes a moment to begin.
+    fn ready(&mut self) -> Vec<(Lane, f64)> {
+        let mut ready = Vec::with_capacity(Lane::ALL.len());
+        for lane in Lane::ALL {
+            let slept = self.now_s - self.ended_s[lane] > SLEEPS_AFTER_S;
+            let reached = self.queues[lane]
                 .front()
-                .is_some_and(|task| self.reached(&task.after))
-        };
-        Lane::ALL.into_iter().filter(runs).collect()
+                .is_some_and(|task| self.reached(&task.after));
+            if let Some(task) = self.queues[lane].front_mut().filter(|_| reached) {
+                let wake_s = if slept { self.pricer.handover_s() } else { 0.0 };
+                let begins_s = *task.begins_s.get_or_insert(self.now_s + wake_s);
+                ready.push((lane, begins_s));
+            }
+        }
+        ready
     }
 
-    /// Moves the clock to the next end of an operation. False when nothing can run.
+    /// Moves the clock to the next begin or end of an operation. False when nothing can run.
     fn step(&mut self) -> bool {
-        let active = self.active();
+        let ready = self.ready();
+        let now_s = self.now_s;
+        let runs = |(_, begins_s): &&(Lane, f64)| *begins_s <= now_s;
+        let active: Vec<Lane> = ready.iter().filter(runs).map(|(lane, _)| *lane).collect();
         let rates: Vec<f64> = active
             .iter()
             .map(|&lane| self.pricer.keep(lane, &active))
@@ -67,12 +90,10 @@ impl VirtualMachine {
         let time_left = |(lane, rate): (&Lane, &f64)| {
             self.queues[*lane].front().map_or(0.0, |t| t.left_s / rate)
         };
-        let Some(dt_s) = active
-            .iter()
-            .zip(&rates)
-            .map(time_left)
-            .min_by(f64::total_cmp)
-        else {
+        let ends = active.iter().zip(&rates).map(time_left);
+        let begins = ready.iter().map(|(_, begins_s)| begins_s - now_s);
+        let next = ends.chain(begins.filter(|&dt_s| dt_s > 0.0));
+        let Some(dt_s) = next.min_by(f64::total_cmp) else {
             return false;
         };
         self.now_s += dt_s;
@@ -95,6 +116,7 @@ impl VirtualMachine {
                 (task.busy_s, task.work_s, task.bytes),
             );
             self.finished[lane] += 1;
+            self.ended_s[lane] = self.now_s;
             self.queues[lane].pop_front();
         }
     }
@@ -105,6 +127,7 @@ impl Machine for VirtualMachine {
         let work_s = self.pricer.seconds(lane, &op);
         let (after, phase, bytes) = (*after, self.phase, op.bytes());
         self.queues[lane].push_back(Task {
+            begins_s: None,
             left_s: work_s,
             work_s,
             busy_s: 0.0,
@@ -119,13 +142,19 @@ impl Machine for VirtualMachine {
         }
     }
 
+    /// The host wakes up too, once what it waited for is done.
     fn wait(&mut self, fences: &Fences) -> Result<(), MachineError> {
+        self.now_s += self.host_s.take();
+        let before_s = self.now_s;
         while !self.reached(fences) {
             if !self.step() {
                 return Err(MachineError::Unsupported(
                     "operations in an order that can finish".into(),
                 ));
             }
+        }
+        if self.now_s - before_s > SLEEPS_AFTER_S {
+            self.now_s += self.pricer.handover_s();
         }
         Ok(())
     }
@@ -142,7 +171,10 @@ impl Machine for VirtualMachine {
         Ok(())
     }
 
-    fn values(&self, _: Tier, _: u64, _: usize) -> Option<&[f32]> {
+    /// No values, but the time of drawing a token from them.
+    fn values(&self, _: Tier, _: u64, count: usize) -> Option<&[f32]> {
+        let drawn_s = self.pricer.sampling_s(count);
+        self.host_s.set(self.host_s.get() + drawn_s);
         None
     }
 
@@ -155,6 +187,6 @@ impl Machine for VirtualMachine {
     }
 
     fn now_s(&self) -> f64 {
-        self.now_s
+        self.now_s + self.host_s.get()
     }
 }

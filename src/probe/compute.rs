@@ -6,6 +6,7 @@ use super::bench::Bench;
 use super::samples::{Series, tidy};
 use super::scale::Extent;
 use crate::dtype::{Dtype, panels};
+use crate::engine::sampling::{Draw, Sampling, sample};
 use crate::machine::arena::AlignedBuffer;
 
 use crate::machine::cpu::kernels::{
@@ -21,6 +22,8 @@ use std::collections::BTreeMap;
 pub const HIDDEN: usize = 2048;
 const HEADS: usize = 32;
 const KV_FORMATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Q4];
+/// Logits of one position.
+const VOCABULARY: usize = 50272;
 /// Sequences of one decode step: as many as fill a good part of the memory, at most these.
 pub const MAX_SEQUENCES: usize = 40;
 /// A product that takes longer than this is not measured with more rows: its time grows evenly.
@@ -51,6 +54,7 @@ pub struct ComputeArea {
     rowwise_bytes_per_s: Series,
     pack_bytes_per_s: Series,
     append_bytes_per_s: Series,
+    sampling_bytes_per_s: Series,
 }
 
 impl ComputeArea {
@@ -80,6 +84,7 @@ impl ComputeArea {
             rowwise_bytes_per_s: Series::default(),
             pack_bytes_per_s: Series::default(),
             append_bytes_per_s: Series::default(),
+            sampling_bytes_per_s: Series::default(),
         }
     }
 
@@ -128,6 +133,7 @@ impl ComputeArea {
         self.pack_bytes_per_s.push(pack(bench)?);
         self.append_bytes_per_s.push(append(bench)?);
         self.rowwise_bytes_per_s.push(rowwise(bench)?);
+        self.sampling_bytes_per_s.push(sampling(bench)?);
         Ok(())
     }
 
@@ -146,6 +152,8 @@ impl ComputeArea {
             dram_copy_bytes_per_s: median(&self.copy_bytes_per_s),
             // Measured last, through a machine's own lanes (launch.rs).
             launch_s: 0.0,
+            handover_s: 0.0,
+            sampling_bytes_per_s: self.sampling_bytes_per_s.median().map(tidy),
             rowwise_bytes_per_s: self.rowwise_bytes_per_s.median().map(tidy),
             gemm: self.curves(),
             attention: attention.collect(),
@@ -320,6 +328,22 @@ fn append(bench: &mut Bench) -> Result<f64, ProbeError> {
         );
     })?;
     Ok((count * 2 * HIDDEN * 4) as f64 / seconds)
+}
+
+/// Bytes of logits that a token is drawn from per second, greedily, by the host's one thread.
+fn sampling(bench: &mut Bench) -> Result<f64, ProbeError> {
+    let draw = Draw {
+        line: 0,
+        position: 0,
+    };
+    let bytes = (4 * VOCABULARY).min(bench.arena.len());
+    let seconds = bench.time(|b| {
+        // Fresh from a product, logits lie in no cache that is near: they rotate.
+        let begin = b.rotate_pages(bytes);
+        let logits = bytemuck::cast_slice(&b.arena[begin..begin + bytes]);
+        std::hint::black_box(sample(logits, &Sampling::GREEDY, draw));
+    })?;
+    Ok(bytes as f64 / seconds)
 }
 
 /// Bytes of activations normalised per second.

@@ -1,61 +1,116 @@
 //! Seconds to start one operation as a run starts it: submitted by the host thread, taken from its lane's
-//! queue, run on all threads. Smaller than any operation's work, but there are thousands a pass.
+//! queue, run on all threads; and what is lost when a lane must wait for another. Smaller than any
+//! operation's work, but there are thousands a pass.
 
 use super::ProbeError;
 use super::samples::Series;
 use crate::cost::rates::Rates;
-use crate::machine::ops::{Compute, HiddenRows, Op, Table};
+use crate::machine::arena::AlignedBuffer;
+use crate::machine::disk::DiskFile;
+use crate::machine::ops::{Compute, FileId, FileSpan, HiddenRows, Op, Table};
 use crate::machine::price::Pricer;
 use crate::machine::threaded::{OpenRequest, ThreadedMachine};
 use crate::machine::{Fences, Machine};
 use crate::policy::DeviceKind;
 use crate::profile::HardwareProfile;
-use crate::tier::Lane;
-use crate::units::MIB;
+use crate::tier::{Lane, Tier};
+use crate::units::{MIB, PAGE_BYTES};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Rows of the smallest operation that is still split over threads.
-const ROWS: u32 = 8;
-const WIDTH: usize = 64;
+/// Rows of an operation that is split over threads.
+const ROWS: u32 = 16;
+const WIDTH: usize = 512;
 const OPERATIONS: usize = 1000;
+/// Operations on each of two lanes that wait for each other in turn.
+const HANDOVERS: usize = 150;
 const ROUNDS: usize = 7;
 
-/// Measures on a machine of its own, a mebibyte large: operations that copy a few short rows within the
-/// first cache, so that starting them is nearly all of their time.
-pub fn launch_s(profile: &HardwareProfile, threads: usize) -> Result<f64, ProbeError> {
-    let rates = Rates::new(profile, DeviceKind::Cpu, threads)?;
-    let request = OpenRequest {
-        device: DeviceKind::Cpu,
-        gpu_bytes: 0,
-        cpu_bytes: MIB,
-        threads,
-        files: Vec::new(),
-        pricer: Pricer::new(rates),
-    };
-    let mut machine = ThreadedMachine::open(request)?;
-    let rows: Arc<[u32]> = (0..ROWS).collect();
-    let mut seconds = Series::default();
-    for _ in 0..ROUNDS {
-        seconds.push(one_round(&mut machine, &rows)? / OPERATIONS as f64);
-    }
-    let per_operation_s = seconds.median().unwrap_or(0.0);
-    Ok(per_operation_s.max(1e-7))
+/// A machine of its own, a mebibyte large, with a small file.
+pub struct LaunchBench {
+    machine: ThreadedMachine,
+    rows: Arc<[u32]>,
+    /// Seconds of the operation's own work.
+    work_s: f64,
 }
 
-fn one_round(machine: &mut ThreadedMachine, rows: &Arc<[u32]>) -> Result<f64, ProbeError> {
-    let start = Instant::now();
-    for _ in 0..OPERATIONS {
-        let rows = Table::whole(rows.clone());
+impl LaunchBench {
+    pub fn new(
+        profile: &HardwareProfile,
+        threads: usize,
+        dir: &Path,
+    ) -> Result<LaunchBench, ProbeError> {
+        let rates = Rates::new(profile, DeviceKind::Cpu, threads)?;
+        let file = DiskFile::create_unlinked(dir, PAGE_BYTES)?;
+        let page = AlignedBuffer::new(PAGE_BYTES)?;
+        file.write_at(&page, 0)?;
+        let bytes = 2.0 * 4.0 * (ROWS as usize * WIDTH) as f64;
+        let work_s = rates.rowwise_s(Tier::Cpu, bytes);
+        let request = OpenRequest {
+            device: DeviceKind::Cpu,
+            gpu_bytes: 0,
+            cpu_bytes: MIB,
+            threads,
+            files: vec![Arc::new(file)],
+            pricer: Pricer::new(rates),
+        };
+        Ok(LaunchBench {
+            machine: ThreadedMachine::open(request)?,
+            rows: (0..ROWS).collect(),
+            work_s,
+        })
+    }
+
+    /// Seconds to start an operation, and to hand over to an idle lane.
+    pub fn measure(&mut self) -> Result<(f64, f64), ProbeError> {
+        let (mut launch, mut handover) = (Series::default(), Series::default());
+        for _ in 0..ROUNDS {
+            let each_s = self.in_turn(OPERATIONS, &[Lane::CpuCompute])? / OPERATIONS as f64;
+            launch.push(each_s - self.work_s);
+            let count = HANDOVERS as f64;
+            let compute_s = self.in_turn(HANDOVERS, &[Lane::CpuCompute])?;
+            let read_s = self.in_turn(HANDOVERS, &[Lane::DiskToCpu])?;
+            let both_s = self.in_turn(HANDOVERS, &[Lane::DiskToCpu, Lane::CpuCompute])?;
+            handover.push((both_s - read_s - compute_s) / (2.0 * count));
+        }
+        let launch_s = launch.median().unwrap_or(0.0);
+        let handover_s = handover.median().unwrap_or(0.0);
+        Ok((launch_s.max(1e-7), handover_s.max(0.0)))
+    }
+
+    /// Seconds of `count` operations on each of the lanes, each waiting for the one before it.
+    fn in_turn(&mut self, count: usize, lanes: &[Lane]) -> Result<f64, ProbeError> {
+        let start = Instant::now();
+        let mut before = Fences::none();
+        for _ in 0..count {
+            for &lane in lanes {
+                let op = match lane {
+                    Lane::DiskToCpu => page_read(),
+                    _ => self.gather(),
+                };
+                before = self.machine.submit(lane, op, &before).into();
+            }
+        }
+        self.machine.wait(&before)?;
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    fn gather(&self) -> Op {
         let from = HiddenRows {
             base: 0,
-            rows,
+            rows: Table::whole(self.rows.clone()),
             width: WIDTH,
         };
-        let gather = Compute::Gather { from, out: MIB / 2 };
-        machine.submit(Lane::CpuCompute, Op::Compute(gather), &Fences::none());
+        Op::Compute(Compute::Gather { from, out: MIB / 2 })
     }
-    let all = machine.submitted();
-    machine.wait(&all)?;
-    Ok(start.elapsed().as_secs_f64())
+}
+
+fn page_read() -> Op {
+    Op::Read(vec![FileSpan {
+        file: FileId(0),
+        offset: 0,
+        memory: MIB - PAGE_BYTES,
+        bytes: PAGE_BYTES,
+    }])
 }

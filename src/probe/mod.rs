@@ -31,6 +31,7 @@ use bench::Bench;
 use compute::ComputeArea;
 use contention::ContentionArea;
 use disk::DiskArea;
+use launch::LaunchBench;
 use scale::Extent;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -116,7 +117,9 @@ pub fn probe(options: ProbeOptions) -> Result<HardwareProfile, ProbeError> {
     let mut profile = areas.profile(key, options.command)?;
     // Arenas and buffers of the measurements are gone before another machine is opened.
     drop((bench, areas));
-    profile.cpu.launch_s = launch::launch_s(&profile, options.threads)?;
+    let mut launches = LaunchBench::new(&profile, options.threads, options.offload_dir)?;
+    (profile.cpu.launch_s, profile.cpu.handover_s) = launches.measure()?;
+    drop(launches);
     // What is handed out is what a saved file would give back: checked by the same reader.
     Ok(HardwareProfile::from_toml(&profile.to_toml())?)
 }

@@ -57,6 +57,8 @@ const fn step(block_bytes: u64, depth: u32, repeats: u64) -> DiskStep {
 }
 
 const KIB_256: u64 = MIB / 4;
+const KIB_64: u64 = MIB / 16;
+const KIB_8: u64 = MIB / 128;
 
 static FULL: Extent = Extent {
     rounds: 6,
@@ -78,6 +80,8 @@ static FULL: Extent = Extent {
         step(4 * MIB, 1, 32),
         step(MIB, 1, 64),
         step(KIB_256, 1, 128),
+        step(KIB_64, 4, 64),
+        step(KIB_8, 4, 64),
     ],
     writes: &[
         step(64 * MIB, 4, 1),
@@ -87,6 +91,9 @@ static FULL: Extent = Extent {
         step(4 * MIB, 1, 2),
         step(MIB, 1, 4),
         step(KIB_256, 1, 16),
+        step(KIB_256, 4, 16),
+        step(KIB_64, 4, 16),
+        step(KIB_8, 4, 16),
     ],
     window_s: 0.15,
     window_write_bytes: 80 * MIB,

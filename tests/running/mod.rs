@@ -50,7 +50,7 @@ pub struct PackedFile {
     pub dir: tempfile::TempDir,
     pub file: PathBuf,
     pub matrix_offsets: Vec<u64>,
-    pub smalls: Vec<Vec<u8>>,
+    pub small_offsets: Vec<u64>,
 }
 
 /// Packs a source the plain way: everything in memory, one file.
@@ -79,20 +79,21 @@ pub fn pack(source: &dyn WeightSource, compress: bool) -> PackedFile {
         pack_panels(&pool, Isa::detect(), from, format, &mut packed);
         bytes.extend_from_slice(&packed);
     }
+    let mut small_offsets = Vec::new();
+    for small in model.smalls() {
+        let mut values = vec![0u8; small.bytes() as usize];
+        source.read_small(&small, &mut values).expect("small");
+        small_offsets.push(bytes.len() as u64);
+        bytes.extend_from_slice(&values);
+    }
     bytes.resize(bytes.len().next_multiple_of(4096) + 4096, 0);
     let file = dir.path().join("weights.bin");
     std::fs::write(&file, bytes).expect("write the pack");
-    let small = |small: &loadmaster::model::Small| {
-        let mut bytes = vec![0u8; small.bytes() as usize];
-        source.read_small(small, &mut bytes).expect("small");
-        bytes
-    };
-    let smalls = model.smalls().iter().map(small).collect();
     PackedFile {
         dir,
         file,
         matrix_offsets,
-        smalls,
+        small_offsets,
     }
 }
 
@@ -101,7 +102,7 @@ impl PackedFile {
         Packed {
             file: self.file.clone(),
             matrix_offsets: self.matrix_offsets.clone(),
-            smalls: self.smalls.clone(),
+            small_offsets: self.small_offsets.clone(),
         }
     }
 }
