@@ -9,8 +9,9 @@ use super::settle::{Model, Target, make_offload_dir};
 use super::solve::plan_fixed;
 use super::trial::Trial;
 use crate::checkpoint::{SynthJob, write_synth};
+use crate::cost::figures::Figures;
 use crate::machine::disk::write_atomically;
-use crate::machine::os::{self, MemoryGroup, wait_for_peak};
+use crate::machine::os::{MemoryGroup, wait_for_peak};
 use crate::plan::Plan;
 use crate::planner::{CompressMode, Fixed};
 use crate::proof::draw::Draws;
@@ -368,20 +369,16 @@ impl<'a> Campaign<'a> {
             .stdin(Stdio::null())
             .stdout(self.file("stdout.json")?)
             .stderr(self.file("stderr.txt")?);
-        // A child's peak begins with its parent's: ours must be low when it is made.
-        os::release_free_heap();
-        os::reset_peak();
         let mut process = command.spawn().map_err(Failure::failed)?;
         let (peak_bytes, done) = wait_for_peak(&mut process).map_err(Failure::failed)?;
         let account = group.account();
         let read = |name: &str| std::fs::read_to_string(self.folder.join(name)).unwrap_or_default();
-        let plan = std::fs::read_to_string(&report).ok();
-        let plan = plan
-            .and_then(|text| RunReport::from_json(&text).ok())
-            .map(|r| r.plan);
-        let planned = plan
-            .and_then(|p| p.estimate)
-            .map_or(0, |e| e.tiers[Tier::Cpu].peak_bytes);
+        let report = std::fs::read_to_string(&report).ok();
+        let report = report.and_then(|text| RunReport::from_json(&text).ok());
+        let cpu_peak = |f: &Figures| f.tiers[Tier::Cpu].peak_bytes;
+        let own_peak = report.as_ref().map_or(0, |r| cpu_peak(&r.measured));
+        let planned = report.and_then(|r| r.plan.estimate);
+        let planned = planned.as_ref().map_or(0, cpu_peak);
         let error = match done {
             true => String::new(),
             false => read("stderr.txt")
@@ -395,7 +392,7 @@ impl<'a> Campaign<'a> {
             seen: Seen {
                 budget_bytes,
                 planned_bytes: planned,
-                peak_bytes,
+                peak_bytes: peak_bytes.max(own_peak),
                 failed_charges: account.failed_charges,
                 kills: account.kills,
                 done,

@@ -26,7 +26,7 @@ use std::time::Instant;
 /// heap (2 MiB), stacks and scratch of two compute threads (3 MiB), the load's bounce buffer (8 MiB), and
 /// room for what varies. A memory cgroup charges kernel objects and files in flight as well, and not the
 /// file pages: the one is less than the other.
-pub const PROCESS_BYTES: u64 = 32 * MIB;
+pub const PROCESS_BYTES: u64 = 26 * MIB;
 /// What `PROCESS_BYTES` has room for.
 const PROCESS_THREADS: usize = 2;
 /// Scratch and touched stack of a further thread.

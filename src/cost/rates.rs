@@ -458,9 +458,9 @@ mod tests {
         let all = seconds(&profile, 16);
         assert!((seconds(&profile, 4) - 4.0 * all).abs() < 1e-12);
         assert_eq!(seconds(&profile, 64), all);
-        profile.calibration.insert("gemm".into(), 1.5);
+        profile.calibration.terms.insert("gemm".into(), 1.5);
         assert!((seconds(&profile, 16) - 1.5 * all).abs() < 1e-12);
-        profile.calibration.insert("gemm.cpu".into(), 2.0);
+        profile.calibration.terms.insert("gemm.cpu".into(), 2.0);
         assert!((seconds(&profile, 16) - 2.0 * all).abs() < 1e-12);
         let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
         let keep = rates.keep(Lane::CpuCompute, &[Lane::DiskToCpu, Lane::CpuToGpu]);

@@ -13,14 +13,14 @@ use crate::machine::threaded::{OpenRequest, ThreadedMachine};
 use crate::machine::{Fences, Machine};
 use crate::policy::DeviceKind;
 use crate::profile::HardwareProfile;
-use crate::tier::{Lane, Tier};
+use crate::tier::Lane;
 use crate::units::{MIB, PAGE_BYTES};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Rows of an operation that is split over threads.
-const ROWS: u32 = 16;
+/// Rows of operations that are split over threads: what they take is extended to none.
+const ROWS: [u32; 2] = [16, 48];
 const WIDTH: usize = 512;
 const OPERATIONS: usize = 1000;
 /// Operations on each of two lanes that wait for each other in turn.
@@ -30,9 +30,7 @@ const ROUNDS: usize = 7;
 /// A machine of its own, a mebibyte large, with a small file.
 pub struct LaunchBench {
     machine: ThreadedMachine,
-    rows: Arc<[u32]>,
-    /// Seconds of the operation's own work.
-    work_s: f64,
+    rows: [Arc<[u32]>; 2],
 }
 
 impl LaunchBench {
@@ -45,8 +43,6 @@ impl LaunchBench {
         let file = DiskFile::create_unlinked(dir, PAGE_BYTES)?;
         let page = AlignedBuffer::new(PAGE_BYTES)?;
         file.write_at(&page, 0)?;
-        let bytes = 2.0 * 4.0 * (ROWS as usize * WIDTH) as f64;
-        let work_s = rates.rowwise_s(Tier::Cpu, bytes);
         let request = OpenRequest {
             device: DeviceKind::Cpu,
             gpu_bytes: 0,
@@ -57,8 +53,7 @@ impl LaunchBench {
         };
         Ok(LaunchBench {
             machine: ThreadedMachine::open(request)?,
-            rows: (0..ROWS).collect(),
-            work_s,
+            rows: ROWS.map(|rows| (0..rows).collect()),
         })
     }
 
@@ -66,12 +61,15 @@ impl LaunchBench {
     pub fn measure(&mut self) -> Result<(f64, f64), ProbeError> {
         let (mut launch, mut handover) = (Series::default(), Series::default());
         for _ in 0..ROUNDS {
-            let each_s = self.in_turn(OPERATIONS, &[Lane::CpuCompute])? / OPERATIONS as f64;
-            launch.push(each_s - self.work_s);
+            let few_s = self.in_turn((OPERATIONS, 0), &[Lane::CpuCompute])?;
+            let more_s = self.in_turn((OPERATIONS, 1), &[Lane::CpuCompute])?;
+            let [few, more] = ROWS.map(f64::from);
+            let none_s = few_s - (more_s - few_s) * few / (more - few);
+            launch.push(none_s / OPERATIONS as f64);
             let count = HANDOVERS as f64;
-            let compute_s = self.in_turn(HANDOVERS, &[Lane::CpuCompute])?;
-            let read_s = self.in_turn(HANDOVERS, &[Lane::DiskToCpu])?;
-            let both_s = self.in_turn(HANDOVERS, &[Lane::DiskToCpu, Lane::CpuCompute])?;
+            let compute_s = self.in_turn((HANDOVERS, 0), &[Lane::CpuCompute])?;
+            let read_s = self.in_turn((HANDOVERS, 0), &[Lane::DiskToCpu])?;
+            let both_s = self.in_turn((HANDOVERS, 0), &[Lane::DiskToCpu, Lane::CpuCompute])?;
             handover.push((both_s - read_s - compute_s) / (2.0 * count));
         }
         let launch_s = launch.median().unwrap_or(0.0);
@@ -80,14 +78,18 @@ impl LaunchBench {
     }
 
     /// Seconds of `count` operations on each of the lanes, each waiting for the one before it.
-    fn in_turn(&mut self, count: usize, lanes: &[Lane]) -> Result<f64, ProbeError> {
+    fn in_turn(
+        &mut self,
+        (count, size): (usize, usize),
+        lanes: &[Lane],
+    ) -> Result<f64, ProbeError> {
         let start = Instant::now();
         let mut before = Fences::none();
         for _ in 0..count {
             for &lane in lanes {
                 let op = match lane {
                     Lane::DiskToCpu => page_read(),
-                    _ => self.gather(),
+                    _ => self.gather(size),
                 };
                 before = self.machine.submit(lane, op, &before).into();
             }
@@ -96,10 +98,10 @@ impl LaunchBench {
         Ok(start.elapsed().as_secs_f64())
     }
 
-    fn gather(&self) -> Op {
+    fn gather(&self, size: usize) -> Op {
         let from = HiddenRows {
             base: 0,
-            rows: Table::whole(self.rows.clone()),
+            rows: Table::whole(self.rows[size].clone()),
             width: WIDTH,
         };
         Op::Compute(Compute::Gather { from, out: MIB / 2 })

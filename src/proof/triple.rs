@@ -87,7 +87,7 @@ pub fn drawn_model(draws: &mut Draws, number: usize) -> ModelSpec {
 pub struct Seen {
     pub budget_bytes: u64,
     pub planned_bytes: u64,
-    /// The kernel's own account of the child's peak (VmHWM), planning and loading included.
+    /// The child's VmHWM, planning and loading included.
     pub peak_bytes: u64,
     pub failed_charges: u64,
     pub kills: u64,

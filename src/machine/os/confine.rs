@@ -4,6 +4,7 @@
 use super::cgroup;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::time::Duration;
 use thiserror::Error;
 
 /// Why no group could be made.
@@ -145,22 +146,30 @@ fn two_above(root: &Path) -> Result<PathBuf, ConfineError> {
 
 const LEAF: &str = "loadmaster-itself";
 
-/// Waits for a child: its peak of resident bytes by the kernel's account, and whether it ended well.
-#[cfg(target_os = "linux")]
-pub fn wait_for_peak(child: &mut Child) -> std::io::Result<(u64, bool)> {
-    let mut status = 0;
-    // SAFETY: an all-zero rusage is a valid one.
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: both places outlive the call, and the child is ours and waited for nowhere else.
-    let pid = unsafe { libc::wait4(child.id() as libc::pid_t, &mut status, 0, &mut usage) };
-    if pid < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    let done = libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0;
-    Ok((usage.ru_maxrss as u64 * 1024, done))
-}
+/// How often a child's peak is looked at.
+const LOOK: Duration = Duration::from_millis(2);
 
-#[cfg(not(target_os = "linux"))]
+/// Waits for a child: its peak of resident bytes (VmHWM, which begins anew with the program that the
+/// child becomes; the account that `wait4` gives would begin with ours), and whether it ended well.
 pub fn wait_for_peak(child: &mut Child) -> std::io::Result<(u64, bool)> {
-    Ok((0, child.wait()?.success()))
+    let proc = PathBuf::from(format!("/proc/{}", child.id()));
+    let shell = std::fs::read_link("/bin/sh").map(|p| p.file_name().map(|n| n.to_owned()));
+    let shell = shell.ok().flatten().unwrap_or_else(|| "sh".into());
+    let mut peak_bytes = 0;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok((peak_bytes, status.success()));
+        }
+        let exe = std::fs::read_link(proc.join("exe")).unwrap_or_default();
+        if exe
+            .file_name()
+            .is_some_and(|name| name != shell && name != "sh")
+        {
+            let status = std::fs::read_to_string(proc.join("status")).unwrap_or_default();
+            peak_bytes = super::kilobytes(&status, "VmHWM:")
+                .unwrap_or(0)
+                .max(peak_bytes);
+        }
+        std::thread::sleep(LOOK);
+    }
 }
