@@ -20,6 +20,8 @@ mod models;
 mod placement;
 #[path = "cli/plans.rs"]
 mod plans;
+#[path = "cli/proofs.rs"]
+mod proofs;
 mod running;
 #[path = "cli/shapes.rs"]
 mod shapes;
