@@ -29,6 +29,9 @@ program() {
   export LOADMASTER STREAMING
 }
 
+case " $* " in *" --help "* | *" -h "*)
+  LOADMASTER=- STREAMING=- exec python3 "$here/drive.py" --help ;;
+esac
 environment
 program
 exec "$work/venv/bin/python" "$here/drive.py" "$@"
