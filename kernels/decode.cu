@@ -3,63 +3,15 @@
 // index, so that results depend on nothing but the item. Twin: cpu/kernels/decode.rs.
 #include "device.cuh"
 
-constexpr u32 THREADS = 128, WARPS = THREADS / 32, CHUNK = 256, WIDEST = 256, EACH = 8;
+constexpr u32 THREADS = 128, WARPS = THREADS / 32, CHUNK = 256, WIDEST = 256;
 
-/// Elements first..first + 8 of a K or V row as f32, zeros past `end`. `vectors`: rows and heads are such that
-/// eight elements are aligned to 16 bytes (q4: to eight codes of one height).
-DEVICE void read8(const u8* row, u32 first, bool vectors, f32 (&x)[EACH], f32*) {
-  if (vectors) {
-    float4 a = __ldg((const float4*)(row + 4 * first)), b = __ldg((const float4*)(row + 4 * first + 16));
-    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
-    return;
-  }
-  for (u32 i = 0; i < EACH; i++) x[i] = KvFormat<f32>::read(row, first + i);
-}
-DEVICE void read8(const u8* row, u32 first, bool vectors, f32 (&x)[EACH], Half*) {
-  if (vectors) {
-    uint4 raw = __ldg((const uint4*)(row + 2 * first));
-    const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-    UNROLL
-    for (u32 i = 0; i < EACH; i++) x[i] = half_to_float((u16)(words[i / 2] >> (i % 2 * 16)));
-    return;
-  }
-  for (u32 i = 0; i < EACH; i++) x[i] = KvFormat<Half>::read(row, first + i);
-}
-DEVICE void read8(const u8* row, u32 first, bool vectors, f32 (&x)[EACH], Q4*) {
-  if (vectors) {
-    const u32* group = (const u32*)(row + first / GROUP * GROUP_BYTES);
-    u32 ends = __ldg(group + 8), inside = first % GROUP, nibble = inside / 16 * 4;
-    f32 scale = half_to_float((u16)ends), minimum = half_to_float((u16)(ends >> 16));
-    UNROLL
-    for (u32 i = 0; i < EACH; i += 2) {
-      u32 pair = __ldg(group + (inside % 16 + i) / 2) >> nibble;
-      x[i] = fmaf((f32)(pair & 15), scale, minimum);
-      x[i + 1] = fmaf((f32)(pair >> 16 & 15), scale, minimum);
-    }
-    return;
-  }
-  for (u32 i = 0; i < EACH; i++) x[i] = KvFormat<Q4>::read(row, first + i);
-}
-
-/// The 8 elements from `d` on of a head, zeros past its end.
-template <class C>
-DEVICE void read_head(const u8* row, u32 start, u32 d, u32 head_size, bool vectors, f32 (&x)[EACH]) {
-  if (d + EACH <= head_size) return read8(row, start + d, vectors, x, (C*)0);
-  for (u32 i = 0; i < EACH; i++) x[i] = d + i < head_size ? KvFormat<C>::read(row, start + d + i) : 0.0f;
-}
-
-/// Whether `read8` may take vectors: every head begins at a multiple of eight elements, every row aligned.
-template <class C> DEVICE bool whole_vectors(const KvItem& item, u32 head_size, u32 hidden) {
-  return head_size % EACH == 0 && (sizeof(C) == 1 || (item.records % 16 == 0 && KvFormat<C>::row_bytes(hidden) % 16 == 0));
-}
-
+/// The largest value or the sum over the block, in every thread; `parts` serves one call.
 DEVICE f32 block_fold(f32 value, bool largest, f32 (&parts)[WARPS]) {
   value = largest ? warp_max(value) : warp_sum(value);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
   __syncthreads();
   f32 folded = parts[0];
   for (u32 warp = 1; warp < WARPS; warp++) folded = largest ? larger(parts[warp], folded) : folded + parts[warp];
-  __syncthreads();
   return folded;
 }
 
@@ -70,7 +22,7 @@ template <class C>
 DEVICE void attend_decode(const f32* qkv, u32 qkv_stride, const KvItem* items, u32 items_count, u32 heads,
                           u32 head_size, f32* out, u32 out_stride, f32* partial) {
   SHARED(f32, scores, [CHUNK]);
-  SHARED(f32, parts, [WARPS]);
+  SHARED(f32, parts, [2][WARPS]);
   SHARED(f32, values, [WARPS][WIDEST]);
   KvItem item = find_item(items, items_count, blockIdx.x);
   u32 head = blockIdx.y, hidden = heads * head_size, start = head * head_size;
@@ -101,13 +53,13 @@ DEVICE void attend_decode(const f32* qkv, u32 qkv_stride, const KvItem* items, u
 
   f32 maximum = -INFINITE, total = 0.0f;
   for (u32 key = threadIdx.x; key < count; key += THREADS) maximum = larger(scores[key], maximum);
-  maximum = block_fold(maximum, true, parts);
+  maximum = block_fold(maximum, true, parts[0]);
   for (u32 key = threadIdx.x; key < count; key += THREADS) {
     f32 weight = exp_exact(scores[key] - maximum);
     scores[key] = weight;
     total += weight;
   }
-  total = block_fold(total, false, parts);
+  total = block_fold(total, false, parts[1]);
 
   f32 sums[EACH] = {};
   for (u32 key = mine; key < count; key += WARPS * together) {

@@ -46,6 +46,37 @@ DEVICE f32 exp2_fast(f32 x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
   return value;
 }
+
+/// C += A·B by one warp: A 16 × 16, B 16 × 8 in fp16, C in f32; fragments as mma.m16n8k16 has them. Before
+/// sm_80 the tensor cores take half as many k at once: the registers are the same.
+DEVICE void mma_16816(f32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%8}, {%0,%1,%2,%3};\n"
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%6,%7}, {%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+/// Four 8 × 8 matrices of fp16 from shared memory: lane l says where row l % 8 of matrix l / 8 begins (aligned to
+/// 16 bytes) and gets two neighbours of row lane / 4 of each; transposed, of column lane / 4.
+template <bool TRANSPOSED> DEVICE void load_matrices(u32 (&to)[4], const void* row) {
+  u32 at;
+  asm("{ .reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(at) : "l"(row));
+  if (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
+  }
+}
 #endif
 
 DEVICE f32 widen(f32 value) { return value; }
@@ -195,6 +226,57 @@ template <> struct KvFormat<Q4> {
 template <class C> DEVICE u8* kv_row(const KvItem& item, u32 token, u32 side, u32 hidden) {
   u64 record = item.slots ? ((const u32*)item.slots)[token] : token;
   return (u8*)item.records + (2 * record + side) * KvFormat<C>::row_bytes(hidden);
+}
+
+/// Elements of a row that a thread takes at once.
+constexpr u32 EACH = 8;
+
+/// Elements first..first + 8 of a K or V row as f32, zeros past `end`. `vectors`: rows and heads are such that
+/// eight elements are aligned to 16 bytes (q4: to eight codes of one height).
+DEVICE void read8(const u8* row, u32 first, bool vectors, f32 (&x)[EACH], f32*) {
+  if (vectors) {
+    float4 a = __ldg((const float4*)(row + 4 * first)), b = __ldg((const float4*)(row + 4 * first + 16));
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+    return;
+  }
+  for (u32 i = 0; i < EACH; i++) x[i] = KvFormat<f32>::read(row, first + i);
+}
+DEVICE void read8(const u8* row, u32 first, bool vectors, f32 (&x)[EACH], Half*) {
+  if (vectors) {
+    uint4 raw = __ldg((const uint4*)(row + 2 * first));
+    const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+    UNROLL
+    for (u32 i = 0; i < EACH; i++) x[i] = half_to_float((u16)(words[i / 2] >> (i % 2 * 16)));
+    return;
+  }
+  for (u32 i = 0; i < EACH; i++) x[i] = KvFormat<Half>::read(row, first + i);
+}
+DEVICE void read8(const u8* row, u32 first, bool vectors, f32 (&x)[EACH], Q4*) {
+  if (vectors) {
+    const u32* group = (const u32*)(row + first / GROUP * GROUP_BYTES);
+    u32 ends = __ldg(group + 8), inside = first % GROUP, nibble = inside / 16 * 4;
+    f32 scale = half_to_float((u16)ends), minimum = half_to_float((u16)(ends >> 16));
+    UNROLL
+    for (u32 i = 0; i < EACH; i += 2) {
+      u32 pair = __ldg(group + (inside % 16 + i) / 2) >> nibble;
+      x[i] = fmaf((f32)(pair & 15), scale, minimum);
+      x[i + 1] = fmaf((f32)(pair >> 16 & 15), scale, minimum);
+    }
+    return;
+  }
+  for (u32 i = 0; i < EACH; i++) x[i] = KvFormat<Q4>::read(row, first + i);
+}
+
+/// The 8 elements from `d` on of a head, zeros past its end.
+template <class C>
+DEVICE void read_head(const u8* row, u32 start, u32 d, u32 head_size, bool vectors, f32 (&x)[EACH]) {
+  if (d + EACH <= head_size) return read8(row, start + d, vectors, x, (C*)0);
+  for (u32 i = 0; i < EACH; i++) x[i] = d + i < head_size ? KvFormat<C>::read(row, start + d + i) : 0.0f;
+}
+
+/// Whether `read8` may take vectors: every head begins at a multiple of eight elements, every row aligned.
+template <class C> DEVICE bool whole_vectors(const KvItem& item, u32 head_size, u32 hidden) {
+  return head_size % EACH == 0 && (sizeof(C) == 1 || (item.records % 16 == 0 && KvFormat<C>::row_bytes(hidden) % 16 == 0));
 }
 
 #endif

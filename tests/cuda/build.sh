@@ -11,7 +11,7 @@ mkdir -p "$out/$what-objects"
 out="$(cd "$out" && pwd)"
 objects="$out/$what-objects"
 CXX="${CXX:-g++}"
-FLAGS=(-std=c++17 -O2 -g1 -march=native -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Wno-multichar -I"$here")
+FLAGS=(-std=c++17 -O2 -g1 -march=native -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -fno-strict-aliasing -I"$here")
 
 [ "$what" = runner ] && FLAGS+=(-fsanitize=address,undefined -fno-sanitize-recover=all)
 

@@ -66,8 +66,9 @@ int from_environment(const char* name, int otherwise) {
   return value ? atoi(value) : otherwise;
 }
 
-Order g_order = Order(from_environment("EMULATOR_ORDER", 0));
-int g_dropped = from_environment("EMULATOR_DROP_BARRIER", -1);
+const int ORDER = from_environment("EMULATOR_ORDER", 0);
+const int DROPPED = from_environment("EMULATOR_DROP_BARRIER", -1);
+const bool BACKWARDS = ORDER == 1 || ORDER == 4, ROTATING = ORDER == 2, WARP_BY_WARP = ORDER >= 3;
 
 /// One block at a time; stacks and messages are kept for the next.
 struct Runner {
@@ -81,8 +82,10 @@ struct Runner {
 
   void run(dim3 grid, dim3 block, dim3 index, const std::function<void()>& what);
   void prepare(dim3 grid, dim3 block, dim3 index);
+  bool turns(unsigned first, unsigned count, unsigned start);
   bool turn_of_all(unsigned start);
-  bool release_warps();
+  bool turn_of_warps();
+  bool release_warp(unsigned first);
   bool release_barrier(bool progressed);
 };
 
@@ -126,11 +129,11 @@ void Runner::prepare(dim3 grid, dim3 block, dim3 index) {
   if (count % WARP) fail("a block must be whole warps", fibers[0]);
 }
 
-bool Runner::turn_of_all(unsigned start) {
+/// One turn for each fiber of a range that is ready, from `start` in it on.
+bool Runner::turns(unsigned first, unsigned count, unsigned start) {
   bool progressed = false;
-  unsigned count = fibers.size();
   for (unsigned k = 0; k < count; k++) {
-    unsigned i = g_order == Order::Reverse ? count - 1 - k : (k + start) % count;
+    unsigned i = first + (BACKWARDS ? count - 1 - k : (k + start) % count);
     if (fibers[i].state != State::Ready) continue;
     progressed = true;
     running = &fibers[i];
@@ -139,21 +142,33 @@ bool Runner::turn_of_all(unsigned start) {
   return progressed;
 }
 
-/// Lets go on the warps of which every lane waits.
-bool Runner::release_warps() {
+bool Runner::turn_of_all(unsigned start) {
+  bool progressed = turns(0, fibers.size(), start);
+  for (unsigned first = 0; first < fibers.size(); first += WARP) progressed |= release_warp(first);
+  return progressed;
+}
+
+bool Runner::turn_of_warps() {
   bool progressed = false;
-  for (unsigned first = 0; first < fibers.size(); first += WARP) {
-    unsigned waiting = 0, done = 0;
-    for (unsigned i = first; i < first + WARP; i++) {
-      waiting += fibers[i].state == State::AtWarp;
-      done += fibers[i].state == State::Done;
-    }
-    if (waiting && done) fail("a warp operation after a lane has returned", fibers[first]);
-    if (waiting < WARP) continue;
-    progressed = true;
-    for (unsigned i = first; i < first + WARP; i++) fibers[i].state = State::Ready;
+  unsigned warps = fibers.size() / WARP;
+  for (unsigned w = 0; w < warps; w++) {
+    unsigned first = (BACKWARDS ? warps - 1 - w : w) * WARP;
+    while (turns(first, WARP, 0) | release_warp(first)) progressed = true;
   }
   return progressed;
+}
+
+/// Lets a warp go on when every lane of it waits.
+bool Runner::release_warp(unsigned first) {
+  unsigned waiting = 0, done = 0;
+  for (unsigned i = first; i < first + WARP; i++) {
+    waiting += fibers[i].state == State::AtWarp;
+    done += fibers[i].state == State::Done;
+  }
+  if (waiting && done) fail("a warp operation after a lane has returned", fibers[first]);
+  if (waiting < WARP) return false;
+  for (unsigned i = first; i < first + WARP; i++) fibers[i].state = State::Ready;
+  return true;
 }
 
 bool Runner::release_barrier(bool progressed) {
@@ -181,8 +196,7 @@ void Runner::run(dim3 grid, dim3 block, dim3 index, const std::function<void()>&
   bool more = true;
   while (more) {
     random = random * 1664525u + 1013904223u;
-    bool progressed = turn_of_all(g_order == Order::Shuffled ? (random >> 8) % fibers.size() : 0);
-    progressed |= release_warps();
+    bool progressed = WARP_BY_WARP ? turn_of_warps() : turn_of_all(ROTATING ? (random >> 8) % fibers.size() : 0);
     more = release_barrier(progressed);
   }
   t_runner = before;
@@ -200,13 +214,11 @@ void draw_blocks(dim3 grid, dim3 block, const std::function<void()>& body, std::
 
 }  // namespace
 
-void set_order(Order order) { g_order = order; }
-void drop_barrier(int which) { g_dropped = which; }
 const Coordinates& current() { return t_runner->running->at; }
 
 void barrier() {
   Fiber& fiber = *t_runner->running;
-  if (int(fiber.barriers++) != g_dropped) pause(State::AtBarrier);
+  if (int(fiber.barriers++) != DROPPED) pause(State::AtBarrier);
 }
 
 void exchange(const void* message, size_t bytes) {

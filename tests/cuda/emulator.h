@@ -1,7 +1,10 @@
 // Runs a CUDA kernel's source on the CPU: one OS thread runs a block, every CUDA thread of it is a fiber.
-// Include this before a kernel file. What a missing barrier would allow on a GPU happens here for certain,
-// in one of three orders (forward, reverse, shuffled), because a fiber runs on until a barrier or a warp
-// operation stops it. Only full warps and full masks: that is all the kernels use, and checked.
+// Include this before a kernel file. What a missing barrier would allow on a GPU happens here for certain in
+// one of five orders, because a fiber runs on until a barrier or a warp operation stops it. EMULATOR_ORDER:
+//   0, 1, 2  every fiber a turn: forwards, backwards, each round from another one on
+//   3, 4     a warp runs until it stands at a barrier, then the next; forwards, backwards
+// EMULATOR_DROP_BARRIER=n leaves out every thread's n-th barrier (from 0) of each block.
+// Only full warps and full masks: that is all the kernels use, and checked.
 #ifndef LOADMASTER_EMULATOR_H
 #define LOADMASTER_EMULATOR_H
 
@@ -45,12 +48,6 @@ namespace emulator {
 constexpr unsigned WARP = 32;
 /// Bytes that a lane can hand to its warp in one operation.
 constexpr size_t MESSAGE = 64;
-
-/// In which order the fibers of a block take turns; from EMULATOR_ORDER (0, 1, 2) or set by a test.
-enum class Order { Forward, Reverse, Shuffled };
-void set_order(Order order);
-/// Which barrier (in order of execution in thread 0 of each block, from 0) to leave out; -1: none.
-void drop_barrier(int which);
 
 struct Coordinates {
   dim3 thread, block, block_dim, grid_dim;
@@ -121,28 +118,48 @@ inline float half_to_float(uint16_t bits) { return _cvtsh_ss(bits); }
 inline uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 inline float exp2_fast(float x) { return exp2f(x); }
 
-/// The tensor core's D = A·B + C for one warp: A 16 × 16, B 16 × 8 in fp16, C and D 16 × 8 in f32, spread
-/// over the lanes as mma.m16n8k16 wants them. A fragment register holds two neighbouring k.
+/// The tensor core's C += A·B for one warp: A 16 × 16, B 16 × 8 in fp16, C 16 × 8 in f32, spread over the
+/// lanes as mma.m16n8k16 wants them. A fragment register holds two neighbouring k.
 struct MmaOperands {
-  uint32_t a[4], b[2];
+  float a[8], b[4];
 };
-inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  MmaOperands own = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  emulator::exchange(&own, sizeof own);
+inline void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   auto element = [](uint32_t pair, int which) { return half_to_float(uint16_t(pair >> (16 * which))); };
-  auto of = [](unsigned lane) { return static_cast<const MmaOperands*>(emulator::message_of(lane)); };
+  MmaOperands own;
+  for (int i = 0; i < 8; i++) own.a[i] = element(a[i / 2], i % 2);
+  for (int i = 0; i < 4; i++) own.b[i] = element(i / 2 ? b1 : b0, i % 2);
+  emulator::exchange(&own, sizeof own);
   unsigned lane = emulator::current().lane;
+  auto of = [](unsigned lane) { return static_cast<const MmaOperands*>(emulator::message_of(lane)); };
   for (int i = 0; i < 4; i++) {
-    // Row lane / 4 (+ 8), column lane % 4 * 2 (+ 1) of D.
+    // Row lane / 4 (+ 8), column lane % 4 * 2 (+ 1) of C.
     unsigned row = lane / 4, column = lane % 4 * 2 + i % 2;
     float sum = 0;
-    for (int k = 0; k < 16; k++) {
+    for (unsigned k = 0; k < 16; k++) {
       unsigned holder = k % 8 / 2, upper = k / 8;
-      float left = element(of(row * 4 + holder)->a[upper * 2 + i / 2], k % 2);
-      float right = element(of(column * 4 + holder)->b[upper], k % 2);
-      sum = fmaf(left, right, sum);
+      float left = of(row * 4 + holder)->a[(upper * 2 + i / 2) * 2 + k % 2];
+      sum = fmaf(left, of(column * 4 + holder)->b[upper * 2 + k % 2], sum);
     }
     c[i] += sum;
+  }
+}
+
+/// ldmatrix.x4: four 8 × 8 matrices of fp16; lane l says where row l % 8 of matrix l / 8 is. Each lane gets of
+/// every matrix two neighbours in row lane / 4, or (transposed) in column lane / 4.
+template <bool TRANSPOSED> inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  if (uintptr_t(row) % 16) require_full_mask(0);
+  emulator::exchange(&row, sizeof row);
+  unsigned lane = emulator::current().lane;
+  for (unsigned matrix = 0; matrix < 4; matrix++) {
+    auto element = [&](unsigned r, unsigned column) -> uint32_t {
+      const uint16_t* from;
+      memcpy(&from, emulator::message_of(matrix * 8 + r), sizeof from);
+      return from[column];
+    };
+    unsigned line = lane / 4, pair = lane % 4 * 2;
+    uint32_t low = TRANSPOSED ? element(pair, line) : element(line, pair);
+    uint32_t high = TRANSPOSED ? element(pair + 1, line) : element(line, pair + 1);
+    to[matrix] = low | high << 16;
   }
 }
 

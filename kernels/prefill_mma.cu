@@ -1,0 +1,189 @@
+// Attention of many query rows on tensor cores: out = causal softmax(q · k / √head_size) · v, products in fp16
+// with sums in f32, no matrix of scores. Head sizes up to D; what is missing to D is zero.
+// Launch: grid (tiles of 64 query rows of all items, heads), block 128; `first_part` counts tiles. A warp has 16
+// of the tile's queries. Keys go by in 64s: staged in shared memory as fp16, whatever the cache's format,
+// scored, and folded into a running maximum, sum and weighted value, all in registers.
+// Twin: cpu/kernels/prefill.rs.
+#include "device.cuh"
+
+constexpr u32 THREADS = 128, QUERIES = 64, KEYS = 64, WARP_QUERIES = 16;
+/// Key columns of a score fragment, and pairs of them per turn.
+constexpr u32 FRAGMENT = 8, FRAGMENTS = KEYS / FRAGMENT;
+
+/// Eight elements of a head as fp16, zeros past its end. fp16 rows are copied, 4-bit ones widened.
+template <class C> DEVICE uint4 halves_of(const u8* row, u32 start, u32 d, u32 head_size, bool vectors) {
+  if (sizeof(C) == sizeof(Half) && vectors && d + EACH <= head_size) return __ldg((const uint4*)(row + 2 * (start + d)));
+  f32 x[EACH];
+  read_head<C>(row, start, d, head_size, vectors, x);
+  return make_uint4(half_pair(x[0], x[1]), half_pair(x[2], x[3]), half_pair(x[4], x[5]), half_pair(x[6], x[7]));
+}
+
+/// What a block works on.
+struct Tile {
+  KvItem item;
+  u32 head_size, hidden, start;
+  /// First query of the tile in its item, how many there are, and the keys that the last one sees.
+  u32 first_query, queries, keys;
+};
+
+/// K (side 0) or V (side 1) of keys first.. into shared memory, zeros past the last key.
+template <class C, u32 D>
+DEVICE void stage(const Tile& tile, u32 side, u32 first, bool vectors, Half (&rows)[KEYS][D + EACH]) {
+  const u32 pieces = D / EACH;
+  for (u32 at = threadIdx.x; at < KEYS * pieces; at += THREADS) {
+    u32 key = at / pieces, d = at % pieces * EACH;
+    uint4 values = make_uint4(0, 0, 0, 0);
+    if (first + key < tile.keys) {
+      values = halves_of<C>(kv_row<C>(tile.item, first + key, side, tile.hidden), tile.start, d, tile.head_size, vectors);
+    }
+    *(uint4*)&rows[key][d] = values;
+  }
+}
+
+/// The warp's queries as the left operand, times log2(e) / √head_size: scores are exponents of two.
+template <u32 D>
+DEVICE void load_queries(const f32* qkv, u32 qkv_stride, const Tile& tile, u32 first, u32 (&q)[D / 16][4]) {
+  u32 lane = threadIdx.x % 32;
+  f32 scale = 1.44269504f / sqrtf((f32)tile.head_size);
+  UNROLL
+  for (u32 i = 0; i < D / 4; i++) {
+    u32 query = first + lane / 4 + i % 2 * 8, d = i / 4 * 16 + i / 2 % 2 * 8 + lane % 4 * 2;
+    const f32* from = qkv + (u64)(tile.item.first_row + tile.first_query + query) * qkv_stride + tile.start;
+    f32 low = query < tile.queries && d < tile.head_size ? from[d] * scale : 0.0f;
+    f32 high = query < tile.queries && d + 1 < tile.head_size ? from[d + 1] * scale : 0.0f;
+    q[i / 4][i % 4] = half_pair(low, high);
+  }
+}
+
+/// scores = q · k for the staged keys.
+template <u32 D>
+DEVICE void score(const u32 (&q)[D / 16][4], const Half (&keys)[KEYS][D + EACH], f32 (&scores)[FRAGMENTS][4]) {
+  u32 lane = threadIdx.x % 32;
+  // Matrices 0, 1: eight keys, dimensions 0..8 and 8..16; matrices 2, 3: the next eight keys.
+  u32 key = lane / 16 * 8 + lane % 8, d = lane / 8 % 2 * 8;
+  UNROLL
+  for (u32 n = 0; n < FRAGMENTS; n += 2) {
+    UNROLL
+    for (u32 k = 0; k < D / 16; k++) {
+      u32 b[4];
+      load_matrices<false>(b, &keys[n * FRAGMENT + key][k * 16 + d]);
+      mma_16816(scores[n], q[k], b[0], b[1]);
+      mma_16816(scores[n + 1], q[k], b[2], b[3]);
+    }
+  }
+}
+
+/// sums += weights · v for the staged values.
+template <u32 D>
+DEVICE void add_values(const f32 (&weights)[FRAGMENTS][4], const Half (&values)[KEYS][D + EACH], f32 (&sums)[D / 8][4]) {
+  u32 lane = threadIdx.x % 32;
+  // Matrices 0, 1: keys 0..8 and 8..16 of eight dimensions; matrices 2, 3: of the next eight.
+  u32 key = lane % 16, d = lane / 16 * 8;
+  UNROLL
+  for (u32 k = 0; k < KEYS / 16; k++) {
+    u32 p[4];
+    UNROLL
+    for (u32 i = 0; i < 4; i++) p[i] = half_pair(weights[2 * k + i / 2][i % 2 * 2], weights[2 * k + i / 2][i % 2 * 2 + 1]);
+    UNROLL
+    for (u32 n = 0; n < D / 8; n += 2) {
+      u32 b[4];
+      load_matrices<true>(b, &values[k * 16 + key][n * 8 + d]);
+      mma_16816(sums[n], p, b[0], b[1]);
+      mma_16816(sums[n + 1], p, b[2], b[3]);
+    }
+  }
+}
+
+/// Scores become weights 2^(score - maximum); `shrink` is what brings older sums to the new maximum. `seen`: keys
+/// of this turn that the lane's two rows see; those behind have no weight.
+DEVICE void weigh(f32 (&scores)[FRAGMENTS][4], const u32 (&seen)[2], f32 (&maximum)[2], f32 (&total)[2], f32 (&shrink)[2]) {
+  u32 column = threadIdx.x % 4 * 2;
+  UNROLL
+  for (u32 row = 0; row < 2; row++) {
+    f32 highest = maximum[row];
+    UNROLL
+    for (u32 i = 0; i < FRAGMENTS * 2; i++) {
+      f32& value = scores[i / 2][row * 2 + i % 2];
+      if (i / 2 * FRAGMENT + column + i % 2 >= seen[row]) value = -INFINITE;
+      highest = larger(value, highest);
+    }
+    // The four lanes of a row.
+    highest = larger(__shfl_xor_sync(~0u, highest, 1), highest);
+    highest = larger(__shfl_xor_sync(~0u, highest, 2), highest);
+    shrink[row] = exp2_fast(maximum[row] - highest);
+    maximum[row] = highest;
+    f32 sum = 0.0f;
+    UNROLL
+    for (u32 i = 0; i < FRAGMENTS * 2; i++) {
+      f32& value = scores[i / 2][row * 2 + i % 2];
+      value = i / 2 * FRAGMENT + column + i % 2 < seen[row] ? exp2_fast(value - highest) : 0.0f;
+      sum += value;
+    }
+    total[row] = fmaf(total[row], shrink[row], sum);
+  }
+}
+
+template <class C, u32 D>
+DEVICE void attend_prefill_mma(const f32* qkv, u32 qkv_stride, const KvItem* items, u32 items_count, u32 heads,
+                               u32 head_size, f32* out, u32 out_stride) {
+  SHARED(Half, keys, [KEYS][D + EACH]);
+  SHARED(Half, values, [KEYS][D + EACH]);
+  Tile tile;
+  tile.item = find_item(items, items_count, blockIdx.x);
+  tile.head_size = head_size, tile.hidden = heads * head_size, tile.start = blockIdx.y * head_size;
+  tile.first_query = (blockIdx.x - tile.item.first_part) * QUERIES;
+  tile.queries = tile.item.rows - tile.first_query < QUERIES ? tile.item.rows - tile.first_query : QUERIES;
+  tile.keys = tile.item.past + tile.first_query + tile.queries;
+  bool vectors = whole_vectors<C>(tile.item, head_size, tile.hidden);
+  u32 lane = threadIdx.x % 32, first = threadIdx.x / 32 * WARP_QUERIES;
+  // The lane's two rows, and how many keys each sees.
+  u32 rows[2] = {first + lane / 4, first + lane / 4 + 8};
+  u32 visible = tile.item.past + tile.first_query + 1;
+  u32 q[D / 16][4];
+  load_queries<D>(qkv, qkv_stride, tile, first, q);
+  f32 sums[D / 8][4] = {};
+  f32 maximum[2] = {-INFINITE, -INFINITE}, total[2] = {};
+  for (u32 from = 0; from < tile.keys; from += KEYS) {
+    __syncthreads();
+    stage<C, D>(tile, 0, from, vectors, keys);
+    stage<C, D>(tile, 1, from, vectors, values);
+    __syncthreads();
+    // The same for the whole warp: whether its last row sees any of these keys.
+    if (visible + first + WARP_QUERIES - 1 <= from) continue;
+    f32 scores[FRAGMENTS][4] = {}, shrink[2];
+    score<D>(q, keys, scores);
+    u32 seen[2];
+    UNROLL
+    for (u32 row = 0; row < 2; row++) seen[row] = visible + rows[row] > from ? visible + rows[row] - from : 0;
+    weigh(scores, seen, maximum, total, shrink);
+    UNROLL
+    for (u32 i = 0; i < D / 8 * 4; i++) sums[i / 4][i % 4] *= shrink[i % 4 / 2];
+    add_values<D>(scores, values, sums);
+  }
+  UNROLL
+  for (u32 row = 0; row < 2; row++) {
+    f32 whole = total[row] + __shfl_xor_sync(~0u, total[row], 1);
+    whole += __shfl_xor_sync(~0u, whole, 2);
+    if (rows[row] >= tile.queries) continue;
+    f32* to = out + (u64)(tile.item.first_row + tile.first_query + rows[row]) * out_stride + tile.start;
+    UNROLL
+    for (u32 i = 0; i < D / 4; i++) {
+      u32 d = i / 2 * 8 + lane % 4 * 2 + i % 2;
+      if (d < head_size) to[d] = sums[i / 2][row * 2 + i % 2] / whole;
+    }
+  }
+}
+
+#define ATTEND_PREFILL_MMA(name, C, D)                                                                               \
+  KERNEL __launch_bounds__(THREADS, 2) attend_prefill_mma_##name##_##D(const f32* qkv, u32 qkv_stride,                  \
+                                                                    const KvItem* items, u32 items_count, u32 heads, \
+                                                                    u32 head_size, f32* out, u32 out_stride) {       \
+    attend_prefill_mma<C, D>(qkv, qkv_stride, items, items_count, heads, head_size, out, out_stride);                \
+  }
+#define ATTEND_PREFILL_MMA_ALL(name, C) \
+  ATTEND_PREFILL_MMA(name, C, 32)       \
+  ATTEND_PREFILL_MMA(name, C, 64)       \
+  ATTEND_PREFILL_MMA(name, C, 80)       \
+  ATTEND_PREFILL_MMA(name, C, 128)
+ATTEND_PREFILL_MMA_ALL(f16, Half)
+ATTEND_PREFILL_MMA_ALL(q4, Q4)
