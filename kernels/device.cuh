@@ -47,6 +47,23 @@ DEVICE f32 exp2_fast(f32 x) {
   return value;
 }
 
+/// 16 bytes from global to shared memory, both aligned, or zeros where not `there`; done after `copies_done` by the
+/// same thread (and a barrier, for the others). Before sm_80 it is done at once.
+DEVICE void copy_async(void* to, const void* from, bool there) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "{ .reg .u64 a; .reg .u32 s; cvta.to.shared.u64 a, %0; cvt.u32.u64 s, a;"
+      " cp.async.cg.shared.global [s], [%1], 16, %2; }" ::"l"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+#else
+  *(uint4*)to = there ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+#endif
+}
+DEVICE void copies_done() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 /// C += A·B by one warp: A 16 × 16, B 16 × 8 in fp16, C in f32; fragments as mma.m16n8k16 has them. Before
 /// sm_80 the tensor cores take half as many k at once: the registers are the same.
 DEVICE void mma_16816(f32 (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {

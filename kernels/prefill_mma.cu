@@ -1,7 +1,7 @@
 // Attention of many query rows on tensor cores: out = causal softmax(q · k / √head_size) · v, products in fp16
 // with sums in f32, no matrix of scores. Head sizes up to D; what is missing to D is zero.
 // Launch: grid (tiles of 64 query rows of all items, heads), block 128; `first_part` counts tiles. A warp has 16
-// of the tile's queries. Keys go by in 64s: staged in shared memory as fp16, whatever the cache's format,
+// of the tile's queries. Keys go by in 64s: brought to shared memory as fp16, whatever the cache's format,
 // scored, and folded into a running maximum, sum and weighted value, all in registers.
 // Twin: cpu/kernels/prefill.rs.
 #include "device.cuh"
@@ -10,9 +10,8 @@ constexpr u32 THREADS = 128, QUERIES = 64, KEYS = 64, WARP_QUERIES = 16;
 /// Key columns of a score fragment, and pairs of them per turn.
 constexpr u32 FRAGMENT = 8, FRAGMENTS = KEYS / FRAGMENT;
 
-/// Eight elements of a head as fp16, zeros past its end. fp16 rows are copied, 4-bit ones widened.
+/// Eight elements of a head as fp16, zeros past its end.
 template <class C> DEVICE uint4 halves_of(const u8* row, u32 start, u32 d, u32 head_size, bool vectors) {
-  if (sizeof(C) == sizeof(Half) && vectors && d + EACH <= head_size) return __ldg((const uint4*)(row + 2 * (start + d)));
   f32 x[EACH];
   read_head<C>(row, start, d, head_size, vectors, x);
   return make_uint4(half_pair(x[0], x[1]), half_pair(x[2], x[3]), half_pair(x[4], x[5]), half_pair(x[6], x[7]));
@@ -26,16 +25,21 @@ struct Tile {
   u32 first_query, queries, keys;
 };
 
-/// K (side 0) or V (side 1) of keys first.. into shared memory, zeros past the last key.
+/// Starts to bring K (side 0) or V (side 1) of keys first.. to shared memory, zeros past the last key; there after
+/// `copies_done` and a barrier. fp16 rows are copied while the block goes on, others widened by it.
 template <class C, u32 D>
 DEVICE void stage(const Tile& tile, u32 side, u32 first, bool vectors, Half (&rows)[KEYS][D + EACH]) {
   const u32 pieces = D / EACH;
   for (u32 at = threadIdx.x; at < KEYS * pieces; at += THREADS) {
     u32 key = at / pieces, d = at % pieces * EACH;
-    uint4 values = make_uint4(0, 0, 0, 0);
-    if (first + key < tile.keys) {
-      values = halves_of<C>(kv_row<C>(tile.item, first + key, side, tile.hidden), tile.start, d, tile.head_size, vectors);
+    bool there = first + key < tile.keys && d < tile.head_size;
+    const u8* row = kv_row<C>(tile.item, there ? first + key : 0, side, tile.hidden);
+    if (sizeof(C) == sizeof(Half) && vectors) {
+      copy_async(&rows[key][d], row + 2 * (there ? tile.start + d : 0), there);
+      continue;
     }
+    uint4 values = make_uint4(0, 0, 0, 0);
+    if (there) values = halves_of<C>(row, tile.start, d, tile.head_size, vectors);
     *(uint4*)&rows[key][d] = values;
   }
 }
@@ -143,22 +147,28 @@ DEVICE void attend_prefill_mma(const f32* qkv, u32 qkv_stride, const KvItem* ite
   load_queries<D>(qkv, qkv_stride, tile, first, q);
   f32 sums[D / 8][4] = {};
   f32 maximum[2] = {-INFINITE, -INFINITE}, total[2] = {};
+  stage<C, D>(tile, 0, 0, vectors, keys);
   for (u32 from = 0; from < tile.keys; from += KEYS) {
-    __syncthreads();
-    stage<C, D>(tile, 0, from, vectors, keys);
-    stage<C, D>(tile, 1, from, vectors, values);
-    __syncthreads();
     // The same for the whole warp: whether its last row sees any of these keys.
-    if (visible + first + WARP_QUERIES - 1 <= from) continue;
+    bool sees = visible + first + WARP_QUERIES - 1 > from;
     f32 scores[FRAGMENTS][4] = {}, shrink[2];
-    score<D>(q, keys, scores);
-    u32 seen[2];
-    UNROLL
-    for (u32 row = 0; row < 2; row++) seen[row] = visible + rows[row] > from ? visible + rows[row] - from : 0;
-    weigh(scores, seen, maximum, total, shrink);
-    UNROLL
-    for (u32 i = 0; i < D / 8 * 4; i++) sums[i / 4][i % 4] *= shrink[i % 4 / 2];
-    add_values<D>(scores, values, sums);
+    copies_done();
+    __syncthreads();
+    // Values come while scores are made, the next keys while values are added.
+    stage<C, D>(tile, 1, from, vectors, values);
+    if (sees) {
+      score<D>(q, keys, scores);
+      u32 seen[2];
+      UNROLL
+      for (u32 row = 0; row < 2; row++) seen[row] = visible + rows[row] > from ? visible + rows[row] - from : 0;
+      weigh(scores, seen, maximum, total, shrink);
+      UNROLL
+      for (u32 i = 0; i < D / 8 * 4; i++) sums[i / 4][i % 4] *= shrink[i % 4 / 2];
+    }
+    copies_done();
+    __syncthreads();
+    if (from + KEYS < tile.keys) stage<C, D>(tile, 0, from + KEYS, vectors, keys);
+    if (sees) add_values<D>(scores, values, sums);
   }
   UNROLL
   for (u32 row = 0; row < 2; row++) {

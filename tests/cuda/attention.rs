@@ -343,13 +343,14 @@ fn a_barrier_left_out_of_decoding_is_noticed() {
     }
 }
 
-/// Prompts again, without one barrier after another; the very first protects nothing yet.
-fn barriers_of_prompts(name: &str, tile: usize, (barriers, tolerance): (usize, f32)) {
+/// Prompts again, without each of some barriers in turn.
+fn barriers_of_prompts(name: &str, tile: usize, barriers: (usize, usize), tolerance: f32) {
     let mut problem = Problem::new(16, (1, 64), Dtype::F16, &[(tile, tile)]);
     problem.append_all();
     let (case, out) = problem.case(name, |s| s.rows.div_ceil(tile));
     let wanted = problem.attended(false);
-    for barrier in 1..barriers {
+    let (first, barriers) = barriers;
+    for barrier in first..barriers {
         let told = ORDERS.into_iter().any(|order| {
             let emulation = Emulation {
                 order,
@@ -365,6 +366,7 @@ fn barriers_of_prompts(name: &str, tile: usize, (barriers, tolerance): (usize, f
 
 #[test]
 fn a_barrier_left_out_of_prompts_is_noticed() {
-    barriers_of_prompts("attend_prefill_f16", 16, (8, 1e-5));
-    barriers_of_prompts("attend_prefill_mma_f16_64", 64, (4, 4e-3));
+    // The very first of the plain kernel protects nothing yet.
+    barriers_of_prompts("attend_prefill_f16", 16, (1, 8), 1e-5);
+    barriers_of_prompts("attend_prefill_mma_f16_64", 64, (0, 4), 4e-3);
 }

@@ -48,6 +48,7 @@ struct Fiber {
   /// Alternates, so that a message may be read while the next one is written.
   unsigned turn = 0;
   unsigned barriers = 0;
+  std::vector<std::pair<void*, const void*>> promised;
 };
 
 struct Message {
@@ -231,6 +232,15 @@ void exchange(const void* message, size_t bytes) {
 const void* message_of(unsigned lane) {
   const Fiber& fiber = *t_runner->running;
   return t_runner->messages[fiber.turn][fiber.warp * WARP + lane].bytes;
+}
+
+void promise_copy(void* to, const void* from) { t_runner->running->promised.emplace_back(to, from); }
+
+void keep_promises() {
+  static const unsigned char zeros[16] = {};
+  auto& promised = t_runner->running->promised;
+  for (auto [to, from] : promised) memcpy(to, from ? from : zeros, sizeof zeros);
+  promised.clear();
 }
 
 void* shared_variable(int id, size_t bytes) {

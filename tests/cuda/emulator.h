@@ -62,6 +62,9 @@ void barrier();
 /// lane's next warp operation but one.
 void exchange(const void* message, size_t bytes);
 const void* message_of(unsigned lane);
+/// A copy of 16 bytes (zeros from null) by this thread, carried out by `keep_promises`.
+void promise_copy(void* to, const void* from);
+void keep_promises();
 /// Storage of one shared variable of the running block, first filled with bytes 0xff (not a number).
 void* shared_variable(int id, size_t bytes);
 
@@ -117,6 +120,10 @@ inline float float_of(uint32_t bits) {
 inline float half_to_float(uint16_t bits) { return _cvtsh_ss(bits); }
 inline uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 inline float exp2_fast(float x) { return exp2f(x); }
+
+/// cp.async: what is copied shows when the thread has waited for it.
+inline void copy_async(void* to, const void* from, bool there) { emulator::promise_copy(to, there ? from : nullptr); }
+inline void copies_done() { emulator::keep_promises(); }
 
 /// The tensor core's C += A·B for one warp: A 16 × 16, B 16 × 8 in fp16, C 16 × 8 in f32, spread over the
 /// lanes as mma.m16n8k16 wants them. A fragment register holds two neighbouring k.

@@ -10,6 +10,10 @@ enum Result { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_FOUND = 
 struct MemoryInfo {
   unsigned long long total, free, used;
 };
+struct MemoryInfo2 {
+  unsigned version;
+  unsigned long long total, reserved, free, used;
+};
 struct PciInfo {
   char legacy_id[16];
   unsigned domain, bus, device, device_id, subsystem_id;
@@ -72,6 +76,12 @@ EXPORTED int nvmlDeviceGetMemoryInfo(void*, MemoryInfo* info) {
   info->total = fake::setting("FAKE_CUDA_VRAM", 1ull << 30);
   info->used = fakeCudaUsed();
   info->free = info->total - info->used;
+  return SUCCESS;
+}
+EXPORTED int nvmlDeviceGetMemoryInfo_v2(void* device, MemoryInfo2* info) {
+  MemoryInfo plain;
+  nvmlDeviceGetMemoryInfo(device, &plain);
+  info->total = plain.total, info->reserved = 0, info->free = plain.free, info->used = plain.used;
   return SUCCESS;
 }
 EXPORTED int nvmlDeviceGetPciInfo_v3(void* device, PciInfo* info) {

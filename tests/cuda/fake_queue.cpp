@@ -28,7 +28,8 @@ Queues& queues() {
 Stream* open_stream() {
   Queues& all = queues();
   std::lock_guard<std::mutex> lock(all.mutex);
-  Stream* stream = new Stream(setting("FAKE_CUDA_SEED", 1) * 1000 + all.created++);
+  uint64_t number = all.created++;
+  Stream* stream = new Stream(number, setting("FAKE_CUDA_SEED", 1) * 1000 + number);
   all.live.push_back(stream);
   return stream;
 }
@@ -141,9 +142,12 @@ EXPORTED int cuCtxSynchronize() {
 EXPORTED int cuStreamWaitEvent(void* stream, void* handle, unsigned) {
   static std::atomic<uint64_t> waits{0};
   static const uint64_t dropped = setting("FAKE_CUDA_DROP_WAIT", UINT64_MAX);
-  fakeCudaCount("waits", 1);
-  if (waits++ == dropped) return SUCCESS;
+  static const char* dropped_kind = getenv("FAKE_CUDA_DROP_WAITS");
   EventHandle event = event_of(handle);
+  std::string kind = std::to_string(stream_of(stream).number()) + ">" + std::to_string(event->stream());
+  fakeCudaCount("waits", 1);
+  fakeCudaCount(("waits " + kind).c_str(), 1);
+  if (waits++ == dropped || (dropped_kind && kind == dropped_kind)) return SUCCESS;
   stream_of(stream).enqueue([event, number = event->latest()] { event->wait(number); });
   return SUCCESS;
 }
@@ -165,7 +169,7 @@ EXPORTED int cuEventDestroy_v2(void* event) {
 }
 EXPORTED int cuEventRecord(void* handle, void* stream) {
   EventHandle event = event_of(handle);
-  stream_of(stream).enqueue([event, number = event->expect()] { event->reach(number); });
+  stream_of(stream).enqueue([event, number = event->expect(stream_of(stream).number())] { event->reach(number); });
   return SUCCESS;
 }
 EXPORTED int cuEventSynchronize(void* event) {

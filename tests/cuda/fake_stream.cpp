@@ -7,7 +7,7 @@
 
 namespace fake {
 
-Stream::Stream(uint64_t seed) {
+Stream::Stream(uint64_t number, uint64_t seed) : number_(number) {
   // Detached: the process may end while a stream has nothing to do.
   std::thread([this, seed] { work(seed); }).detach();
 }
@@ -58,8 +58,9 @@ void Stream::work(uint64_t seed) {
   delete this;
 }
 
-uint64_t Event::expect() {
+uint64_t Event::expect(uint64_t stream) {
   std::lock_guard<std::mutex> lock(mutex_);
+  stream_ = stream;
   return ++expected_;
 }
 
@@ -75,6 +76,11 @@ void Event::reach(uint64_t number) {
 uint64_t Event::latest() {
   std::lock_guard<std::mutex> lock(mutex_);
   return expected_;
+}
+
+uint64_t Event::stream() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return stream_;
 }
 
 void Event::wait(uint64_t number) {

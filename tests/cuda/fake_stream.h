@@ -15,12 +15,14 @@ namespace fake {
 /// Tasks in order on a thread of its own.
 class Stream {
  public:
-  explicit Stream(uint64_t seed);
+  Stream(uint64_t number, uint64_t seed);
   void enqueue(std::function<void()> task);
   /// Until everything enqueued so far is done.
   void synchronise();
   bool idle();
   void stop();
+  /// The how many-th stream it is, from 0.
+  uint64_t number() const { return number_; }
 
  private:
   void work(uint64_t seed);
@@ -29,15 +31,18 @@ class Stream {
   std::deque<std::function<void()>> tasks_;
   uint64_t enqueued_ = 0, done_ = 0;
   bool stopping_ = false;
+  const uint64_t number_;
 };
 
 /// The latest of its records counts, as for CUDA's events.
 class Event {
  public:
-  /// Called on the host when a record is enqueued: its number.
-  uint64_t expect();
+  /// Called on the host when a record is enqueued on a stream: its number.
+  uint64_t expect(uint64_t stream);
   void reach(uint64_t number);
   uint64_t latest();
+  /// The stream of the latest record.
+  uint64_t stream();
   void wait(uint64_t number);
   bool reached(uint64_t number);
   std::chrono::steady_clock::time_point time();
@@ -45,7 +50,7 @@ class Event {
  private:
   std::mutex mutex_;
   std::condition_variable changed_;
-  uint64_t expected_ = 0, reached_ = 0;
+  uint64_t expected_ = 0, reached_ = 0, stream_ = 0;
   std::chrono::steady_clock::time_point time_;
 };
 

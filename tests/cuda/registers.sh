@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Compiles every kernel with NVIDIA's own compiler for sm_75, sm_80 and sm_90 (no GPU needed) and compares registers
-# and shared memory with kernels/registers.txt. A spill, a stack or a dynamic local array is an error.
+# and shared memory with kernels/registers.txt. A spill or a stack frame is an error. Then the same through NVRTC,
+# as the program compiles them.
 #   tests/cuda/registers.sh          check
 #   tests/cuda/registers.sh write    write the table anew
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-nvcc="$(tests/cuda/toolkit.sh)/bin/nvcc"
+toolkit="$(tests/cuda/toolkit.sh)"
+nvcc="$toolkit/bin/nvcc"
 work="$PWD/target/cuda-registers"
 mkdir -p "$work"
 
@@ -45,3 +47,4 @@ if [ "${1:-check}" = write ]; then
 fi
 diff -u kernels/registers.txt "$work/registers.txt" ||
   { echo "error: registers changed; if that is meant: tests/cuda/registers.sh write" >&2; exit 1; }
+python3 tests/cuda/nvrtc.py "$toolkit/lib/libnvrtc.so.13"

@@ -4,9 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 home="$PWD/target/cuda-toolkit"
-# All five by name: nvcc's own dependencies are not pinned, and these versions belong together.
+# All by name: nvcc's own dependencies are not pinned, and these versions belong together.
 PINNED=(nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-runtime==13.0.96
-  nvidia-cuda-cccl==13.0.85)
+  nvidia-cuda-cccl==13.0.85 nvidia-cuda-nvrtc==13.0.88)
 
 mkdir -p "$home"
 exec 9>"$home/lock"
