@@ -19,7 +19,7 @@ exec 9>"$objects/lock"
 flock 9
 
 fresh() { # TARGET: newer than every source
-  [ -e "$1" ] && [ -z "$(find "$here" "$here/../../kernels" -newer "$1" -name '*.*' -print -quit)" ]
+  [ -e "$1" ] && [ -z "$(find "$here" "$here/../../kernels" -newer "$1" \( -name '*.cpp' -o -name '*.h' -o -name '*.cu*' -o -name build.sh \) -print -quit)" ]
 }
 
 compile() { # OBJECT SOURCE [FLAG...]
