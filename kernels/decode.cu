@@ -37,6 +37,7 @@ DEVICE void attend_decode(const f32* qkv, u32 qkv_stride, const KvItem* items, u
   const f32* query = qkv + (u64)item.first_row * qkv_stride + start;
   f32 scale = 1.0f / sqrtf((f32)head_size), q[EACH];
   for (u32 i = 0; i < EACH; i++) q[i] = d + i < head_size ? query[d + i] * scale : 0.0f;
+  f32 maximum = -INFINITE, total = 0.0f;
   // All lanes go through every round: they sum together.
   for (u32 round = 0; round < count; round += WARPS * together) {
     u32 key = round + mine;
@@ -48,11 +49,9 @@ DEVICE void attend_decode(const f32* qkv, u32 qkv_stride, const KvItem* items, u
     }
     for (u32 distance = sharing / 2; distance; distance /= 2) score += __shfl_xor_sync(~0u, score, distance);
     if (key < count && d == 0) scores[key] = score;
+    if (key < count) maximum = larger(score, maximum);
   }
-  __syncthreads();
-
-  f32 maximum = -INFINITE, total = 0.0f;
-  for (u32 key = threadIdx.x; key < count; key += THREADS) maximum = larger(scores[key], maximum);
+  // Its barrier shows every thread the scores, the next one the weights.
   maximum = block_fold(maximum, true, parts[0]);
   for (u32 key = threadIdx.x; key < count; key += THREADS) {
     f32 weight = exp_exact(scores[key] - maximum);
@@ -90,7 +89,7 @@ DEVICE void attend_decode(const f32* qkv, u32 qkv_stride, const KvItem* items, u
 }
 
 #define ATTEND_DECODE(name, C)                                                                                       \
-  KERNEL __launch_bounds__(THREADS) attend_decode_##name(const f32* qkv, u32 qkv_stride, const KvItem* items,        \
+  KERNEL __launch_bounds__(THREADS, 4) attend_decode_##name(const f32* qkv, u32 qkv_stride, const KvItem* items,        \
                                                          u32 items_count, u32 heads, u32 head_size, f32* out,        \
                                                          u32 out_stride, f32* partial) {                             \
     attend_decode<C>(qkv, qkv_stride, items, items_count, heads, head_size, out, out_stride, partial);               \

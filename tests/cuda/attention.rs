@@ -326,12 +326,10 @@ fn decoding_is_the_cpus() {
 
 #[test]
 fn a_barrier_left_out_of_decoding_is_noticed() {
-    // After the scores; in the maximum and in the sum; after the warps' values.
-    for barrier in 0..4 {
+    // In the maximum and in the sum; after the warps' values.
+    for barrier in 0..3 {
         let told = ORDERS.into_iter().any(|order| {
-            let mut problem = Problem::new(15, (4, 64), Dtype::F16, &[(1, 200)]);
-            // Scores so far apart that a maximum that missed some shows.
-            problem.qkv[..4 * 64].iter_mut().for_each(|q| *q *= 100.0);
+            let mut problem = Problem::new(15, (1, 64), Dtype::F16, &[(1, 200)]);
             let emulation = Emulation {
                 order,
                 dropped_barrier: Some(barrier),
