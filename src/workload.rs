@@ -80,6 +80,18 @@ pub struct Lengths {
     pub kv_tokens_max: u64,
 }
 
+impl Lengths {
+    /// As many times the same lines.
+    pub fn times(self, count: u64) -> Lengths {
+        Lengths {
+            prompts: self.prompts * count,
+            prompt_tokens: self.prompt_tokens * count,
+            kv_tokens: self.kv_tokens * count,
+            ..self
+        }
+    }
+}
+
 impl From<&Workload> for Lengths {
     fn from(workload: &Workload) -> Self {
         Lengths {

@@ -48,6 +48,12 @@ impl Affine {
         self
     }
 
+    pub fn minus(&self, other: &Affine) -> Affine {
+        let mut less = *self;
+        less.add_scaled(other, -1.0);
+        less
+    }
+
     pub fn is_zero(&self) -> bool {
         self.constant == 0.0 && self.coef.iter().all(|&c| c == 0.0)
     }

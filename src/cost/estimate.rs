@@ -6,10 +6,10 @@ use crate::cost::figures::{Figures, TierFigures};
 use crate::cost::footprint::{BlockShape, Footprint, FootprintInput, HostBytes};
 use crate::cost::rates::Rates;
 use crate::cost::steps::Moments;
-use crate::cost::terms::{Bound, Segment, TermInput, Terms};
+use crate::cost::terms::{Bound, Part, Segment, TermInput, Terms};
 use crate::model::ModelSpec;
 use crate::placement::Placement;
-use crate::policy::Policy;
+use crate::policy::{Policy, Shares};
 use crate::tier::{Lane, PerLane, PerTier, Phase, Tier};
 use crate::workload::Workload;
 use std::collections::BTreeMap;
@@ -38,19 +38,27 @@ pub fn estimate(input: &EstimateInput) -> Figures {
         device: input.rates.device,
         host: input.host,
     });
+    let mut figures = estimate_parts(input, (&placement.realised(), |_| true));
+    figures.tiers = tier_figures(&footprint, &input.budget);
+    figures
+}
+
+/// Of a policy's figures those of some parts of its passes; tiers are left empty.
+pub fn estimate_parts(
+    input: &EstimateInput,
+    (realised, keep): (&Shares, fn(Part) -> bool),
+) -> Figures {
     let moments = Moments::new(input.workload);
-    let realised = placement.realised();
     let w = &realised.weights;
-    let terms = Terms::new(&TermInput {
+    let mut terms = Terms::new(&TermInput {
         model: input.model,
         moments: &moments,
         rates: input.rates,
         policy: input.policy,
         cpu_side: w.cpu_compute + w.disk_compute > 0.0,
     });
-    let mut figures = figures(&terms, &moments, input.rates, &share_vector(&realised));
-    figures.tiers = tier_figures(&footprint, &input.budget);
-    figures
+    terms.segments.retain(|segment| keep(segment.part));
+    figures(&terms, &moments, input.rates, &share_vector(realised))
 }
 
 /// Seconds, lanes and binding of a table at given shares; tiers are left empty.
@@ -121,6 +129,11 @@ fn segment_time(segment: &Segment, shares: &ShareVector) -> (f64, &'static str) 
     let name = match bound {
         Bound::Lane(lane) | Bound::Pair(_, lane) => lane.name(),
         Bound::Chain(lane) | Bound::SideChain(lane) => lane.name(),
+        Bound::Stall(lane) => lane.name(),
+        Bound::Attending | Bound::Multiplying | Bound::AttendingAndMultiplying => {
+            Lane::CpuCompute.name()
+        }
+        Bound::Queued => Lane::CpuToGpu.name(),
         Bound::Resource(resource) => resource.name(),
         Bound::Sum => busiest(&segment.lanes_at(shares)).name(),
     };
@@ -194,7 +207,7 @@ mod tests {
     use super::*;
     use crate::dtype::Dtype;
     use crate::model::Activation;
-    use crate::policy::{Compute, DeviceKind, Shares};
+    use crate::policy::{Compute, DeviceKind};
     use crate::profile::{HardwareProfile, compiled_in};
 
     fn small_model() -> ModelSpec {

@@ -21,6 +21,13 @@ impl LaneFigures {
     pub fn busy_s(&self) -> f64 {
         self.prefill_s + self.decode_s
     }
+
+    pub fn add(&mut self, other: &LaneFigures) {
+        self.prefill_s += other.prefill_s;
+        self.decode_s += other.decode_s;
+        self.work_s += other.work_s;
+        self.bytes += other.bytes;
+    }
 }
 
 /// One tier's bytes.

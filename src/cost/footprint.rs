@@ -14,7 +14,7 @@ pub const CHUNK_ROWS_MAX: usize = 512;
 /// A streamed piece of a matrix is at most this large (at least one panel).
 pub const STREAM_CHUNK_BYTES: u64 = 16 * MIB;
 /// How far reading may run ahead of computing, beyond what must be there at once.
-const RUN_AHEAD_BYTES: u64 = 32 * MIB;
+pub const RUN_AHEAD_BYTES: u64 = 32 * MIB;
 /// Buffers start at this alignment, for direct I/O and huge pages.
 pub const BUFFER_ALIGN: u64 = PAGE_BYTES;
 /// Bytes of one hidden value in a run.

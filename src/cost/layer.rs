@@ -2,8 +2,7 @@
 //! engine's tasks counted, each priced by rates.rs. Which row then binds is terms.rs.
 
 use crate::cost::affine::{Affine, CACHE, HIDDEN};
-use crate::cost::curves::element_bytes;
-use crate::cost::footprint::{HIDDEN_VALUE_BYTES, STREAM_CHUNK_BYTES};
+use crate::cost::footprint::{HIDDEN_VALUE_BYTES, STREAM_CHUNK_BYTES, embedding_piece_bytes};
 use crate::cost::rates::Rates;
 use crate::cost::steps::Step;
 use crate::cost::terms::{TermInput, Work};
@@ -11,7 +10,7 @@ use crate::dtype::Dtype;
 use crate::model::{Matrix, MatrixKind, ModelSpec};
 use crate::placement::WeightHome;
 use crate::policy::{DeviceKind, Policy};
-use crate::tier::{Lane, Phase, Tier};
+use crate::tier::{Lane, PerLane, Phase, Tier};
 use crate::units::{PAGE_BYTES, round_up};
 
 /// Operations started for one chunk of a layer: two norms, four products, append, attention, two adds.
@@ -93,7 +92,7 @@ impl<'a> LayerBuilder<'a> {
         work
     }
 
-    /// Embedding, head and sampling of one pass, the whole block at once.
+    /// Head and sampling of one pass, the whole block at once, and what is done to embedded rows.
     pub fn ends(&self, step: &Step) -> Work {
         let mut work = Work::default();
         let sequences = step.sequences();
@@ -110,7 +109,6 @@ impl<'a> LayerBuilder<'a> {
                 }
             }
         }
-        self.embedding(&mut work, step);
         let (tier, lane) = self.computer();
         let rows = step.sequences() * step.rows + sequences;
         let seconds = self
@@ -124,10 +122,13 @@ impl<'a> LayerBuilder<'a> {
         let sampling = self.rates.sampling_s(logits);
         work.lanes[Lane::CpuCompute].constant += sampling;
         work.dram_bytes.constant += logits;
-        work.serial = Default::default();
-        work.products = Affine::default();
-        work.side_products = Affine::default();
-        work
+        // The head comes once, for the whole block: no batch waits for another.
+        Work {
+            lanes: work.lanes,
+            bytes: work.bytes,
+            dram_bytes: work.dram_bytes,
+            ..Work::default()
+        }
     }
 
     /// Before the first product of a job: the first streamed pieces on their way.
@@ -192,6 +193,7 @@ impl<'a> LayerBuilder<'a> {
         let value = HIDDEN_VALUE_BYTES as f64;
         for &(m, count) in chunks {
             let down = m * matrix.inputs as f64 * value;
+            let before = work.serial;
             self.link(work, Lane::GpuToCpu, &constant(count * down), down);
             let up = m * matrix.rows as f64 * value;
             let mut results = Affine::default();
@@ -199,6 +201,7 @@ impl<'a> LayerBuilder<'a> {
                 results.coef[home as usize] = count * up;
             }
             self.link(work, Lane::CpuToGpu, &results, up);
+            work.side_links.add(&grown(&before, &work.serial));
         }
     }
 
@@ -209,6 +212,7 @@ impl<'a> LayerBuilder<'a> {
         let read_s = self.rates.disk_read_s(bytes, chunk);
         for home in [WeightHome::DiskShip, WeightHome::DiskCompute] {
             work.lanes.disk_to_cpu.coef[home as usize] += read_s;
+            work.streams.disk_to_cpu.coef[home as usize] += read_s;
             work.bytes.disk_to_cpu.coef[home as usize] += bytes;
             work.dram_bytes.coef[home as usize] += bytes;
         }
@@ -222,6 +226,7 @@ impl<'a> LayerBuilder<'a> {
         ] {
             let seconds = chunks * self.rates.link_s(Lane::CpuToGpu, chunk, pinned);
             work.lanes.cpu_to_gpu.coef[home as usize] += seconds;
+            work.streams.cpu_to_gpu.coef[home as usize] += seconds;
             work.bytes.cpu_to_gpu.coef[home as usize] += bytes;
             work.dram_bytes.coef[home as usize] += bytes;
         }
@@ -279,7 +284,12 @@ impl<'a> LayerBuilder<'a> {
                 work.dram_bytes.coef[index] += kv_bytes;
             }
             if away {
+                let before = work.serial;
                 self.attended_rows(work, index, chunks);
+                work.beside.add(&grown(&before, &work.serial));
+                work.beside.coef[index] += seconds;
+            } else {
+                work.attention.coef[index] += seconds;
             }
         }
     }
@@ -307,7 +317,11 @@ impl<'a> LayerBuilder<'a> {
         };
         let disk = CACHE + Tier::Disk as usize;
         let write = round_up(fresh.ceil() as u64, PAGE_BYTES) as f64;
-        work.lanes.disk_to_cpu.coef[disk] += self.rates.disk_read_s(sequences * old, old);
+        let read_s = self.rates.disk_read_s(sequences * old, old);
+        work.lanes.disk_to_cpu.coef[disk] += read_s;
+        if self.gpu && !self.policy.cpu_cache_compute {
+            work.cache_reads.coef[disk] += read_s;
+        }
         work.bytes.disk_to_cpu.coef[disk] += sequences * old;
         work.lanes.cpu_to_disk.coef[disk] +=
             self.rates.disk_write_s(sequences * write, write, true);
@@ -364,38 +378,51 @@ impl<'a> LayerBuilder<'a> {
         }
     }
 
-    /// Rows of the token table: where the table is streamed, the panels that hold them are fetched.
-    fn embedding(&self, work: &mut Work, step: &Step) {
+    /// Looking tokens up, chunk by chunk: panels of the table that are not at home on the compute device
+    /// come whole, in runs of neighbours, for every chunk again.
+    pub fn tokens(&self, step: &Step) -> Work {
+        let mut work = Work::default();
         let is_table = |m: &&Matrix| m.kind == MatrixKind::Embedding;
         let table = self.ends.iter().find(is_table).or(self.ends.last());
         let Some(table) = table else {
-            return;
+            return work;
         };
-        let rows = step.sequences() * step.rows;
         let panels = table.panels() as f64;
-        // Panels that at least one of the rows falls into.
-        let touched = panels * (1.0 - (1.0 - 1.0 / panels).powf(rows));
         let panel = self.matrix_bytes(table) / panels;
-        let bytes = touched * panel;
-        let read_s = self.rates.disk_read_s(bytes, panel);
+        let most = (embedding_piece_bytes(panel as u64) as f64 / panel).floor().max(1.0);
+        for (rows, count) in step.chunks() {
+            // Panels that at least one of the rows falls into, and how many of them lie side by side.
+            let part = 1.0 - (1.0 - 1.0 / panels).powf(rows);
+            let run = (1.0 / (1.0 - part).max(1.0 / panels)).clamp(1.0, most) * panel;
+            self.table_panels(&mut work, count * part * panels * panel, run);
+        }
+        work
+    }
+
+    fn table_panels(&self, work: &mut Work, bytes: f64, run: f64) {
+        let read_s = self.rates.disk_read_s(bytes, run);
         for home in [WeightHome::DiskShip, WeightHome::DiskCompute] {
             work.lanes.disk_to_cpu.coef[home as usize] += read_s;
             work.bytes.disk_to_cpu.coef[home as usize] += bytes;
             work.dram_bytes.coef[home as usize] += bytes;
         }
-        if !self.gpu {
-            return;
+        let per_byte = self.rates.link_s(Lane::CpuToGpu, run, false) / run;
+        let away = WeightHome::ALL.into_iter().filter(|h| h.tier() != Tier::Gpu);
+        for home in away.filter(|_| self.gpu) {
+            work.lanes.cpu_to_gpu.coef[home as usize] += bytes * per_byte;
+            work.bytes.cpu_to_gpu.coef[home as usize] += bytes;
+            work.dram_bytes.coef[home as usize] += bytes;
         }
-        let gathered = rows * self.model.embed_width as f64 * element_bytes(self.model.dtype);
-        let mut away = Affine::default();
-        for home in WeightHome::ALL
-            .into_iter()
-            .filter(|h| h.tier() != Tier::Gpu)
-        {
-            away.coef[home as usize] = gathered;
-        }
-        self.link(work, Lane::CpuToGpu, &away, gathered);
     }
+}
+
+/// What all lanes together have more than before.
+fn grown(before: &PerLane<Affine>, after: &PerLane<Affine>) -> Affine {
+    let mut more = Affine::default();
+    for lane in Lane::ALL {
+        more.add(&after[lane].minus(&before[lane]));
+    }
+    more
 }
 
 fn constant(value: f64) -> Affine {

@@ -10,6 +10,7 @@ use crate::cost::curves::{
     ShapeCurve, attention_rates, disk_curve, disk_s, element_bytes, gemm_curves, per_weight_s,
     rate_at,
 };
+use crate::cost::footprint::STREAM_CHUNK_BYTES;
 use crate::dtype::Dtype;
 use crate::policy::DeviceKind;
 use crate::profile::{AttentionRates, GpuLink, HardwareProfile, QuantiseRates};
@@ -227,6 +228,15 @@ impl Rates {
             (bytes / rate_at(curve, bytes)).max(link.latency_s)
         };
         self.calibrated("link", lane.name(), seconds)
+    }
+
+    /// Seconds of `bytes` of weights that come over a lane in pieces.
+    pub fn stream_s(&self, lane: Lane, bytes: f64) -> f64 {
+        let pieces = (bytes / STREAM_CHUNK_BYTES as f64).max(1.0);
+        match lane {
+            Lane::DiskToCpu => self.disk_read_s(bytes, bytes / pieces),
+            _ => pieces * self.link_s(lane, bytes / pieces, true),
+        }
     }
 
     /// Seconds to read `bytes` in requests of `block_bytes`.

@@ -53,6 +53,19 @@ impl Moments {
     }
 }
 
+impl Moments {
+    /// As many times the same lines.
+    pub fn times(self, count: u64) -> Moments {
+        Moments {
+            lines: self.lines * count as f64,
+            prompt_tokens: self.prompt_tokens * count,
+            generated_tokens: self.generated_tokens * count,
+            first_tokens: self.first_tokens * count,
+            ..self
+        }
+    }
+}
+
 /// One pass over all stages for one block, and how often it comes in the whole job.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Step {

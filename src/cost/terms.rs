@@ -7,13 +7,16 @@
 //! the sum of the lanes.
 
 use crate::cost::affine::{Affine, CACHE, HIDDEN};
-use crate::cost::footprint::CHUNK_ROWS_MAX;
+use crate::cost::footprint::{CHUNK_ROWS_MAX, RUN_AHEAD_BYTES};
 use crate::cost::layer::LayerBuilder;
 use crate::cost::rates::Rates;
 use crate::cost::steps::{Moments, Step, steps};
 use crate::model::ModelSpec;
 use crate::policy::{DeviceKind, Policy};
 use crate::tier::{Lane, PerLane, PerTier, Phase, Resource, Tier};
+
+/// Of a layer's products the first one's part: 3 of 12 hidden² weights where ffn = 4 · hidden.
+const FIRST_PRODUCT: f64 = 0.25;
 
 /// What a table is made from. The policy's shares are not looked at.
 #[derive(Clone, Copy)]
@@ -32,7 +35,9 @@ pub struct TermInput<'a> {
 pub enum Part {
     /// One decoder layer.
     Layer,
-    /// Embedding and head of one pass.
+    /// Looking up the tokens of one pass: nothing else can run before.
+    Tokens,
+    /// Head of one pass, and what is done to embedded rows.
     Ends,
     /// Filling the pipeline, once.
     Fill,
@@ -49,6 +54,14 @@ pub enum Bound {
     Chain(Lane),
     /// The same by way of the products that the CPU makes beside a GPU.
     SideChain(Lane),
+    /// The GPU waiting for attention on the CPU, for its products, or for both, batch after batch.
+    Attending,
+    Multiplying,
+    AttendingAndMultiplying,
+    /// The same with the CPU's results waiting on the link.
+    Queued,
+    /// Weights that can only come once the layer before is nearly done with its own.
+    Stall(Lane),
     /// No overlap: all lanes one after another.
     Sum,
 }
@@ -92,6 +105,15 @@ pub struct Work {
     /// Products of the compute device, and those that the CPU makes beside it.
     pub products: Affine,
     pub side_products: Affine,
+    /// Rows down to the CPU for its products, and its results up.
+    pub side_links: Affine,
+    /// Attention on the compute device, and on the CPU beside it with its rows down and up.
+    pub attention: Affine,
+    pub beside: Affine,
+    /// Streamed weights on their lane.
+    pub streams: PerLane<Affine>,
+    /// Cache on its way up from disk.
+    pub cache_reads: Affine,
 }
 
 impl Terms {
@@ -104,6 +126,8 @@ impl Terms {
             let layers = step.times * input.model.layers as f64;
             let layer = builder.layer(step);
             segments.push(segment(input, step, (Part::Layer, layers), layer));
+            let tokens = builder.tokens(step);
+            segments.push(segment(input, step, (Part::Tokens, step.times), tokens));
             let ends = builder.ends(step);
             segments.push(segment(input, step, (Part::Ends, step.times), ends));
         }
@@ -198,6 +222,10 @@ fn parallel_rows(input: &TermInput, step: &Step, work: &Work) -> Vec<Row> {
     rows.extend(resource_rows(input, work));
     rows.extend(pair_rows(input.rates, work));
     rows.extend(chain_rows(step, work));
+    if input.rates.device.has_gpu() {
+        rows.extend(beside_rows(work));
+    }
+    rows.extend(stall_rows(input, step, work));
     rows
 }
 
@@ -272,6 +300,64 @@ fn chain_rows(step: &Step, work: &Work) -> Vec<Row> {
             seconds: common.plus(&products).scaled(part),
         })
         .collect()
+}
+
+/// Operations of one lane run in the order of the schedule, a batch's after those of the batch before:
+/// while the CPU attends or multiplies for a batch, the GPU has nothing else to do. What the CPU sends up
+/// waits on the link behind the next batch's cache and weights, and what comes after waits for it.
+fn beside_rows(work: &Work) -> Vec<Row> {
+    let gpu = &work.lanes.gpu_compute;
+    let mut rows = Vec::new();
+    let attending = gpu.minus(&work.attention).plus(&work.beside);
+    if !work.beside.is_zero() {
+        rows.push((Bound::Attending, attending));
+    }
+    if !work.side_products.is_zero() {
+        let side = work.side_products.plus(&work.side_links);
+        let multiplying = |other: &Affine| other.minus(&work.products).plus(&side);
+        rows.push((Bound::Multiplying, multiplying(gpu)));
+        rows.push((Bound::AttendingAndMultiplying, multiplying(&attending)));
+        let mut queued = work.lanes.cpu_to_gpu.plus(&work.cache_reads);
+        queued.add(&multiplying(gpu));
+        queued.add_scaled(&work.products, -FIRST_PRODUCT);
+        rows.push((Bound::Queued, queued));
+    }
+    rows.into_iter()
+        .map(|(bound, seconds)| Row { bound, seconds })
+        .collect()
+}
+
+/// Where several products meet a layer's streamed weights, the ring holds one layer and little more: the
+/// next layer's come in while the last product lets go of its own, and are waited for by the next first
+/// one. What lies between has the lane to itself.
+fn stall_rows(input: &TermInput, step: &Step, work: &Work) -> Vec<Row> {
+    let gpu = input.rates.device.has_gpu();
+    let products = step.chunks().iter().map(|c| c.1).sum::<f64>();
+    let overlapped = if work.beside.is_zero() { 2.0 } else { 1.0 };
+    if products <= overlapped {
+        return Vec::new();
+    }
+    let between = 1.0 - overlapped / products;
+    let mut busy = if gpu {
+        work.lanes.gpu_compute
+    } else {
+        work.lanes.cpu_compute
+    };
+    if !work.beside.is_zero() {
+        busy = busy.minus(&work.attention).plus(&work.beside);
+    }
+    let row = |lane: Lane| {
+        let mut seconds = work.streams[lane];
+        seconds.constant -= input.rates.stream_s(lane, RUN_AHEAD_BYTES as f64);
+        seconds.add_scaled(&busy, between);
+        Row {
+            bound: Bound::Stall(lane),
+            seconds,
+        }
+    };
+    let lanes = [Lane::DiskToCpu, Lane::CpuToGpu];
+    let streaming = lanes.into_iter().filter(|&l| !work.streams[l].is_zero());
+    streaming.map(row).collect()
 }
 
 /// Drops rows that can never be the largest.

@@ -51,6 +51,7 @@ impl CachePool {
             extents: Extents {
                 capacity: disk,
                 taken: Vec::new(),
+                used: 0,
             },
             record_bytes,
             layer_bytes: PerTier {
@@ -79,7 +80,7 @@ impl CachePool {
     pub fn give_back(&mut self, home: &CacheHome) {
         match home {
             CacheHome::Memory { tier, slots } => self.free[*tier].extend(slots.iter().rev()),
-            CacheHome::Disk { offset } => self.extents.taken.retain(|(start, _)| start != offset),
+            CacheHome::Disk { offset } => self.extents.give_back(*offset),
         }
     }
 }
@@ -89,10 +90,26 @@ struct Extents {
     capacity: u64,
     /// (start, bytes), ascending.
     taken: Vec<(u64, u64)>,
+    /// Bytes taken in all.
+    used: u64,
 }
 
 impl Extents {
+    fn give_back(&mut self, offset: u64) {
+        if let Ok(at) = self.taken.binary_search_by_key(&offset, |(start, _)| *start) {
+            self.used -= self.taken.remove(at).1;
+        }
+    }
+
     fn take(&mut self, bytes: u64) -> Option<u64> {
+        // Without a gap the first fit is at the end.
+        if self.used == self.taken.last().map_or(0, |(start, length)| start + length)
+            && self.used + bytes <= self.capacity
+        {
+            self.taken.push((self.used, bytes));
+            self.used += bytes;
+            return Some(self.used - bytes);
+        }
         let mut start = 0;
         let mut at = 0;
         for (i, &(first, length)) in self.taken.iter().enumerate() {
@@ -106,6 +123,7 @@ impl Extents {
             return None;
         }
         self.taken.insert(at, (start, bytes));
+        self.used += bytes;
         Some(start)
     }
 }

@@ -187,8 +187,13 @@ impl<'m> Core<'m> {
     }
 
     pub fn matrix(&self, kind: MatrixKind, stage: usize) -> Option<usize> {
-        let same = |m: &crate::model::Matrix| m.kind == kind && m.stage == stage;
-        self.facts.placement.matrices.iter().position(same)
+        // Matrices come stage by stage.
+        let matrices = &self.facts.placement.matrices;
+        let first = matrices.partition_point(|m| m.stage < stage);
+        let of_stage = matrices[first..].iter().take_while(|m| m.stage == stage);
+        let at = of_stage.take_while(|m| m.kind != kind).count();
+        let found = matrices.get(first + at)?;
+        (found.kind == kind && found.stage == stage).then_some(first + at)
     }
 
     /// Hidden rows of part of a batch.

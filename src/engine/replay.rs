@@ -1,63 +1,74 @@
 //! Re-pricing a policy by running the real schedule on the virtual-time machine: the whole job where it
-//! is small, else the prompt pass and three decode passes of one block, summed up between them.
+//! is small, else each step that the closed form knows (cost/steps.rs), once, on a few of the model's
+//! layers. Layers are alike: what more of them take follows from two shortened models.
 
 use super::core::{Core, RunFacts, RunFiles};
 use super::run::{Engine, EngineError, Finished, Request, RunOptions, Sink};
 use super::sampling::Sampling;
 use super::step::{Sequence, Step};
-use crate::cost::estimate::{EstimateInput, estimate};
+use crate::cost::estimate::{EstimateInput, estimate, estimate_parts};
 use crate::cost::figures::{Figures, LaneFigures};
-use crate::cost::footprint::{BlockShape, Footprint, FootprintInput};
+use crate::cost::footprint::{BlockShape, CHUNK_ROWS_MAX, Footprint, FootprintInput};
+use crate::cost::steps::{self, Moments};
+use crate::cost::terms::Part;
 use crate::machine::ops::FileId;
 use crate::machine::price::Pricer;
 use crate::machine::virtual_time::VirtualMachine;
 use crate::machine::{Machine, MachineError};
+use crate::model::ModelSpec;
 use crate::placement::Placement;
-use crate::tier::{Lane, PerLane, Tier};
+use crate::tier::{Lane, PerLane, Phase, Tier};
 use crate::units::{PAGE_BYTES, round_up};
 use std::sync::atomic::AtomicBool;
 
-/// Operations that may be simulated one by one for one candidate: a tenth of a second or so.
-const MOST_OPERATIONS: usize = 60_000;
+/// Operations that may be simulated one by one for a whole job: a few milliseconds.
+const WHOLE_JOB_OPERATIONS: usize = 12_000;
 /// Operations of one layer and chunk, roughly.
 const OPERATIONS_PER_CHUNK: usize = 14;
-/// Passes of a sampled replay: the prompts', and three decode passes run twice, in two block sizes.
-const SAMPLED_PASSES: usize = 14;
+/// Layers of the two shortened models. The first ones meet a pipeline that is filling.
+const FEW_LAYERS: usize = 2;
+const MORE_LAYERS: usize = 4;
+/// Chunks of one sampled pass, all batches together: larger chunks stand for many of 512 rows.
+const SAMPLED_CHUNKS: u64 = 64;
 
-/// The estimate of the closed form with times and lanes of the replayed schedule. None where even the
-/// sampled passes have too many operations to be replayed while somebody waits.
+/// The estimate of the closed form with times and lanes of the replayed schedule. None where the
+/// block's own sequences do not fit its cache, so that there is nothing to run.
 pub fn replay(input: &EstimateInput) -> Option<Figures> {
-    let facts = run_facts(input);
-    let timed = match replay_operations(input, &facts) {
-        (whole, _) if whole <= MOST_OPERATIONS => whole_job(input, facts),
-        (_, sample) if sample <= MOST_OPERATIONS => sampled(input, facts),
-        _ => return None,
+    let timed = if whole_job_operations(input) <= WHOLE_JOB_OPERATIONS {
+        whole_job(input, run_facts(input))
+    } else {
+        sampled(input)
     };
     let timed = timed.ok()?;
     let mut figures = estimate(input);
-    figures.prefill_s = timed.prefill_s;
-    figures.decode_s = timed.decode_s;
+    let looked_up = looked_up(input);
+    figures.prefill_s = timed.prefill_s + looked_up.prefill_s;
+    figures.decode_s = timed.decode_s + looked_up.decode_s;
     figures.generated_tokens = timed.generated_tokens;
     figures.lanes = timed.lanes;
+    for lane in Lane::ALL {
+        figures.lanes[lane].add(&looked_up.lanes[lane]);
+    }
     figures.finish(timed.first_tokens);
     Some(figures)
 }
 
-/// Operations of the whole job, and of its sampled passes.
-fn replay_operations(input: &EstimateInput, facts: &RunFacts) -> (usize, usize) {
-    let batches = facts.policy.num_gpu_batches;
-    let per_decode = facts.model.stages() * batches * OPERATIONS_PER_CHUNK;
-    let chunks = facts
-        .block
-        .batch_rows
-        .div_ceil(facts.block.chunk_rows.max(1)) as usize;
+/// Fetching token rows takes thousands of small operations that nothing else can overlap with: replayed
+/// sequences repeat one token, and the closed form's part for the real ones is added.
+fn looked_up(input: &EstimateInput) -> Figures {
+    let realised = Placement::new(input.model, input.policy).realised();
+    estimate_parts(input, (&realised, |part| part == Part::Tokens))
+}
+
+fn whole_job_operations(input: &EstimateInput) -> usize {
+    let policy = input.policy;
+    let per_chunk = input.model.stages() * OPERATIONS_PER_CHUNK;
+    let slots = policy.slots().max(1);
+    let blocks = input.workload.prompts().div_ceil(slots);
+    let rows = input.workload.prompt_tokens() as usize / CHUNK_ROWS_MAX;
     let longest = input.workload.gen_tokens_max().max(1) as usize;
-    let blocks = input
-        .workload
-        .prompts()
-        .div_ceil(facts.policy.slots().max(1));
-    let whole = blocks * per_decode * (chunks + longest);
-    (whole, 2 * chunks * per_decode + SAMPLED_PASSES * per_decode)
+    let passes = blocks.saturating_mul(policy.num_gpu_batches * (longest + 1));
+    per_chunk.saturating_mul(rows.saturating_add(passes))
 }
 
 /// What a replay finds.
@@ -72,8 +83,13 @@ struct Timed {
 
 /// The facts of a run of this policy, with the file layout that a packed store has.
 pub fn run_facts(input: &EstimateInput) -> RunFacts {
+    run_facts_with(input, |_| {})
+}
+
+fn run_facts_with(input: &EstimateInput, change: impl Fn(&mut BlockShape)) -> RunFacts {
     let placement = Placement::new(input.model, input.policy);
-    let block = BlockShape::new(input.workload, input.policy, &placement);
+    let mut block = BlockShape::new(input.workload, input.policy, &placement);
+    change(&mut block);
     let device = input.rates.device;
     let footprint = Footprint::new(&FootprintInput {
         model: input.model,
@@ -144,102 +160,191 @@ fn whole_job(input: &EstimateInput, facts: RunFacts) -> Result<Timed, EngineErro
 }
 
 /// One pass of a block in virtual time.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Pass {
+    phase: Phase,
     seconds: f64,
     lanes: PerLane<LaneFigures>,
 }
 
-/// Mean lengths: a prompt pass, and decode passes at the first, middle and last token, each run twice so
-/// that what runs ahead of a pass is there.
-fn sampled(input: &EstimateInput, facts: RunFacts) -> Result<Timed, EngineError> {
-    let workload = input.workload;
-    let lines = workload.prompts().max(1);
-    let slots = facts.policy.slots();
-    let prompt = (workload.prompt_tokens() as usize / lines).max(1);
-    let generated = (workload.gen_tokens() as usize).div_ceil(lines).max(1);
-    let mut machine = VirtualMachine::new(Pricer::new(input.rates.clone()));
-    let mut core = Core::new(&mut machine, facts);
-    let mut timed = Timed {
-        generated_tokens: workload.gen_tokens(),
-        first_tokens: lines as u64,
-        ..Timed::default()
+/// Every step of the job, once each, at its mean lengths.
+fn sampled(input: &EstimateInput) -> Result<Timed, EngineError> {
+    let moments = Moments::new(input.workload);
+    let (size, batches) = (input.policy.gpu_batch_size, input.policy.num_gpu_batches);
+    let all = steps::steps(&moments, size, batches);
+    let layers = input.model.layers;
+    let mut timed = if layers <= FEW_LAYERS + MORE_LAYERS {
+        run_steps(input, &all)?
+    } else {
+        let few = run_steps(&shortened(input, FEW_LAYERS).input(input), &all)?;
+        let more = run_steps(&shortened(input, MORE_LAYERS).input(input), &all)?;
+        let beyond = (layers - MORE_LAYERS) as f64 / (MORE_LAYERS - FEW_LAYERS) as f64;
+        more.grown(&few, beyond)
     };
-    for (active, blocks) in [(slots.min(lines), lines / slots), (lines % slots, 1)] {
-        if active == 0 || blocks == 0 {
-            continue;
+    timed.generated_tokens = moments.generated_tokens;
+    timed.first_tokens = moments.first_tokens;
+    Ok(timed)
+}
+
+/// The same model with fewer layers.
+struct Shortened(ModelSpec);
+
+fn shortened(input: &EstimateInput, layers: usize) -> Shortened {
+    Shortened(ModelSpec {
+        layers,
+        ..input.model.clone()
+    })
+}
+
+impl Shortened {
+    fn input<'a>(&'a self, input: &EstimateInput<'a>) -> EstimateInput<'a> {
+        EstimateInput {
+            model: &self.0,
+            ..*input
         }
-        let prefill = one_pass(&mut core, active, (prompt, 0))?;
-        timed.add(&prefill, blocks as f64);
-        let decodes = generated - 1;
-        for (done, weight) in decode_samples(decodes) {
-            one_pass(&mut core, active, (prompt, done))?;
-            let pass = one_pass(&mut core, active, (prompt, done))?;
-            timed.add(&pass, blocks as f64 * weight);
+    }
+}
+
+/// Prompt passes come first on an empty pipeline, then as often as there are more blocks on a full one;
+/// decode passes are timed once what runs ahead of a pass is there.
+fn run_steps(input: &EstimateInput, all: &[steps::Step]) -> Result<Timed, EngineError> {
+    let mut machine = VirtualMachine::new(Pricer::new(input.rates.clone()));
+    let facts = run_facts_with(input, |block| larger_chunks(block, input));
+    let mut core = Core::new(&mut machine, facts);
+    let mut timed = Timed::default();
+    let mut before = None;
+    for kind in all.chunk_by(|_, next| next.phase == Phase::Decode) {
+        let mut block = Block::new(&mut core, kind)?;
+        for step in kind {
+            block.set(step);
+            let mut times = step.times;
+            if step.phase == Phase::Prefill && before.is_none() {
+                timed.add(&block.pass(&mut core, step.phase)?, 1.0_f64.min(times));
+                times -= 1.0;
+            } else if step.phase == Phase::Decode && before == Some(Phase::Prefill) {
+                block.pass(&mut core, step.phase)?;
+            }
+            if times > 0.0 {
+                timed.add(&block.pass(&mut core, step.phase)?, times);
+            }
+            before = Some(step.phase);
         }
+        block.end(&mut core);
     }
     Ok(timed)
 }
 
-/// Tokens done before each sampled decode pass, and how many passes it stands for: Simpson's rule.
-fn decode_samples(decodes: usize) -> Vec<(usize, f64)> {
-    let n = decodes as f64;
-    match decodes {
-        0 => Vec::new(),
-        1..=3 => (1..=decodes).map(|g| (g, 1.0)).collect(),
-        _ => vec![
-            (1, n / 6.0),
-            (decodes.div_ceil(2), 4.0 * n / 6.0),
-            (decodes, n / 6.0),
-        ],
+/// Bounds a pass's operations; what several chunks of one batch mean for its weights stays.
+fn larger_chunks(block: &mut BlockShape, input: &EstimateInput) {
+    let chunks = block.batch_rows.div_ceil(block.chunk_rows.max(1));
+    let most = (SAMPLED_CHUNKS / input.policy.num_gpu_batches as u64).max(2);
+    if chunks > most {
+        block.chunk_rows = block.batch_rows.div_ceil(most);
     }
 }
 
-/// A pass of `active` equal sequences that have `done` tokens generated (0: their prompts come now).
-fn one_pass(
-    core: &mut Core,
-    active: usize,
-    (prompt, done): (usize, usize),
-) -> Result<Pass, EngineError> {
-    let missing = || {
+/// The sequences of one kind of block, from its prompts to its last tokens.
+struct Block {
+    sequences: Vec<Sequence>,
+    per_batch: usize,
+    /// How many of each batch take part in the step.
+    sizes: Vec<usize>,
+}
+
+impl Block {
+    /// As many sequences in each batch as the first step has, with room for what the last ones cache.
+    fn new(core: &mut Core, kind: &[steps::Step]) -> Result<Block, EngineError> {
+        let room = kind.iter().map(|s| whole(s.context)).max().unwrap_or(1);
+        let per_batch = core.facts.policy.gpu_batch_size;
+        let mut block = Block {
+            sequences: Vec::new(),
+            per_batch,
+            sizes: Vec::new(),
+        };
+        block.set(&kind[0]);
+        for (batch, &size) in block.sizes.iter().enumerate() {
+            for place in 0..size {
+                let slot = batch * per_batch + place;
+                block.sequences.push(sequence(core, slot, room)?);
+            }
+        }
+        block.set(&kind[0]);
+        Ok(block)
+    }
+
+    /// Lengths and numbers of a step; sequences that ended early take no part.
+    fn set(&mut self, step: &steps::Step) {
+        let sizes = step
+            .batches
+            .iter()
+            .flat_map(|&(n, count)| std::iter::repeat_n(whole(n), count.round() as usize));
+        self.sizes = sizes.map(|n| n.min(self.per_batch)).collect();
+        let (rows, cached) = match step.phase {
+            Phase::Prefill => (whole(step.rows), 0),
+            Phase::Decode => (1, whole(step.context - step.rows)),
+        };
+        for s in &mut self.sequences {
+            s.tokens.resize(cached + rows, 0);
+            s.cached = cached;
+            s.prompt_tokens = if cached == 0 { rows } else { cached };
+        }
+    }
+
+    fn takes_part(&self, sequence: &Sequence) -> bool {
+        let (batch, place) = (sequence.slot / self.per_batch, sequence.slot % self.per_batch);
+        self.sizes.get(batch).is_some_and(|&size| place < size)
+    }
+
+    fn pass(&self, core: &mut Core, phase: Phase) -> Result<Pass, EngineError> {
+        let last = self.sequences.last().map_or(0, |s| s.slot + 1);
+        let mut slots: Vec<Option<&Sequence>> = vec![None; last];
+        let active = self.sequences.iter().filter(|s| self.takes_part(s));
+        active.for_each(|s| slots[s.slot] = Some(s));
+        let made = Step::new(&core.step_rules(), &slots);
+        let (start_s, before) = (core.machine.now_s(), core.machine.lane_figures());
+        let ready = core.run_pass(&made, true)?;
+        core.machine.wait(&ready)?;
+        let vocab = core.facts.model.vocab;
+        for _ in &made.active {
+            // What drawing the tokens takes.
+            core.machine.values(Tier::Cpu, 0, vocab);
+        }
+        Ok(Pass {
+            phase,
+            seconds: core.machine.now_s() - start_s,
+            lanes: minus(core.machine.lane_figures(), &before),
+        })
+    }
+
+    fn end(&self, core: &mut Core) {
+        // The newest first: extents come free from the end.
+        let newest_first = self.sequences.iter().rev();
+        newest_first.for_each(|s| core.pool.give_back(&s.cache));
+    }
+}
+
+fn whole(mean: f64) -> usize {
+    mean.round().max(1.0) as usize
+}
+
+/// A sequence in a slot with room for so many cached tokens.
+fn sequence(core: &mut Core, slot: usize, room: usize) -> Result<Sequence, EngineError> {
+    let tier = core.facts.placement.cache_tiers[slot];
+    let cache = core.pool.reserve(tier, room as u64);
+    let cache = cache.ok_or_else(|| {
         EngineError::Machine(MachineError::Memory(
             "the block's cache does not hold its own sequences".into(),
         ))
-    };
-    let mut sequences = Vec::with_capacity(active);
-    for slot in 0..active {
-        let tier = core.facts.placement.cache_tiers[slot];
-        let cache = core
-            .pool
-            .reserve(tier, (prompt + done.saturating_sub(1)) as u64)
-            .ok_or_else(missing)?;
-        let cached = if done == 0 { 0 } else { prompt + done - 1 };
-        sequences.push(Sequence {
-            line: slot,
-            tokens: vec![0; prompt + done],
-            prompt_tokens: prompt,
-            max_tokens: done + 1,
-            cached,
-            slot,
-            cache,
-        });
-    }
-    let slots: Vec<Option<&Sequence>> = sequences.iter().map(Some).collect();
-    let step = Step::new(&core.step_rules(), &slots);
-    let (start_s, before) = (core.machine.now_s(), core.machine.lane_figures());
-    let ready = core.run_pass(&step, true)?;
-    core.machine.wait(&ready)?;
-    let vocab = core.facts.model.vocab;
-    for _ in &step.active {
-        // What drawing the tokens takes.
-        core.machine.values(Tier::Cpu, 0, vocab);
-    }
-    let pass = Pass {
-        seconds: core.machine.now_s() - start_s,
-        lanes: minus(core.machine.lane_figures(), &before),
-    };
-    sequences.iter().for_each(|s| core.pool.give_back(&s.cache));
-    Ok(pass)
+    })?;
+    Ok(Sequence {
+        line: slot,
+        prompt_tokens: 1,
+        max_tokens: 1,
+        tokens: Vec::with_capacity(room),
+        cached: 0,
+        slot,
+        cache,
+    })
 }
 
 fn minus(mut after: PerLane<LaneFigures>, before: &PerLane<LaneFigures>) -> PerLane<LaneFigures> {
@@ -255,12 +360,9 @@ fn minus(mut after: PerLane<LaneFigures>, before: &PerLane<LaneFigures>) -> PerL
 
 impl Timed {
     fn add(&mut self, pass: &Pass, times: f64) {
-        let decode = pass.lanes[Lane::CpuCompute].decode_s + pass.lanes[Lane::GpuCompute].decode_s;
-        let prefill =
-            pass.lanes[Lane::CpuCompute].prefill_s + pass.lanes[Lane::GpuCompute].prefill_s;
-        match decode > prefill {
-            true => self.decode_s += times * pass.seconds,
-            false => self.prefill_s += times * pass.seconds,
+        match pass.phase {
+            Phase::Decode => self.decode_s += times * pass.seconds,
+            Phase::Prefill => self.prefill_s += times * pass.seconds,
         }
         for lane in Lane::ALL {
             let (sum, one) = (&mut self.lanes[lane], &pass.lanes[lane]);
@@ -269,5 +371,25 @@ impl Timed {
             sum.work_s += times * one.work_s;
             sum.bytes += (times * one.bytes as f64).round() as u64;
         }
+    }
+
+    /// What a model takes that has `beyond` times as many layers more as this one has over `few`.
+    fn grown(&self, few: &Timed, beyond: f64) -> Timed {
+        let line = |more: f64, few: f64| (more + beyond * (more - few)).max(0.0);
+        let mut grown = Timed {
+            prefill_s: line(self.prefill_s, few.prefill_s),
+            decode_s: line(self.decode_s, few.decode_s),
+            ..Timed::default()
+        };
+        for lane in Lane::ALL {
+            let (more, few) = (&self.lanes[lane], &few.lanes[lane]);
+            grown.lanes[lane] = LaneFigures {
+                prefill_s: line(more.prefill_s, few.prefill_s),
+                decode_s: line(more.decode_s, few.decode_s),
+                work_s: line(more.work_s, few.work_s),
+                bytes: line(more.bytes as f64, few.bytes as f64).round() as u64,
+            };
+        }
+        grown
     }
 }

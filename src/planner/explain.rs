@@ -3,7 +3,7 @@
 
 use crate::plan::{Explain, PlanPolicy, Rung, RunnerUp, WhatIf};
 use crate::planner::realise::Realised;
-use crate::planner::search::search;
+use crate::planner::search::{search, search_in};
 use crate::planner::space::{Candidate, Space};
 use crate::planner::{CompressMode, Found, PlanRequest, closed_form, speed};
 use crate::profile::{DiskPoint, GemmCurve, HardwareProfile};
@@ -167,7 +167,7 @@ pub fn runners_up(space: &Space, found: &Found) -> Vec<RunnerUp> {
     if distinct(&others, &is_other).len() < 2 {
         let near =
             |c: &Candidate| 2 * c.slots() >= chosen.slots() && c.slots() <= 2 * chosen.slots();
-        others.extend(search(space, &|c| is_other(c) && near(c)));
+        others.extend(search_in(space, &found.bounds, &|c| is_other(c) && near(c)));
         others.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s));
     }
     let now = speed(&closed_form(space, &found.chosen.realised));

@@ -3,6 +3,7 @@
 
 use crate::plan::{PlanPolicy, Rung};
 use crate::planner::search::{nearest, search};
+use crate::planner::parallel::in_parallel;
 use crate::planner::space::{Candidate, Fixed, Space};
 use crate::planner::{Chosen, Found, PlanRequest, price, speed};
 use crate::tier::{PerTier, Tier};
@@ -82,7 +83,7 @@ pub fn ladder(request: &PlanRequest, space: &Space, found: Option<&Found>) -> Ve
             _ => rung(request, &space, strategy),
         }
     };
-    STRATEGIES.iter().map(one).collect()
+    in_parallel(&STRATEGIES, |strategy| Some(one(strategy)))
 }
 
 fn with<'a>(space: &Space<'a>, strategy: &Strategy) -> Space<'a> {

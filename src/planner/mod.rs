@@ -5,6 +5,7 @@ pub mod document;
 pub mod explain;
 pub mod ladder;
 pub mod lp;
+pub mod parallel;
 pub mod realise;
 pub mod search;
 pub mod shortfall;
@@ -21,8 +22,10 @@ use crate::policy::{DeviceKind, Policy, PolicyError, Shares};
 use crate::profile::HardwareProfile;
 use crate::tier::PerTier;
 use crate::workload::Workload;
+use parallel::in_parallel;
 use realise::Realised;
-pub use space::{Candidate, Fixed, Job, Space};
+use space::JobLengths;
+pub use space::{Bounds, Candidate, Fixed, Job, Space};
 use std::borrow::Cow;
 use thiserror::Error;
 
@@ -96,7 +99,7 @@ pub struct Replay<'a> {
 }
 
 /// Runs the real schedule on a virtual clock. None: not possible here, the closed form stands.
-pub trait Repricer {
+pub trait Repricer: Sync {
     fn replay(&self, replay: &Replay) -> Option<Figures>;
 }
 
@@ -149,6 +152,8 @@ pub fn plan(request: &PlanRequest) -> Result<Plan, PlanError> {
 pub struct Found {
     pub chosen: Chosen,
     pub others: Vec<Realised>,
+    /// What was known of all candidates of that level.
+    pub bounds: Bounds,
     /// Lossless was tried and did not fit.
     pub forced_lossy: bool,
 }
@@ -165,11 +170,14 @@ fn choose(request: &PlanRequest, space: &Space) -> Option<Found> {
         &[|_| true]
     };
     for (level, keep) in levels.iter().enumerate() {
-        let realised = candidates(request, space, *keep);
-        if let Some(found) = best(request, space, realised) {
+        let bounds = space.bounds(keep);
+        let realised = candidates(request, space, &bounds);
+        if let Some((chosen, others)) = best(request, space, realised) {
             return Some(Found {
+                chosen,
+                others,
+                bounds,
                 forced_lossy: level > 0 && is_auto_free(request),
-                ..found
             });
         }
     }
@@ -178,13 +186,13 @@ fn choose(request: &PlanRequest, space: &Space) -> Option<Found> {
 
 /// The realised policies of one level, best first. A replay gets something to choose from: where the
 /// search ended at once, the best of the other block sizes as well.
-fn candidates(request: &PlanRequest, space: &Space, keep: fn(&Candidate) -> bool) -> Vec<Realised> {
-    let mut realised = search::search(space, &keep);
+fn candidates(request: &PlanRequest, space: &Space, bounds: &Bounds) -> Vec<Realised> {
+    let mut realised = search::search_in(space, bounds, &|_| true);
     let first = realised.first().map(|r| r.candidate.slots());
     if let (Some(slots), Some(_)) = (first, request.repricer)
         && realised.len() < REPLAYS
     {
-        realised.extend(search::search(space, &|c| keep(c) && c.slots() != slots));
+        realised.extend(search::search_in(space, bounds, &|c| c.slots() != slots));
         realised.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s));
         realised.dedup_by_key(|r| r.candidate);
     }
@@ -192,7 +200,11 @@ fn candidates(request: &PlanRequest, space: &Space, keep: fn(&Candidate) -> bool
 }
 
 /// The best of some realised policies: by replay where there is one, else by the closed form.
-fn best(request: &PlanRequest, space: &Space, mut realised: Vec<Realised>) -> Option<Found> {
+fn best(
+    request: &PlanRequest,
+    space: &Space,
+    mut realised: Vec<Realised>,
+) -> Option<(Chosen, Vec<Realised>)> {
     let first_s = realised.first()?.cost_s;
     let near = |r: &&Realised| r.cost_s <= first_s * (1.0 + REPLAY_WITHIN);
     let tried = match request.repricer {
@@ -200,11 +212,12 @@ fn best(request: &PlanRequest, space: &Space, mut realised: Vec<Realised>) -> Op
         None => 1,
     };
     let rest = realised.split_off(tried);
-    let priced = realised.into_iter().map(|realised| {
-        let figures = price(request, space, &realised);
-        Chosen { realised, figures }
+    let mut priced: Vec<Chosen> = in_parallel(&realised, |realised| {
+        Some(Chosen {
+            realised: realised.clone(),
+            figures: price(request, space, realised),
+        })
     });
-    let mut priced: Vec<Chosen> = priced.collect();
     priced.sort_by(|a, b| {
         let per_s = |c: &Chosen| speed(&c.figures);
         per_s(b).total_cmp(&per_s(a))
@@ -212,11 +225,7 @@ fn best(request: &PlanRequest, space: &Space, mut realised: Vec<Realised>) -> Op
     let mut priced = priced.into_iter();
     let chosen = priced.next()?;
     let others = priced.map(|c| c.realised).chain(rest).collect();
-    Some(Found {
-        chosen,
-        others,
-        forced_lossy: false,
-    })
+    Some((chosen, others))
 }
 
 /// Tokens per second that plans are compared by: generated ones, or read ones where none are asked for.
@@ -272,6 +281,7 @@ impl<'a> PlanRequest<'a> {
         Ok(Space {
             model: self.model,
             job: self.job,
+            lengths: JobLengths::new(&self.job),
             rates: Cow::Owned(rates),
             fixed: self.fixed,
             host: self.host,

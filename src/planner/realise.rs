@@ -55,7 +55,7 @@ impl Built {
             policy.shares = shares_from(&bare);
             placement = Placement::new(space.model, &policy);
         }
-        let block = BlockShape::new(&priced.workload, &policy, &placement);
+        let block = BlockShape::from_lengths(&priced.lengths, &policy, &placement);
         let footprint = space.footprint((&policy, &placement, &block));
         Built {
             policy,
@@ -117,7 +117,7 @@ struct Start {
 pub struct Realiser<'s, 'a> {
     pub space: &'s Space<'a>,
     pub candidate: &'s Candidate,
-    pub priced: &'s Priced<'a>,
+    pub priced: &'s Priced,
     pub equalities: &'s [Equality],
 }
 

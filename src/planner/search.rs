@@ -3,43 +3,75 @@
 
 use crate::cost::affine::{CACHE, HIDDEN, SHARES, ShareVector};
 use crate::placement::WeightHome;
+use crate::planner::lp::Equality;
+use crate::planner::parallel::in_parallel;
 use crate::planner::realise::{Built, Realised, Realiser};
-use crate::planner::space::{Candidate, Space};
+use crate::planner::space::{Bounds, Candidate, Space};
 use crate::tier::{PerTier, Tier};
 
 /// A candidate that cannot be better by more than this (relative) is not looked at further.
 const WORTH_A_LOOK: f64 = 1e-3;
 
+/// Candidates that are looked at together, on as many cores as there are: a fixed number, so that the
+/// same ones are looked at everywhere.
+const WAVE: usize = 4;
+
 /// Realised policies, best first: the best one is the best of the whole space within rounding.
 pub fn search(space: &Space, keep: &dyn Fn(&Candidate) -> bool) -> Vec<Realised> {
+    search_in(space, &space.bounds(keep), &|_| true)
+}
+
+/// The same over candidates whose bounds are known.
+pub fn search_in(
+    space: &Space,
+    bounds: &Bounds,
+    keep: &dyn Fn(&Candidate) -> bool,
+) -> Vec<Realised> {
     let equalities = space.equalities();
     let mut found: Vec<Realised> = Vec::new();
     let mut limit_s = f64::INFINITY;
-    for (bound_s, candidate) in space.bounds(keep) {
-        if bound_s > limit_s {
+    let kept: Vec<&(f64, Candidate)> = bounds.iter().filter(|(_, c)| keep(c)).collect();
+    for wave in kept.chunks(WAVE) {
+        let open: Vec<&Candidate> = wave
+            .iter()
+            .filter(|(bound_s, _)| *bound_s <= limit_s)
+            .map(|(_, candidate)| candidate)
+            .collect();
+        if open.is_empty() {
             break;
         }
-        let priced = space.price(&candidate);
-        let realiser = Realiser {
-            space,
-            candidate: &candidate,
-            priced: &priced,
-            equalities: &equalities,
-        };
-        let relaxed = realiser.relaxed();
-        let Some(relaxed) = relaxed.filter(|r| r.seconds / priced.per(space.job) <= limit_s) else {
-            continue;
-        };
-        if let Some(realised) = realiser.realise(&relaxed, limit_s) {
+        let realised = in_parallel(&open, |candidate| {
+            try_candidate(space, candidate, (&equalities, limit_s))
+        });
+        for realised in realised {
             limit_s = limit_s.min(realised.cost_s * (1.0 - WORTH_A_LOOK));
             found.push(realised);
         }
     }
     if found.is_empty() {
-        found.extend(smallest_fitting(space, keep));
+        found.extend(smallest_fitting(space, &|c| kept.iter().any(|k| k.1 == *c)));
     }
     found.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s).then(order(a).cmp(&order(b))));
     found
+}
+
+fn try_candidate(
+    space: &Space,
+    candidate: &Candidate,
+    (equalities, limit_s): (&[Equality], f64),
+) -> Option<Realised> {
+    let priced = space.price(candidate);
+    let realiser = Realiser {
+        space,
+        candidate,
+        priced: &priced,
+        equalities,
+    };
+    let relaxed = realiser.relaxed()?;
+    if relaxed.seconds / priced.per(space.job) > limit_s {
+        return None;
+    }
+    realiser.realise(&relaxed, limit_s)
 }
 
 /// Among equals: smaller blocks, then less disk, then less DRAM.

@@ -10,9 +10,10 @@ use crate::dtype::Dtype;
 use crate::model::ModelSpec;
 use crate::placement::{MatrixSplit, Placement, WeightHome};
 use crate::planner::lp::{Equality, Program};
+use crate::planner::parallel::in_parallel;
 use crate::policy::{Compute, DeviceKind, Policy, Shares};
 use crate::tier::{PerTier, Tier};
-use crate::workload::Workload;
+use crate::workload::{Lengths, Workload};
 use std::borrow::Cow;
 
 /// Sequences per batch and batches per block that are tried besides even cuts of the prompts.
@@ -52,6 +53,32 @@ pub enum Job<'a> {
     },
 }
 
+/// Candidates with lower bounds of their seconds (per token where the block is free), rising.
+pub type Bounds = Vec<(f64, Candidate)>;
+
+/// What tables and sizes follow from: a given job's lengths, or those of one line of a free block.
+#[derive(Clone, Copy, Debug)]
+pub struct JobLengths {
+    moments: Moments,
+    lengths: Lengths,
+}
+
+impl JobLengths {
+    pub fn new(job: &Job) -> Self {
+        let of = |workload: &Workload| JobLengths {
+            moments: Moments::new(workload),
+            lengths: Lengths::from(workload),
+        };
+        match *job {
+            Job::Given(workload) => of(workload),
+            Job::BestBlock {
+                prompt_tokens,
+                gen_tokens,
+            } => of(&Workload::uniform(1, prompt_tokens, gen_tokens)),
+        }
+    }
+}
+
 /// One discrete choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Candidate {
@@ -79,6 +106,7 @@ impl Candidate {
 pub struct Space<'a> {
     pub model: &'a ModelSpec,
     pub job: Job<'a>,
+    pub lengths: JobLengths,
     pub rates: Cow<'a, Rates>,
     pub fixed: Fixed,
     pub host: HostBytes,
@@ -93,8 +121,8 @@ pub struct Space<'a> {
 }
 
 /// A candidate's tables.
-pub struct Priced<'a> {
-    pub workload: Cow<'a, Workload>,
+pub struct Priced {
+    pub lengths: Lengths,
     pub moments: Moments,
     pub policy: Policy,
     pub terms: Terms,
@@ -115,6 +143,15 @@ impl<'a> Space<'a> {
                 prompt_tokens,
                 gen_tokens,
             } => Cow::Owned(Workload::uniform(slots, prompt_tokens, gen_tokens)),
+        }
+    }
+
+    /// Means and sums of the lengths of the job, or of one block of so many equal lines.
+    fn sizes_of(&self, slots: usize) -> (Moments, Lengths) {
+        let JobLengths { moments, lengths } = self.lengths;
+        match self.job {
+            Job::Given(_) => (moments, lengths),
+            Job::BestBlock { .. } => (moments.times(slots as u64), lengths.times(slots as u64)),
         }
     }
 
@@ -269,9 +306,8 @@ impl<'a> Space<'a> {
     }
 
     /// The tables of one candidate.
-    pub fn price(&self, candidate: &Candidate) -> Priced<'a> {
-        let workload = self.workload(candidate.slots());
-        let moments = Moments::new(&workload);
+    pub fn price(&self, candidate: &Candidate) -> Priced {
+        let (moments, lengths) = self.sizes_of(candidate.slots());
         let policy = self.policy(candidate, self.nearest_home());
         let terms = Terms::new(&TermInput {
             model: self.model,
@@ -280,9 +316,9 @@ impl<'a> Space<'a> {
             policy: &policy,
             cpu_side: candidate.cpu_side,
         });
-        let overhead_bytes = self.least_overhead(&policy, &workload);
+        let overhead_bytes = self.least_overhead(&policy, &lengths);
         Priced {
-            workload,
+            lengths,
             moments,
             policy,
             terms,
@@ -291,7 +327,7 @@ impl<'a> Space<'a> {
     }
 
     /// Lower bounds of all candidates in seconds (per token where the block is free), rising.
-    pub fn bounds(&self, keep: &dyn Fn(&Candidate) -> bool) -> Vec<(f64, Candidate)> {
+    pub fn bounds(&self, keep: &dyn Fn(&Candidate) -> bool) -> Bounds {
         let equalities = self.equalities();
         let candidates: Vec<Candidate> = self.candidates().into_iter().filter(keep).collect();
         let one = |candidate: &Candidate| {
@@ -335,7 +371,7 @@ impl<'a> Space<'a> {
     }
 
     /// Buffers and process of a run that streams nothing: no placement takes less beside its homes.
-    fn least_overhead(&self, policy: &Policy, workload: &Workload) -> PerTier<f64> {
+    fn least_overhead(&self, policy: &Policy, lengths: &Lengths) -> PerTier<f64> {
         let head_only = ModelSpec {
             layers: 0,
             ..self.model.clone()
@@ -351,7 +387,7 @@ impl<'a> Space<'a> {
             split.panels[home as usize] = matrix.panels();
         }
         placement.smalls_bytes = self.model.smalls().iter().map(|s| s.bytes()).sum();
-        let block = BlockShape::new(workload, policy, &placement);
+        let block = BlockShape::from_lengths(lengths, policy, &placement);
         let footprint = self.footprint((policy, &placement, &block));
         let tables = (footprint.arena_bytes(Tier::Cpu) / 512) as f64;
         PerTier {
@@ -377,24 +413,6 @@ impl<'a> Space<'a> {
     }
 }
 
-/// Maps in order, on as many threads as there are cores: planning must not take longer than a moment.
-fn in_parallel<T: Sync, R: Send>(items: &[T], one: impl Fn(&T) -> Option<R> + Sync) -> Vec<R> {
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let part = items.len().div_ceil(cores.min(16)).max(16);
-    let one = &one;
-    std::thread::scope(|scope| {
-        let parts: Vec<_> = items
-            .chunks(part)
-            .map(|chunk| scope.spawn(move || chunk.iter().filter_map(one).collect::<Vec<R>>()))
-            .collect();
-        let joined = parts.into_iter().map(|part| match part.join() {
-            Ok(found) => found,
-            Err(panic) => std::panic::resume_unwind(panic),
-        });
-        joined.flatten().collect()
-    })
-}
-
 /// A tier's bytes beside weight panels, cache and hidden states at home.
 fn overhead(footprint: &Footprint, tier: Tier) -> f64 {
     let at_home: u64 = [Buffer::Weights, Buffer::Cache, Buffer::Hidden]
@@ -404,7 +422,7 @@ fn overhead(footprint: &Footprint, tier: Tier) -> f64 {
     footprint.total(tier).saturating_sub(at_home) as f64
 }
 
-impl Priced<'_> {
+impl Priced {
     /// What seconds are divided by: nothing for a given job, tokens where the block is free.
     pub fn per(&self, job: Job) -> f64 {
         match job {
