@@ -389,7 +389,9 @@ impl<'a> LayerBuilder<'a> {
         };
         let panels = table.panels() as f64;
         let panel = self.matrix_bytes(table) / panels;
-        let most = (embedding_piece_bytes(panel as u64) as f64 / panel).floor().max(1.0);
+        let most = (embedding_piece_bytes(panel as u64) as f64 / panel)
+            .floor()
+            .max(1.0);
         for (rows, count) in step.chunks() {
             // Panels that at least one of the rows falls into, and how many of them lie side by side.
             let part = 1.0 - (1.0 - 1.0 / panels).powf(rows);
@@ -407,7 +409,9 @@ impl<'a> LayerBuilder<'a> {
             work.dram_bytes.coef[home as usize] += bytes;
         }
         let per_byte = self.rates.link_s(Lane::CpuToGpu, run, false) / run;
-        let away = WeightHome::ALL.into_iter().filter(|h| h.tier() != Tier::Gpu);
+        let away = WeightHome::ALL
+            .into_iter()
+            .filter(|h| h.tier() != Tier::Gpu);
         for home in away.filter(|_| self.gpu) {
             work.lanes.cpu_to_gpu.coef[home as usize] += bytes * per_byte;
             work.bytes.cpu_to_gpu.coef[home as usize] += bytes;

@@ -96,14 +96,21 @@ struct Extents {
 
 impl Extents {
     fn give_back(&mut self, offset: u64) {
-        if let Ok(at) = self.taken.binary_search_by_key(&offset, |(start, _)| *start) {
+        if let Ok(at) = self
+            .taken
+            .binary_search_by_key(&offset, |(start, _)| *start)
+        {
             self.used -= self.taken.remove(at).1;
         }
     }
 
     fn take(&mut self, bytes: u64) -> Option<u64> {
         // Without a gap the first fit is at the end.
-        if self.used == self.taken.last().map_or(0, |(start, length)| start + length)
+        if self.used
+            == self
+                .taken
+                .last()
+                .map_or(0, |(start, length)| start + length)
             && self.used + bytes <= self.capacity
         {
             self.taken.push((self.used, bytes));

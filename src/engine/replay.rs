@@ -291,7 +291,10 @@ impl Block {
     }
 
     fn takes_part(&self, sequence: &Sequence) -> bool {
-        let (batch, place) = (sequence.slot / self.per_batch, sequence.slot % self.per_batch);
+        let (batch, place) = (
+            sequence.slot / self.per_batch,
+            sequence.slot % self.per_batch,
+        );
         self.sizes.get(batch).is_some_and(|&size| place < size)
     }
 

@@ -2,8 +2,8 @@
 //! machine: what it takes, whether it fits and what it would bring. Search is search.rs.
 
 use crate::plan::{PlanPolicy, Rung};
-use crate::planner::search::{nearest, search};
 use crate::planner::parallel::in_parallel;
+use crate::planner::search::{nearest, search};
 use crate::planner::space::{Candidate, Fixed, Space};
 use crate::planner::{Chosen, Found, PlanRequest, price, speed};
 use crate::tier::{PerTier, Tier};

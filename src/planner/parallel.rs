@@ -7,10 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const MOST_THREADS: usize = 16;
 
 /// Maps in order, dropping what gives nothing; each thread takes the next item as it comes free.
-pub fn in_parallel<T: Sync, R: Send>(
-    items: &[T],
-    one: impl Fn(&T) -> Option<R> + Sync,
-) -> Vec<R> {
+pub fn in_parallel<T: Sync, R: Send>(items: &[T], one: impl Fn(&T) -> Option<R> + Sync) -> Vec<R> {
     let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     let threads = cores.min(MOST_THREADS).min(items.len());
     let next = AtomicUsize::new(0);
@@ -48,7 +45,11 @@ mod tests {
     fn answers_come_in_the_order_of_the_questions() {
         let items: Vec<usize> = (0..1000).collect();
         let odd = in_parallel(&items, |&n| (n % 2 == 1).then_some(n * n));
-        let one_by_one: Vec<usize> = items.iter().filter(|n| *n % 2 == 1).map(|n| n * n).collect();
+        let one_by_one: Vec<usize> = items
+            .iter()
+            .filter(|n| *n % 2 == 1)
+            .map(|n| n * n)
+            .collect();
         assert_eq!(odd, one_by_one);
         assert!(in_parallel(&[] as &[u8], |_| Some(1)).is_empty());
     }
