@@ -54,6 +54,9 @@ pub struct Plan {
     pub id: String,
     pub feasible: bool,
     pub lossless: bool,
+    /// Whether `exec` may turn to 4-bit formats where memory has shrunk since planning. A person may set it.
+    #[serde(default)]
+    pub may_become_lossy: bool,
     /// As asked by --device: "cpu", "cuda:0", "host:4GiB".
     pub device: String,
     pub flags: String,
@@ -103,6 +106,9 @@ pub struct PlanWorkload {
 pub struct PlanProfile {
     pub name: String,
     pub measured_at: String,
+    /// Figures that were replaced to see what another machine would do.
+    #[serde(default)]
+    pub changes: Vec<String>,
 }
 
 /// Bytes that the process may take of each tier; without a GPU there is no `gpu_bytes`.
@@ -195,6 +201,15 @@ pub struct Explain {
     pub four_bit: Option<String>,
     /// Where lossy settings were needed: the loud line.
     pub warning: Option<String>,
+    /// How far the closed form is from the replay that the estimate is, and why where it is far.
+    #[serde(default)]
+    pub closed_form: Option<String>,
+    /// Why the plan is better than the strategies that people know.
+    #[serde(default)]
+    pub beside_ladder: Option<String>,
+    /// Where `exec` found less memory than planned: what it gave up.
+    #[serde(default)]
+    pub stepped_down: Option<String>,
     pub what_if: Vec<WhatIf>,
 }
 

@@ -5,12 +5,15 @@ mod common;
 
 use common::planning::*;
 use common::*;
-use loadmaster::cost::affine::{share_vector, shares_from};
+use loadmaster::cost::affine::{GROUPS, share_vector, shares_from};
 use loadmaster::cost::estimate::{EstimateInput, estimate};
 use loadmaster::cost::rates::Rates;
-use loadmaster::plan::Plan;
+use loadmaster::plan::{Plan, PlanBudget};
+use loadmaster::planner::changes::twice_as_fast;
 use loadmaster::planner::realise::{Built, Realiser};
-use loadmaster::planner::{PlanRequest, plan};
+use loadmaster::planner::{Candidate, CompressMode, PlanRequest, plan};
+use loadmaster::policy::DeviceKind;
+use loadmaster::profile::HardwareProfile;
 use loadmaster::tier::{PerTier, Tier};
 use loadmaster::units::{GIB, MIB};
 use loadmaster::workload::Workload;
@@ -90,119 +93,215 @@ fn the_programs_optimum_is_the_estimate_at_that_point() {
     }
 }
 
-#[test]
-fn no_random_feasible_policy_beats_the_plan() {
-    for (seed, setting) in settings().into_iter().enumerate() {
-        let request = setting.request();
-        let space = request.space().unwrap();
-        let made = throughput(&plan(&request).unwrap());
-        let candidates: Vec<_> = space
-            .candidates()
-            .into_iter()
-            .filter(|c| c.lossless())
-            .collect();
-        let mut next = random(seed as u64 + 1);
-        let (mut feasible, mut tried, mut best) = (0, 0, 0.0f64);
-        while feasible < 1000 && tried < 20_000 {
-            tried += 1;
-            let candidate = candidates[(next() * candidates.len() as f64) as usize];
-            let priced = space.price(&candidate);
-            let allowed = space.allowed(&candidate);
-            let mut vector = [0.0; 11];
-            for group in loadmaster::cost::affine::GROUPS {
-                // Powers make corners likely, where the good policies are.
-                let raw: Vec<f64> = group
-                    .clone()
-                    .map(|i| {
-                        if allowed[i] {
-                            next().powi(6) + 1e-12
-                        } else {
-                            0.0
-                        }
-                    })
-                    .collect();
-                let sum: f64 = raw.iter().sum();
-                group
-                    .zip(raw)
-                    .for_each(|(i, value)| vector[i] = value / sum);
-            }
-            let built = Built::new(&space, &priced, &vector);
-            if !built.fits(&space) {
-                continue;
-            }
-            feasible += 1;
-            let figures = estimate(&EstimateInput {
-                model: &setting.model,
-                workload: &setting.workload,
-                rates: &space.rates,
-                policy: &built.policy,
-                host: HOST,
-                budget: space.budget,
-            });
-            best = best.max(figures.throughput_tok_s);
-        }
-        assert!(feasible >= 1000, "{feasible} of {tried}");
-        // Whole panels and sequences may cost the plan a little; nothing else may.
-        assert!(best <= made * 1.002, "random {best}, plan {made}");
-    }
+/// Settings with the formats that a search is free in, or held to.
+fn searches() -> Vec<(Setting, CompressMode)> {
+    let lossless = settings().into_iter().map(|s| (s, CompressMode::Never));
+    let more = [
+        (
+            cpu(opt_1_3b(), GIB, Workload::uniform(32, 64, 64)),
+            CompressMode::Never,
+        ),
+        (
+            cpu(opt_1_3b(), GIB, Workload::uniform(8, 128, 16)),
+            CompressMode::Both,
+        ),
+        (
+            cpu(opt_6_7b(), 3 * GIB, Workload::uniform(40, 200, 20)),
+            CompressMode::Fastest,
+        ),
+        (
+            on_t4(opt_6_7b(), 30 * GIB, Workload::uniform(48, 256, 32)),
+            CompressMode::Never,
+        ),
+        (
+            on_t4(opt_30b(), 20 * GIB, Workload::uniform(64, 256, 16)),
+            CompressMode::Weights,
+        ),
+        (
+            on_t4(opt_175b(), 190 * GIB, Workload::uniform(96, 512, 32)),
+            CompressMode::Never,
+        ),
+    ];
+    lossless.chain(more).collect()
 }
 
 #[test]
-fn more_memory_never_worsens_the_programs_optimum() {
-    for setting in settings() {
-        let mut space = setting.request().space().unwrap();
-        for candidate in space.candidates().into_iter().step_by(11) {
-            let mut last_s = f64::INFINITY;
-            for part in 1..=6 {
-                space.budget.cpu = setting.budget.cpu_bytes * part / 3;
-                let priced = space.price(&candidate);
-                let realiser = Realiser {
-                    space: &space,
-                    candidate: &candidate,
-                    priced: &priced,
-                    equalities: &[],
-                };
-                let Some(optimum) = realiser.relaxed() else {
-                    assert!(last_s.is_infinite(), "what fitted fits with more");
-                    continue;
-                };
-                assert!(optimum.seconds <= last_s * (1.0 + 1e-7));
-                last_s = optimum.seconds;
-            }
-        }
+fn no_random_feasible_policy_beats_the_plan() {
+    for (seed, (setting, compress)) in searches().into_iter().enumerate() {
+        let request = PlanRequest {
+            compress,
+            explain: false,
+            ..setting.request()
+        };
+        let made = throughput(&plan(&request).unwrap());
+        let best = best_of_random((&setting, compress), seed as u64 + 1);
+        assert!(
+            best <= made * (1.0 + 1e-9),
+            "{} {compress:?}: random {best}, plan {made}",
+            setting.model.name
+        );
     }
+}
+
+fn fits_mode(c: &Candidate, compress: CompressMode) -> bool {
+    match compress {
+        CompressMode::Never => c.lossless(),
+        CompressMode::Weights => c.compress_weight && !c.compress_cache,
+        CompressMode::Both => c.compress_weight && c.compress_cache,
+        _ => true,
+    }
+}
+
+/// The fastest of 1,000 random policies that fit, by the estimator's closed form.
+fn best_of_random((setting, compress): (&Setting, CompressMode), seed: u64) -> f64 {
+    let request = setting.request();
+    let space = request.space().unwrap();
+    let mut candidates = space.candidates();
+    candidates.retain(|c| fits_mode(c, compress));
+    let mut next = random(seed);
+    let (mut feasible, mut tried, mut best) = (0, 0, 0.0f64);
+    while feasible < 1000 && tried < 40_000 {
+        tried += 1;
+        let candidate = candidates[(next() * candidates.len() as f64) as usize];
+        let priced = space.price(&candidate);
+        let vector = random_shares(&space.allowed(&candidate), &mut next);
+        let built = Built::new(&space, &priced, &vector);
+        if !built.fits(&space) {
+            continue;
+        }
+        feasible += 1;
+        let figures = estimate(&EstimateInput {
+            model: &setting.model,
+            workload: &setting.workload,
+            rates: &space.rates,
+            policy: &built.policy,
+            host: HOST,
+            budget: space.budget,
+        });
+        best = best.max(figures.throughput_tok_s);
+    }
+    assert!(
+        feasible >= 1000,
+        "{} {feasible} of {tried}",
+        setting.model.name
+    );
+    best
+}
+
+fn random_shares(allowed: &[bool; 11], next: &mut impl FnMut() -> f64) -> [f64; 11] {
+    let mut vector = [0.0; 11];
+    for group in GROUPS {
+        // Powers make corners likely, where the good policies are.
+        let mut one = |i: usize| {
+            if allowed[i] {
+                next().powi(6) + 1e-12
+            } else {
+                0.0
+            }
+        };
+        let raw: Vec<f64> = group.clone().map(&mut one).collect();
+        let sum: f64 = raw.iter().sum();
+        group
+            .zip(raw)
+            .for_each(|(i, value)| vector[i] = value / sum);
+    }
+    vector
+}
+
+/// Machines of which each is at least as good as the one before.
+fn better_machines(setting: &Setting) -> Vec<Vec<(String, HardwareProfile, PlanBudget)>> {
+    let same = |budget: PlanBudget, what: String| (what, setting.profile.clone(), budget);
+    let steps = 0..8u64;
+    let dram = steps.clone().map(|step| {
+        let mut budget = setting.budget;
+        budget.cpu_bytes += step * setting.budget.cpu_bytes / 5;
+        same(budget, format!("DRAM step {step}"))
+    });
+    let gpu = steps.map(|step| {
+        let mut budget = setting.budget;
+        budget.gpu_bytes = budget.gpu_bytes.map(|b| b + step * b / 5);
+        same(budget, format!("GPU step {step}"))
+    });
+    let parts = twice_as_fast(&setting.profile, setting.device == DeviceKind::Cuda);
+    let mut chains = vec![dram.collect::<Vec<_>>(), gpu.collect()];
+    for (what, _) in parts {
+        let mut profile = setting.profile.clone();
+        let mut chain = vec![(what.to_owned(), profile.clone(), setting.budget)];
+        for _ in 0..2 {
+            let again = twice_as_fast(&profile, setting.device == DeviceKind::Cuda);
+            let change = again.into_iter().find(|(name, _)| *name == what).unwrap().1;
+            profile = change.apply(&profile).unwrap();
+            chain.push((what.to_owned(), profile.clone(), setting.budget));
+        }
+        chains.push(chain);
+    }
+    chains
+}
+
+fn growing_settings() -> Vec<Setting> {
+    vec![
+        cpu(opt_1_3b(), GIB, Workload::uniform(8, 128, 16)),
+        cpu(opt_6_7b(), 4 * GIB, Workload::uniform(12, 256, 16)),
+        on_t4(opt_30b(), 20 * GIB, Workload::uniform(64, 256, 16)),
+    ]
 }
 
 #[test]
 fn more_memory_or_bandwidth_never_worsens_the_plan() {
-    for setting in [
-        cpu(opt_1_3b(), GIB, Workload::uniform(8, 128, 16)),
-        on_t4(opt_30b(), 20 * GIB, Workload::uniform(64, 256, 16)),
-    ] {
-        let mut last = 0.0f64;
-        for step in 0..8u64 {
-            let mut request = setting.request();
-            request.budget.cpu_bytes += step * setting.budget.cpu_bytes / 5;
-            let now = throughput(&plan(&request).unwrap());
-            assert!(now >= last * 0.99, "step {step}: {now} after {last}");
-            last = last.max(now);
+    for setting in growing_settings() {
+        for chain in better_machines(&setting) {
+            let mut last = 0.0f64;
+            for (what, profile, budget) in chain {
+                let request = PlanRequest {
+                    profile: &profile,
+                    budget,
+                    explain: false,
+                    ..setting.request()
+                };
+                let now = throughput(&plan(&request).unwrap());
+                let name = &setting.model.name;
+                assert!(now >= last * 0.99, "{name}, {what}: {now} after {last}");
+                last = last.max(now);
+            }
         }
-        let mut last = 0.0f64;
-        for factor in [1.0, 1.5, 2.0, 4.0] {
-            let mut profile = setting.profile.clone();
-            profile
-                .links
-                .disk_to_cpu
-                .direct
-                .iter_mut()
-                .for_each(|p| p.2 *= factor);
-            let request = PlanRequest {
-                profile: &profile,
-                ..setting.request()
-            };
-            let now = throughput(&plan(&request).unwrap());
-            assert!(now >= last * 0.99, "disk x{factor}: {now} after {last}");
-            last = last.max(now);
+    }
+}
+
+#[test]
+fn more_memory_or_bandwidth_never_worsens_the_programs_optimum() {
+    for setting in growing_settings() {
+        for chain in better_machines(&setting) {
+            let spaces: Vec<_> = chain
+                .iter()
+                .map(|(what, profile, budget)| {
+                    let request = PlanRequest {
+                        profile,
+                        budget: *budget,
+                        ..setting.request()
+                    };
+                    (what, request.space().unwrap())
+                })
+                .collect();
+            for candidate in spaces[0].1.candidates().into_iter().step_by(23) {
+                let mut last_s = f64::INFINITY;
+                for (what, space) in &spaces {
+                    let priced = space.price(&candidate);
+                    let realiser = Realiser {
+                        space,
+                        candidate: &candidate,
+                        priced: &priced,
+                        equalities: &[],
+                    };
+                    let Some(optimum) = realiser.relaxed() else {
+                        assert!(last_s.is_infinite(), "what fitted fits with more: {what}");
+                        continue;
+                    };
+                    // A solver's own rounding is all that may differ.
+                    let s = optimum.seconds;
+                    assert!(s <= last_s * (1.0 + 1e-7), "{what}: {s} after {last_s}");
+                    last_s = s;
+                }
+            }
         }
     }
 }
@@ -239,7 +338,7 @@ fn opt_175b_on_one_t4_is_planned_with_its_ladder() {
     assert!(made.feasible && made.lossless);
     let estimate = made.estimate.as_ref().unwrap();
     assert!(estimate.throughput_tok_s > 0.05 && estimate.throughput_tok_s < 5.0);
-    assert_eq!(made.ladder.len(), 8);
+    assert_eq!(made.ladder.len(), 9);
     for rung in &made.ladder {
         assert_eq!(rung.fits, rung.throughput_tok_s.is_some(), "{}", rung.name);
         if rung.lossless && rung.fits {

@@ -4,6 +4,7 @@
 use super::values::{
     self, DeviceChoice, NotOffered, attn_sparsity_hint, path_hint, sep_layer_hint,
 };
+use crate::planner::changes::Changes;
 use crate::policy::Compute;
 use crate::units::parse_bytes;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -231,6 +232,39 @@ impl PolicyArgs {
     /// The six percentages, if given.
     pub fn percent(&self) -> Option<[f64; 6]> {
         self.percent.as_deref()?.try_into().ok()
+    }
+}
+
+/// Figures of another machine in place of the profile's.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "What if (in place of the profile's figures)")]
+pub struct WhatIfArgs {
+    /// Disk reads at this rate, like 7GB/s
+    #[arg(long, value_name = "RATE", value_parser = values::rate)]
+    disk_read: Option<f64>,
+    /// Disk writes at this rate
+    #[arg(long, value_name = "RATE", value_parser = values::rate)]
+    disk_write: Option<f64>,
+    /// Copies between DRAM and GPU at this rate
+    #[arg(long, value_name = "RATE", value_parser = values::rate)]
+    link: Option<f64>,
+    /// CPU and DRAM so many times as fast
+    #[arg(long, value_name = "FACTOR", value_parser = values::factor)]
+    cpu_speed: Option<f64>,
+    /// GPU so many times as fast
+    #[arg(long, value_name = "FACTOR", value_parser = values::factor)]
+    gpu_speed: Option<f64>,
+}
+
+impl WhatIfArgs {
+    pub fn changes(&self) -> Changes {
+        Changes {
+            disk_read_bytes_per_s: self.disk_read,
+            disk_write_bytes_per_s: self.disk_write,
+            link_bytes_per_s: self.link,
+            cpu_speed: self.cpu_speed,
+            gpu_speed: self.gpu_speed,
+        }
     }
 }
 

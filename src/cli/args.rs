@@ -3,7 +3,7 @@
 
 pub use super::arg_groups::{
     Compress, DASH, DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, HintArgs, Kv, LimitArgs, PlaceArgs,
-    PolicyArgs, ResultArgs, WorkArgs, default_offload_dir,
+    PolicyArgs, ResultArgs, WhatIfArgs, WorkArgs, default_offload_dir,
 };
 pub use super::proof_args::{AccuracyArgs, CalibrateArgs, CampaignArgs, RivalsArgs};
 use super::values::{self, DeviceChoice};
@@ -85,6 +85,18 @@ pub enum Command {
         after_help = "Example:\n  loadmaster rivals --seed 3 --model synth:opt-1.3b --cpu-mem 2GiB --num-prompts 16 --prompt-len 64 --gen-len 8"
     )]
     Rivals(RivalsArgs),
+    /// FlexLLMGen's published results against its runtime priced on a machine's profile, and what
+    /// loadmaster would do there
+    Flexllmgen(FlexllmgenArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct FlexllmgenArgs {
+    /// A machine with a GPU: a file, or the name of a profile that is built in
+    #[arg(long, value_name = "FILE|NAME", default_value = "t4-gcp")]
+    pub profile: String,
+    #[command(flatten)]
+    pub place: PlaceArgs,
 }
 
 #[derive(Debug, Args)]
@@ -113,9 +125,15 @@ pub struct ProbeArgs {
 pub struct PlanArgs {
     #[command(flatten)]
     pub solve: SolveArgs,
+    #[command(flatten)]
+    pub what_if: WhatIfArgs,
     /// Save the plan here, as TOML, for `loadmaster exec`
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
     pub out: Option<PathBuf>,
+    /// Print a command line of another program instead, whose placement fits the same budget
+    #[arg(long, value_name = "PROGRAM", value_parser = ["flexllmgen"], help_heading = "Output",
+        conflicts_with_all = ["out", "json", "explain"])]
+    pub emit: Option<String>,
     /// Also say what binds, what more memory or a faster link would bring, and why others lost
     #[arg(long, help_heading = "Output")]
     pub explain: bool,
@@ -144,6 +162,9 @@ pub struct ExecArgs {
     pub results: ResultArgs,
     #[command(flatten)]
     pub place: PlaceArgs,
+    /// Refuse where memory has shrunk since planning, instead of solving again for what is free
+    #[arg(long, help_heading = "Machine")]
+    pub strict: bool,
     /// Print the report as one JSON document on stdout; results then need --output FILE
     #[arg(long, help_heading = "Output")]
     pub json: bool,
@@ -245,7 +266,7 @@ impl Cli {
             Command::Calibrate(args) => args.json,
             Command::Campaign(args) => args.json,
             Command::Rivals(args) => args.json,
-            Command::Synth(_) | Command::Store(_) => false,
+            Command::Synth(_) | Command::Store(_) | Command::Flexllmgen(_) => false,
         }
     }
 

@@ -9,6 +9,7 @@ use super::calibrate;
 use super::campaign;
 use super::execute::{Execution, execute};
 use super::failure::Failure;
+use super::flexllmgen;
 use super::progress::{Talk, Unit};
 use super::prompt_lines::Line;
 use super::prompts::Source;
@@ -17,6 +18,7 @@ use super::settle::{Model, make_offload_dir, measure, named_profile, own_profile
 use super::show_compare;
 use super::show_plan;
 use super::solve::{Asked, Solved, solve, work_lines};
+use super::step_down::{Shrunk, free_bytes, step_down};
 use crate::checkpoint::{SynthJob, write_synth};
 use crate::compare::Comparison;
 use crate::machine::disk::write_atomically;
@@ -48,6 +50,8 @@ pub fn dispatch(cli: Cli, stop: &AtomicBool) -> Result<(), Failure> {
         Command::Calibrate(args) => calibrate::calibrate(&args),
         Command::Campaign(args) => campaign::campaign(&args, &mut talk, stop),
         Command::Rivals(args) => rivals::rivals(&args, &mut talk, stop),
+        Command::Flexllmgen(args) => flexllmgen::table(&args.profile, &args.place.offload_dir())
+            .and_then(|table| say(&table)),
     };
     talk.end();
     ended
@@ -99,10 +103,14 @@ fn plan(args: &PlanArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
     let asked = Asked {
         sizes_do: true,
         explain: args.explain,
+        changes: args.what_if.changes(),
         results: None,
     };
     let solved = solve(&args.solve, asked, talk, stop)?;
     talk.end();
+    if args.emit.is_some() {
+        return say(&flexllmgen::emit(&solved)?);
+    }
     let out = args.out.as_deref().filter(|_| solved.plan.feasible);
     let piped = out == Some(Path::new(DASH));
     if let Some(path) = out.filter(|_| !piped) {
@@ -181,9 +189,24 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
         true => profile.without_calibration(),
         false => profile,
     };
+    let shrunk = Shrunk {
+        plan: &plan,
+        model: &model,
+        profile: &profile,
+        lines: &lines,
+    };
+    let instead = if args.strict {
+        None
+    } else {
+        step_down(&shrunk, free_bytes()?)?
+    };
+    let told = instead
+        .as_ref()
+        .and_then(|p| p.explain.stepped_down.as_ref());
+    told.into_iter().for_each(|line| talk.note(line));
     let done = execute(
         Execution {
-            plan: &plan,
+            plan: instead.as_ref().unwrap_or(&plan),
             model: &model,
             profile: &profile,
             lines,

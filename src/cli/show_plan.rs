@@ -20,11 +20,14 @@ pub fn show_plan(plan: &Plan, explain: bool) -> String {
         }
         _ => parts.push(missing_lines(plan)),
     }
+    let beside = plan.explain.beside_ladder.as_ref();
     parts.push(format!(
-        "out-of-memory strategies:\n{}",
-        ladder_table(&plan.ladder)
+        "out-of-memory strategies:\n{}{}",
+        ladder_table(&plan.ladder),
+        beside.map_or(String::new(), |line| format!("\n{line}"))
     ));
     parts.extend(runners_up(plan));
+    parts.extend(plan.explain.closed_form.clone().filter(|_| explain));
     parts.extend(what_if(plan).filter(|_| explain));
     parts.extend(plan.explain.four_bit.clone());
     if plan.feasible {
@@ -44,15 +47,24 @@ fn headline(plan: &Plan) -> String {
         (true, false) => "NOT lossless",
     };
     format!(
-        "{} on {} ({}): {} prompts, {} + {} tokens; plan {}, {quality}",
+        "{} on {} ({}{}): {} prompts, {} + {} tokens; plan {}, {quality}",
         plan.model.name,
         plan.device,
         plan.profile.name,
+        changes(plan),
         work.prompts,
         work.prompt_tokens,
         work.gen_tokens,
         plan.id
     )
+}
+
+/// ", what if disk read at 7.00 GB/s".
+fn changes(plan: &Plan) -> String {
+    match plan.profile.changes.as_slice() {
+        [] => String::new(),
+        changes => format!(", what if {}", changes.join(", ")),
+    }
 }
 
 fn table(header: &[&str]) -> Table {

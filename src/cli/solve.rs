@@ -14,7 +14,9 @@ use crate::cost::figures::Figures;
 use crate::dtype::Dtype;
 use crate::engine::replay::replay;
 use crate::plan::Plan;
+use crate::planner::changes::Changes;
 use crate::planner::{self, CompressMode, Fixed, Job, PlanError, PlanRequest, Replay, Repricer};
+use crate::policy::DeviceKind;
 use crate::store;
 use crate::workload::Workload;
 use std::path::Path;
@@ -32,6 +34,8 @@ pub struct Solved {
 /// What differs between `plan` and `run`.
 #[derive(Clone, Copy, Default)]
 pub struct Asked<'a> {
+    /// Figures of another machine in place of the profile's.
+    pub changes: Changes,
     /// A size's name is enough: there need be no weights.
     pub sizes_do: bool,
     pub explain: bool,
@@ -40,7 +44,7 @@ pub struct Asked<'a> {
 }
 
 /// Plans by running the engine's own schedule on the virtual-time machine.
-struct ScheduleRepricer;
+pub struct ScheduleRepricer;
 
 impl Repricer for ScheduleRepricer {
     fn replay(&self, asked: &Replay) -> Option<Figures> {
@@ -70,7 +74,14 @@ pub fn solve(
     if let Some(lines) = &lines {
         some_good(lines, asked.results)?;
     }
-    let target = Target::settle(&args.limits, talk, stop)?;
+    let mut target = Target::settle(&args.limits, talk, stop)?;
+    target.profile = asked
+        .changes
+        .apply(&target.profile)
+        .map_err(Failure::usage)?;
+    idle_flags(&args.policy, target.device)
+        .iter()
+        .for_each(|line| talk.note(line));
     let plan = plan((args, asked), &model, &target, lines.as_deref())?;
     Ok(Solved {
         model,
@@ -78,6 +89,21 @@ pub fn solve(
         plan,
         lines,
     })
+}
+
+/// A line for each flag that is accepted everywhere and changes nothing on this device.
+fn idle_flags(policy: &PolicyArgs, device: DeviceKind) -> Vec<String> {
+    if device.has_gpu() {
+        return Vec::new();
+    }
+    let mut lines = Vec::new();
+    if policy.pin_weight.is_some() {
+        lines.push("--pin-weight changes nothing here: no GPU takes part, so nothing is page-locked for its copies".to_owned());
+    }
+    if policy.cpu_cache_compute.is_some() {
+        lines.push("--cpu-cache-compute changes nothing here: without a GPU attention is always computed on the CPU".to_owned());
+    }
+    lines
 }
 
 fn read_lines(args: &SolveArgs, model: &Model) -> Result<Vec<Line>, Failure> {
@@ -142,6 +168,7 @@ fn plan(
         profile: &target.profile,
         calibrated: true,
         explain: asked.explain,
+        changes: &asked.changes,
         budget: target.budget,
         fixed: fixed(&args.policy),
         compress: compress_mode(args.policy.compress),

@@ -5,7 +5,7 @@ use crate::dtype::Dtype;
 use crate::model::ModelSpec;
 use crate::model::families::{named_size, size_names};
 use crate::plan::{MOST_SEQUENCES, MOST_THREADS};
-use crate::units::{parse_bytes, show_bytes};
+use crate::units::{MIB, parse_bytes, parse_rate, show_bytes};
 use std::fmt;
 use thiserror::Error;
 
@@ -22,6 +22,10 @@ pub enum ValueError {
     NotAPercentage,
     #[error("it is not a time: write seconds like 20")]
     NotSeconds,
+    #[error("{0}")]
+    NotARate(String),
+    #[error("write how many times as fast, from 0.001 to 1000, like 2")]
+    NotAFactor,
     #[error("write 1 or 0 (true, false, yes and no do as well)")]
     NotASwitch,
     #[error("write auto, cpu, cuda:N or host:SIZE, like cuda:0 or host:4GiB ({0})")]
@@ -133,6 +137,24 @@ pub fn percentage(text: &str) -> Result<f64, ValueError> {
     }
 }
 
+/// Bytes per second that some link or disk may have.
+pub fn rate(text: &str) -> Result<f64, ValueError> {
+    let rate = parse_rate(text).map_err(|e| ValueError::NotARate(e.to_string()))?;
+    if (MIB as f64..=1e14).contains(&rate) {
+        return Ok(rate);
+    }
+    let why = "it must be from 1MiB/s to 100000GB/s".to_owned();
+    Err(ValueError::NotARate(why))
+}
+
+/// How many times as fast: from a thousandth to a thousand.
+pub fn factor(text: &str) -> Result<f64, ValueError> {
+    match text.trim_end_matches(['x', 'X']).parse::<f64>() {
+        Ok(factor) if (1e-3..=1e3).contains(&factor) => Ok(factor),
+        _ => Err(ValueError::NotAFactor),
+    }
+}
+
 /// The spellings that FlexLLMGen's flags take.
 pub fn switch(text: &str) -> Result<bool, ValueError> {
     match text.to_ascii_lowercase().as_str() {
@@ -207,6 +229,18 @@ mod tests {
         assert_eq!(percentage("100%"), Ok(100.0));
         for bad in ["-1", "100.1", "nan", "inf", "x", ""] {
             assert_eq!(percentage(bad), Err(ValueError::NotAPercentage), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_ifs_are_rates_and_factors() {
+        assert_eq!(rate("7GB/s"), Ok(7e9));
+        assert_eq!(factor("2x"), Ok(2.0));
+        for bad in ["7GB", "7", "0GB/s", "-1GB/s", "1B/s", "1e30GB/s", ""] {
+            assert!(rate(bad).is_err(), "{bad}");
+        }
+        for bad in ["0", "-2", "nan", "inf", "x", "2000"] {
+            assert_eq!(factor(bad), Err(ValueError::NotAFactor), "{bad}");
         }
     }
 

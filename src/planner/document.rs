@@ -11,7 +11,7 @@ use crate::plan::{
 use crate::planner::explain::{explain, runners_up};
 use crate::planner::ladder::{ladder, per_tier};
 use crate::planner::shortfall::shortfall;
-use crate::planner::{Found, PlanRequest, Space};
+use crate::planner::{CompressMode, Found, PlanRequest, Space};
 use crate::policy::Policy;
 use crate::tier::PerTier;
 use crate::workload::Workload;
@@ -82,6 +82,7 @@ fn frame(request: &PlanRequest, space: &Space, found: Option<&Found>) -> Plan {
         id: String::new(),
         feasible: false,
         lossless: true,
+        may_become_lossy: request.compress == CompressMode::Fastest,
         device: request.device_name.to_owned(),
         flags: String::new(),
         next_command: format!(
@@ -93,6 +94,7 @@ fn frame(request: &PlanRequest, space: &Space, found: Option<&Found>) -> Plan {
         profile: PlanProfile {
             name: request.profile.machine.name.clone(),
             measured_at: request.profile.machine.date.clone(),
+            changes: request.changes.describe(),
         },
         budget: request.budget,
         policy: None,

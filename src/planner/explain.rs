@@ -2,25 +2,30 @@
 //! what 4-bit would bring, and which other plans lost by how much.
 
 use crate::plan::{Explain, PlanPolicy, Rung, RunnerUp, WhatIf};
+use crate::planner::changes::twice_as_fast;
+use crate::planner::parallel::in_parallel;
 use crate::planner::realise::Realised;
 use crate::planner::search::{search, search_in};
 use crate::planner::space::{Candidate, Space};
 use crate::planner::{CompressMode, Found, PlanRequest, closed_form, speed};
-use crate::profile::{DiskPoint, GemmCurve, HardwareProfile};
-use crate::tier::Tier;
+use crate::tier::{Lane, Tier};
 use crate::units::GIB;
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
 
 /// Gains under this are not worth a line.
 const WORTH_SAYING: f64 = 1.05;
 const RUNNERS_UP: usize = 3;
+/// Closed form and replay may be so far apart without a reason being given.
+const CLOSED_FORM_WITHIN_PERCENT: f64 = 3.0;
 
 /// The lines below the plan.
 pub fn explain(request: &PlanRequest, space: &Space, (found, rungs): (&Found, &[Rung])) -> Explain {
     Explain {
         four_bit: four_bit(request, rungs, found),
         warning: found.forced_lossy.then(|| warning(found)),
+        closed_form: request.repricer.map(|_| beside_closed_form(space, found)),
+        beside_ladder: beside_ladder(rungs, found),
+        stepped_down: None,
         what_if: if request.explain {
             what_if(request, space, found)
         } else {
@@ -35,6 +40,67 @@ fn warning(found: &Found) -> String {
         "nothing lossless fits into this budget: the plan keeps {} in 4 bits, which changes results; --compress never refuses instead",
         lossy_parts(candidate.compress_weight, candidate.compress_cache).1
     )
+}
+
+/// The replayed figure beside the closed form's, and where they part the reason.
+fn beside_closed_form(space: &Space, found: &Found) -> String {
+    let (replayed, closed) = (
+        &found.chosen.figures,
+        closed_form(space, &found.chosen.realised),
+    );
+    let apart = 100.0 * (speed(&closed) / speed(replayed) - 1.0);
+    let text = format!("replayed in order; the closed form says {apart:+.1} %");
+    if apart.abs() <= CLOSED_FORM_WITHIN_PERCENT {
+        return text;
+    }
+    let phase = |s: (f64, f64)| (s.0 - s.1).abs();
+    let prefill = phase((closed.prefill_s, replayed.prefill_s));
+    let decode = phase((closed.decode_s, replayed.decode_s));
+    let (name, total_s) = if prefill > decode {
+        ("prefill", replayed.prefill_s)
+    } else {
+        ("decode", replayed.decode_s)
+    };
+    let busy_s = |lane: Lane| match name {
+        "prefill" => replayed.lanes[lane].prefill_s,
+        _ => replayed.lanes[lane].decode_s,
+    };
+    let busiest = Lane::ALL
+        .into_iter()
+        .max_by(|&a, &b| busy_s(a).total_cmp(&busy_s(b)))
+        .unwrap_or(Lane::CpuCompute);
+    format!(
+        "{text}, most of it in {name}: {}, the busiest lane there, works {:.0} % of that time and waits for others the rest, because a lane's operations keep their order",
+        busiest.name(),
+        100.0 * busy_s(busiest) / total_s.max(f64::MIN_POSITIVE)
+    )
+}
+
+/// The plan beside the fastest other strategy of the ladder that fits and keeps results, and what makes
+/// the difference.
+fn beside_ladder(rungs: &[Rung], found: &Found) -> Option<String> {
+    let chosen = &found.chosen.realised;
+    let mine = PlanPolicy::new(&chosen.policy, &chosen.placement.realised());
+    let other = rungs
+        .iter()
+        .filter(|r| r.lossless == chosen.candidate.lossless())
+        .filter(|r| r.policy.as_ref().is_some_and(|p| p.percent != mine.percent))
+        .filter(|r| r.throughput_tok_s.is_some_and(|t| t > 0.0))
+        .max_by(|a, b| {
+            let by = |r: &Rung| r.throughput_tok_s.unwrap_or(0.0);
+            by(a).total_cmp(&by(b))
+        })?;
+    let (policy, then) = (other.policy.as_ref()?, other.throughput_tok_s?);
+    let on_disk = |p: &PlanPolicy| 100.0 - p.percent[0] - p.percent[1];
+    Some(format!(
+        "the plan is {:.1} times as fast as \"{}\": {:.0} % of the weights come from disk in a pass instead of {:.0} %, and a pass serves {} sequences instead of {}",
+        speed(&found.chosen.figures) / then,
+        other.name,
+        on_disk(&mine).max(0.0),
+        on_disk(policy).max(0.0),
+        mine.gpu_batch_size * mine.num_gpu_batches,
+        policy.gpu_batch_size * policy.num_gpu_batches,
+    ))
 }
 
 /// The `--compress` word for 4-bit parts, and the parts themselves.
@@ -83,22 +149,22 @@ fn what_if(request: &PlanRequest, space: &Space, found: &Found) -> Vec<WhatIf> {
         let name = ["GPU memory", "DRAM", "disk"][tier as usize];
         list.push((format!("1 GiB more {name}"), more));
     }
-    for (change, faster) in faster_machines(request.profile, space) {
-        if let Ok(mut machine) = request.space_for(&faster) {
+    for (change, faster) in twice_as_fast(request.profile, space.device().has_gpu()) {
+        let machine = faster.apply(request.profile).ok();
+        if let Some(Ok(mut machine)) = machine.map(|m| request.space_for(&m)) {
             machine.fixed = space.fixed;
             list.push((change.to_owned(), machine));
         }
     }
-    let solved = list.into_iter().filter_map(|(change, space)| {
-        let best = search(&space, &like(&found.chosen.realised.candidate));
-        let then = speed(&closed_form(&space, best.first()?));
+    in_parallel(&list, |(change, space)| {
+        let best = search(space, &like(&found.chosen.realised.candidate));
+        let then = speed(&closed_form(space, best.first()?));
         Some(WhatIf {
-            change,
+            change: change.clone(),
             throughput_tok_s: then.max(now),
             gain_percent: (100.0 * (then / now - 1.0)).max(0.0),
         })
-    });
-    solved.collect()
+    })
 }
 
 /// Candidates in the neighbourhood: same formats, blocks up to twice and down to half as large.
@@ -113,49 +179,6 @@ fn like(chosen: &Candidate) -> impl Fn(&Candidate) -> bool {
             && near(c.num_gpu_batches, chosen.num_gpu_batches);
         same && shape
     }
-}
-
-fn faster_machines(
-    profile: &HardwareProfile,
-    space: &Space,
-) -> Vec<(&'static str, HardwareProfile)> {
-    let mut disk = profile.clone();
-    faster_disk(&mut disk.links.disk_to_cpu.direct);
-    faster_disk(&mut disk.links.cpu_to_disk.fresh);
-    faster_disk(&mut disk.links.cpu_to_disk.overwrite);
-    let mut cpu = profile.clone();
-    faster_gemm(&mut cpu.cpu.gemm);
-    cpu.cpu.dram_read_bytes_per_s *= 2.0;
-    for rates in cpu.cpu.attention.values_mut() {
-        rates.decode_bytes_per_s *= 2.0;
-        rates.prefill_flop_per_s *= 2.0;
-    }
-    let mut list = vec![
-        ("a disk twice as fast", disk),
-        ("a CPU and DRAM twice as fast", cpu),
-    ];
-    if space.device().has_gpu() && profile.links.cpu_to_gpu.is_some() {
-        let mut link = profile.clone();
-        let links = &mut link.links;
-        for facts in [&mut links.cpu_to_gpu, &mut links.gpu_to_cpu]
-            .into_iter()
-            .flatten()
-        {
-            let points = facts.pinned.iter_mut().chain(&mut facts.unpinned);
-            points.for_each(|p| p.1 *= 2.0);
-        }
-        list.push(("a GPU link twice as fast", link));
-    }
-    list
-}
-
-fn faster_disk(points: &mut [DiskPoint]) {
-    points.iter_mut().for_each(|p| p.2 *= 2.0);
-}
-
-fn faster_gemm(tables: &mut BTreeMap<String, GemmCurve>) {
-    let points = tables.values_mut().flat_map(|t| &mut t.points);
-    points.for_each(|p| p.3 /= 2.0);
 }
 
 /// Other plans with the same formats, the best of each block size and place of attention, and why

@@ -27,7 +27,7 @@ const fn strategy(name: &'static str, note: &'static str) -> Strategy {
     }
 }
 
-const STRATEGIES: [Strategy; 8] = [
+const STRATEGIES: [Strategy; 9] = [
     strategy("lossless", ""),
     Strategy {
         unpin: true,
@@ -39,6 +39,11 @@ const STRATEGIES: [Strategy; 8] = [
     Strategy {
         compress: (true, false),
         ..strategy("4-bit weights", "")
+    },
+    Strategy {
+        unpin: true,
+        compress: (true, false),
+        ..strategy("unpinned 4-bit weights", "")
     },
     Strategy {
         compress: (false, true),
@@ -105,6 +110,7 @@ fn with<'a>(space: &Space<'a>, strategy: &Strategy) -> Space<'a> {
     }
     Space {
         fixed,
+        coarse: true,
         ..space.clone()
     }
 }

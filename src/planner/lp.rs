@@ -95,6 +95,9 @@ impl Program<'_> {
     }
 
     fn solve(&self, stages: &[Stage], limit_s: Option<f64>) -> Option<ShareVector> {
+        if self.is_hopeless() {
+            return None;
+        }
         let scale_s = self.scale_s(stages);
         let mut vars = ProblemVariables::new();
         let shares: Vec<Option<Variable>> = self
@@ -140,6 +143,37 @@ impl Program<'_> {
             *share = value(variable);
         }
         tidy(found)
+    }
+
+    /// True where even the homes that take least do not fit: most large blocks, seen without a solve.
+    fn is_hopeless(&self) -> bool {
+        let fixed = |index: usize| {
+            let single =
+                |e: &&Equality| matches!(e.terms.as_slice(), [(i, f)] if *i == index && *f == 1.0);
+            self.equalities.iter().find(single).map(|e| e.value)
+        };
+        Tier::ALL.into_iter().any(|tier| {
+            let coef = &self.terms.homes[tier].coef;
+            let least = |group: &std::ops::Range<usize>| {
+                let known: Vec<(usize, f64)> = group
+                    .clone()
+                    .filter_map(|i| fixed(i).map(|share| (i, share)))
+                    .collect();
+                let taken: f64 = known.iter().map(|(i, share)| share * coef[*i]).sum();
+                let left = 1.0 - known.iter().map(|k| k.1).sum::<f64>();
+                let open = group
+                    .clone()
+                    .filter(|&i| self.allowed[i] && fixed(i).is_none());
+                let cheapest = open.map(|i| coef[i]).fold(f64::INFINITY, f64::min);
+                if left > 1e-9 && cheapest.is_finite() {
+                    taken + left * cheapest
+                } else {
+                    taken
+                }
+            };
+            let bytes: f64 = GROUPS.iter().map(least).sum();
+            bytes > self.capacity_bytes[tier] + 1.0
+        })
     }
 
     /// Seconds of the order of the answer, so that the program's numbers are near one.

@@ -1,11 +1,16 @@
 //! The decision: from a model, a workload, a machine's profile and a budget to a plan. This file holds
 //! the request and the pipeline; programs, search, ladder and explanations live in the modules below.
 
+pub mod changes;
 pub mod document;
 pub mod explain;
+pub mod flexllmgen;
+pub mod flexllmgen_rows;
+pub mod flexllmgen_search;
 pub mod ladder;
 pub mod lp;
 pub mod parallel;
+pub mod polish;
 pub mod realise;
 pub mod search;
 pub mod shortfall;
@@ -22,6 +27,7 @@ use crate::policy::{DeviceKind, Policy, PolicyError, Shares};
 use crate::profile::HardwareProfile;
 use crate::tier::PerTier;
 use crate::workload::Workload;
+use changes::Changes;
 use parallel::in_parallel;
 use realise::Realised;
 use space::JobLengths;
@@ -30,9 +36,9 @@ use std::borrow::Cow;
 use thiserror::Error;
 
 /// Candidates whose closed-form time is this near the best are priced again by replay.
-const REPLAY_WITHIN: f64 = 0.03;
+const REPLAY_WITHIN: f64 = 0.06;
 /// At most this many replays decide.
-const REPLAYS: usize = 3;
+const REPLAYS: usize = 4;
 
 /// Why no plan could be looked for. That nothing fits is not among them: that is an infeasible plan.
 #[derive(Debug, Error)]
@@ -117,6 +123,8 @@ pub struct PlanRequest<'a> {
     pub calibrated: bool,
     /// Solve again for what more memory or faster parts would bring.
     pub explain: bool,
+    /// What the profile's figures were replaced by, to see what another machine would do.
+    pub changes: &'a Changes,
     /// Bytes of the whole process per tier.
     pub budget: PlanBudget,
     pub fixed: Fixed,
@@ -290,6 +298,7 @@ impl<'a> PlanRequest<'a> {
                 cpu: self.budget.cpu_bytes,
                 disk: self.budget.disk_bytes,
             },
+            coarse: false,
             stored_bytes: self.stored_bytes,
             may_pin: may_pin(self.model, profile),
             kv: self.kv,

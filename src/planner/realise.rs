@@ -18,7 +18,7 @@ const ROUNDED_ONE_BY_ONE: usize = 64;
 /// A rounding this near (relative) to the program's optimum needs no other.
 const ROUNDED_WELL: f64 = 0.002;
 /// Whole panels make two equal optima differ by this much (relative).
-const EQUALLY_FAST: f64 = 1e-5;
+const EQUALLY_FAST: f64 = 1e-9;
 /// A set of things on disk whose optimum is no better than this (relative) is not rounded.
 const SAME_START: f64 = 1e-4;
 /// Bytes that a repair takes off beyond what was missing, so that it ends.

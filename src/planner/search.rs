@@ -5,12 +5,17 @@ use crate::cost::affine::{CACHE, HIDDEN, SHARES, ShareVector};
 use crate::placement::WeightHome;
 use crate::planner::lp::Equality;
 use crate::planner::parallel::in_parallel;
+use crate::planner::polish::polish;
 use crate::planner::realise::{Built, Realised, Realiser};
 use crate::planner::space::{Bounds, Candidate, Space};
 use crate::tier::{PerTier, Tier};
 
 /// A candidate that cannot be better by more than this (relative) is not looked at further.
-const WORTH_A_LOOK: f64 = 1e-3;
+const WORTH_A_LOOK: f64 = 1e-9;
+/// Whole panels and sequences may have cost others of this nearness (relative) their place.
+const ROUNDING: f64 = 0.003;
+/// So many of them are polished.
+const POLISHED: usize = 4;
 
 /// Candidates that are looked at together, on as many cores as there are: a fixed number, so that the
 /// same ones are looked at everywhere.
@@ -51,8 +56,20 @@ pub fn search_in(
     if found.is_empty() {
         found.extend(smallest_fitting(space, &|c| kept.iter().any(|k| k.1 == *c)));
     }
-    found.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s).then(order(a).cmp(&order(b))));
+    sort(&mut found);
+    let near_s = found
+        .first()
+        .map_or(0.0, |best| best.cost_s * (1.0 + ROUNDING));
+    let near = found.iter().take_while(|r| r.cost_s <= near_s).count();
+    let rest = found.split_off(near.min(POLISHED));
+    found = in_parallel(&found, |near| Some(polish(space, near.clone())));
+    found.extend(rest);
+    sort(&mut found);
     found
+}
+
+fn sort(found: &mut [Realised]) {
+    found.sort_by(|a, b| a.cost_s.total_cmp(&b.cost_s).then(order(a).cmp(&order(b))));
 }
 
 fn try_candidate(

@@ -112,6 +112,8 @@ pub struct Space<'a> {
     pub host: HostBytes,
     /// Bytes of the whole process per tier; `gpu` is 0 without one.
     pub budget: PerTier<u64>,
+    /// Only batch sizes and counts that are powers of two: enough to say what a strategy brings.
+    pub coarse: bool,
     /// Packed stores that exist already, native and 4-bit: their bytes need no room again.
     pub stored_bytes: [u64; 2],
     /// The system lets us page-lock as much as could ever be pinned.
@@ -210,7 +212,7 @@ impl<'a> Space<'a> {
         let counts: Vec<usize> = match self.fixed.num_gpu_batches {
             Some(count) => vec![count],
             None if !self.device().has_gpu() => vec![1],
-            None => BATCH_COUNTS.to_vec(),
+            None => self.thinned(&BATCH_COUNTS),
         };
         let mut shapes = Vec::new();
         for &count in &counts {
@@ -225,15 +227,17 @@ impl<'a> Space<'a> {
         shapes
     }
 
+    fn thinned(&self, steps: &[usize]) -> Vec<usize> {
+        let keep = |n: &&usize| !self.coarse || n.is_power_of_two();
+        steps.iter().filter(keep).copied().collect()
+    }
+
     fn sizes(&self, lines: usize, count: usize) -> Vec<usize> {
         if let Some(size) = self.fixed.gpu_batch_size {
             return vec![size];
         }
-        let mut sizes: Vec<usize> = BATCH_SIZES
-            .iter()
-            .copied()
-            .filter(|&s| s <= lines)
-            .collect();
+        let mut sizes = self.thinned(&BATCH_SIZES);
+        sizes.retain(|&s| s <= lines);
         if matches!(self.job, Job::Given(_)) {
             sizes.extend((1..=EVEN_CUTS).map(|cut| lines.div_ceil(cut * count)));
         }

@@ -101,10 +101,26 @@ fn a_plan_for_more_memory_than_is_free_is_refused() {
     home.write("huge.toml", &plan);
     home.write("out.jsonl", "precious\n");
     let words = "exec huge.toml --input in.jsonl --output out.jsonl --overwrite";
-    let ended = limited(&home, words);
+    let ended = limited(&home, &format!("{words} --strict"));
     ended.fails(1, &["memory", "are missing", "--cpu-mem"]);
     assert_eq!(home.read("out.jsonl"), "precious\n");
     assert!(!home.path("store").exists(), "nothing was packed for it");
+    // Without --strict it steps down to what is free, says so, and generates the same text.
+    let ended = limited(&home, &format!("{words} --report report.json")).good();
+    let told = "memory has shrunk since planning";
+    assert!(ended.stderr.contains(told), "{}", ended.stderr);
+    let report = home.json("report.json");
+    let explain = &report["plan"]["explain"]["stepped_down"];
+    assert!(
+        explain
+            .as_str()
+            .expect("named in the report")
+            .contains("the same text")
+    );
+    let stepped = home.read("out.jsonl");
+    home.run("exec plan.toml --input in.jsonl --output out.jsonl --overwrite")
+        .good();
+    assert_eq!(home.read("out.jsonl"), stepped);
 }
 
 /// Should a check ever be lost, this limit keeps the machine that the test runs on alive.
@@ -141,4 +157,88 @@ fn reports_that_cannot_be_read_are_refused() {
     home.run("compare plan.toml").fails(1, &["plan.toml", help]);
     home.run("compare none.json").fails(1, &["none.json", help]);
     home.run("compare").fails(2, &["REPORT"]);
+}
+
+#[test]
+fn flags_that_change_nothing_without_a_gpu_are_told() {
+    let home = planned();
+    let words = "plan --model GOLDEN --input in.jsonl";
+    let plain = home.run(words).good();
+    assert!(
+        !plain.stderr.contains("changes nothing"),
+        "{}",
+        plain.stderr
+    );
+    for flag in ["--pin-weight", "--cpu-cache-compute"] {
+        for value in ["0", "1"] {
+            let ended = home.run(&format!("{words} {flag} {value}")).good();
+            let told = format!("{flag} changes nothing here");
+            assert_eq!(ended.stderr.matches(&told).count(), 1, "{}", ended.stderr);
+        }
+    }
+    let played = home
+        .run(&format!("{words} --device host:64MiB --pin-weight 1"))
+        .good();
+    assert!(
+        !played.stderr.contains("changes nothing"),
+        "{}",
+        played.stderr
+    );
+}
+
+#[test]
+fn what_ifs_change_the_estimate_and_are_named_in_the_plan() {
+    let home = planned();
+    let words = "plan --model opt-30b --profile t4-gcp --cpu-mem 40GiB --num-prompts 64 --json";
+    let speed = |flags: &str| {
+        let plan = home.run(&format!("{words} {flags}")).good().document();
+        let changes = plan["profile"]["changes"].as_array().expect("a list").len();
+        let tok_s = plan["estimate"]["throughput_tok_s"].as_f64();
+        (tok_s.expect("a figure"), changes)
+    };
+    let (now, none) = speed("");
+    let (faster, two) = speed("--disk-read 7GB/s --link 24GB/s");
+    assert!(faster > 1.2 * now, "{faster} {now}");
+    assert_eq!((none, two), (0, 2));
+    let (slower, one) = speed("--disk-read 400MB/s");
+    assert!(slower < now && one == 1, "{slower} {now}");
+    for (flags, part) in [
+        ("--disk-read 7", "--disk-read"),
+        ("--disk-write 0GB/s", "--disk-write"),
+        ("--cpu-speed -2", "--cpu-speed"),
+        ("--gpu-speed fast", "--gpu-speed"),
+    ] {
+        home.run(&format!("{words} {flags}")).fails(2, &[part]);
+    }
+    let cpu = "plan --model GOLDEN --input in.jsonl --link 12GB/s";
+    home.run(cpu).fails(2, &["--link", "no GPU"]);
+}
+
+#[test]
+fn flexllmgen_is_compared_with_and_gets_a_command_line_that_fits() {
+    let home = planned();
+    let table = home.run("flexllmgen --profile t4-gcp").good().stdout;
+    for part in [
+        "opt-175b",
+        "its own model",
+        "mean",
+        "20 80 0 100 0 100",
+        "8.3 91.7 0.0",
+    ] {
+        assert!(table.contains(part), "no {part}: {table}");
+    }
+    let words = "plan --model opt-30b --profile t4-gcp --prompt-len 512 --gen-len 32";
+    let line = home
+        .run(&format!("{words} --emit flexllmgen"))
+        .good()
+        .stdout;
+    assert!(
+        line.contains("flexllmgen.flex_opt --model facebook/opt-30b --percent "),
+        "{line}"
+    );
+    assert!(!line.contains("--compress"), "{line}");
+    home.run(&format!("{words} --cpu-mem 9GiB --emit flexllmgen"))
+        .fails(1, &["FlexLLMGen", "fits"]);
+    home.run("plan --model GOLDEN --input in.jsonl --emit flexllmgen")
+        .fails(2, &["needs a GPU"]);
 }

@@ -3,6 +3,7 @@
 use super::*;
 use loadmaster::cost::footprint::HostBytes;
 use loadmaster::plan::{Plan, PlanBudget};
+use loadmaster::planner::changes::Changes;
 use loadmaster::planner::{CompressMode, Fixed, Job, PlanRequest};
 use loadmaster::policy::DeviceKind;
 use loadmaster::units::{GIB, MIB};
@@ -11,6 +12,14 @@ use loadmaster::workload::Workload;
 pub const HOST: HostBytes = HostBytes {
     process_bytes: 64 * MIB,
     gpu_context_bytes: 0,
+};
+
+pub const NO_CHANGES: Changes = Changes {
+    disk_read_bytes_per_s: None,
+    disk_write_bytes_per_s: None,
+    link_bytes_per_s: None,
+    cpu_speed: None,
+    gpu_speed: None,
 };
 
 pub struct Setting {
@@ -36,6 +45,7 @@ impl Setting {
             profile: &self.profile,
             calibrated: true,
             explain: true,
+            changes: &NO_CHANGES,
             budget: self.budget,
             fixed: Fixed::default(),
             compress: CompressMode::Auto,

@@ -1,0 +1,263 @@
+//! Less memory than was planned with: `exec` solves again for what is free, without anything that could
+//! change the text unless the plan permits it. What fits is the planner's judgement.
+
+use super::execute::planned_lengths;
+use super::failure::Failure;
+use super::prompt_lines::Line;
+use super::prompts;
+use super::settle::Model;
+use super::solve::ScheduleRepricer;
+use crate::cost::rates::Rates;
+use crate::engine::open::{Packed, RunJob, footprint};
+use crate::machine::os;
+use crate::machine::price::Pricer;
+use crate::plan::{Plan, PlanBudget};
+use crate::planner::changes::Changes;
+use crate::planner::{self, CompressMode, Fixed, Job, PlanRequest};
+use crate::policy::{Policy, show_percent};
+use crate::profile::HardwareProfile;
+use crate::tier::Tier;
+use crate::units::show_bytes;
+use std::path::Path;
+
+/// Of what is free, the part that is planned with: others may take a little more meanwhile.
+const SURE_PART: f64 = 0.97;
+
+/// What is to be carried out in less memory.
+pub struct Shrunk<'a> {
+    pub plan: &'a Plan,
+    pub model: &'a Model,
+    pub profile: &'a HardwareProfile,
+    pub lines: &'a [Line],
+}
+
+/// Bytes of memory that this process may hold at this moment, what it holds already included.
+pub fn free_bytes() -> Result<u64, Failure> {
+    os::release_free_heap();
+    let own = os::process_memory().map_or(0, |m| m.resident_bytes);
+    Ok(os::memory_now().map_err(Failure::failed)?.free_bytes + own)
+}
+
+/// Bytes of memory that the plan needs.
+fn needed_bytes(shrunk: &Shrunk, policy: &Policy) -> Result<u64, Failure> {
+    let device = shrunk.plan.device_kind().map_err(Failure::failed)?;
+    let rates = Rates::new(shrunk.profile, device, policy.threads).map_err(Failure::failed)?;
+    let needed = footprint(&RunJob {
+        model: &shrunk.model.spec,
+        policy,
+        device,
+        lengths: planned_lengths(shrunk.plan),
+        host: shrunk
+            .model
+            .host_bytes(shrunk.plan.workload.prompt_tokens, policy.threads),
+        packed: &Packed::default(),
+        spill: Path::new(""),
+        pricer: Pricer::new(rates),
+    });
+    Ok(needed.total(Tier::Cpu) + needed.arena_bytes(Tier::Gpu))
+}
+
+/// The plan to run instead, where memory has shrunk: lossless as the plan, or as lossy as it permits.
+pub fn step_down(shrunk: &Shrunk, free: u64) -> Result<Option<Plan>, Failure> {
+    let plan = shrunk.plan;
+    let policy = plan.to_policy().map_err(Failure::failed)?;
+    let needed = needed_bytes(shrunk, &policy)?;
+    if needed <= free {
+        return Ok(None);
+    }
+    let same = Some((policy.compress_weight, policy.compress_cache));
+    let mut tries = vec![same];
+    if plan.may_become_lossy {
+        tries.extend([Some((true, policy.compress_cache)), Some((true, true))]);
+    }
+    for formats in tries {
+        let mut found = solve_again(shrunk, &policy, (free, formats))?;
+        if !found.feasible {
+            continue;
+        }
+        found.explain.stepped_down = Some(told(plan, &found, (needed, free)));
+        found.may_become_lossy = plan.may_become_lossy;
+        found.id = found.content_id();
+        return Ok(Some(found));
+    }
+    let hint = if plan.may_become_lossy {
+        "end other programs, or give the machine more memory"
+    } else {
+        "end other programs, or set may_become_lossy = true in the plan to permit 4-bit weights and cache"
+    };
+    Err(Failure::failed(format!(
+        "memory has shrunk since planning: the plan needs {}, {} are free, and nothing{} fits into that",
+        show_bytes(needed),
+        show_bytes(free),
+        if plan.may_become_lossy { "" } else { " with the same text" }
+    ))
+    .with_hint(hint))
+}
+
+fn solve_again(
+    shrunk: &Shrunk,
+    policy: &Policy,
+    (free, formats): (u64, Option<(bool, bool)>),
+) -> Result<Plan, Failure> {
+    let (plan, spec) = (shrunk.plan, &shrunk.model.spec);
+    let workload = prompts::workload(shrunk.lines);
+    let gpu = plan.budget.gpu_bytes.unwrap_or(0);
+    let sure = (free as f64 * SURE_PART) as u64;
+    let budget = PlanBudget {
+        cpu_bytes: sure.saturating_sub(gpu).min(plan.budget.cpu_bytes),
+        ..plan.budget
+    };
+    let stored =
+        |compress| u64::from(compress == policy.compress_weight) * spec.weights_bytes(compress);
+    let request = PlanRequest {
+        model: spec,
+        fingerprint: plan.model.fingerprint.as_deref(),
+        job: Job::Given(&workload),
+        device: plan.device_kind().map_err(Failure::failed)?,
+        device_name: &plan.device,
+        profile: shrunk.profile,
+        calibrated: true,
+        explain: false,
+        changes: &Changes::default(),
+        budget,
+        fixed: Fixed {
+            compress_weight: formats.map(|f| f.0),
+            compress_cache: formats.map(|f| f.1),
+            overlap: Some(policy.overlap),
+            ..Fixed::default()
+        },
+        compress: CompressMode::Auto,
+        kv: policy.kv,
+        threads: policy.threads,
+        host: shrunk
+            .model
+            .host_bytes(workload.prompt_tokens(), policy.threads),
+        stored_bytes: [stored(false), stored(true)],
+        repricer: Some(&ScheduleRepricer),
+    };
+    let mut found = planner::plan(&request).map_err(Failure::failed)?;
+    found.model.name.clone_from(&plan.model.name);
+    Ok(found)
+}
+
+/// The line that is shown, and kept in the report.
+fn told(before: &Plan, after: &Plan, (needed, free): (u64, u64)) -> String {
+    let rung = |plan: &Plan| {
+        let policy = plan.policy.as_ref();
+        let speed = plan.estimate.as_ref().map_or(0.0, |e| e.throughput_tok_s);
+        let block = policy.map_or(0, |p| p.gpu_batch_size * p.num_gpu_batches);
+        let percent = policy.map_or_else(String::new, |p| show_percent(p.percent));
+        format!("{percent} in blocks of {block} at {speed:.2} tok/s")
+    };
+    let formats = |plan: &Plan| {
+        plan.policy
+            .as_ref()
+            .map(|p| (p.compress_weight, p.compress_cache))
+    };
+    let text = match (formats(after), formats(before) == formats(after)) {
+        (_, true) => "the same text",
+        (Some((true, true)), _) => {
+            "4-bit weights and cache, which the plan permits: the text changes"
+        }
+        _ => "4-bit weights, which the plan permits: the text changes",
+    };
+    format!(
+        "memory has shrunk since planning: the plan needs {} and {} are free; stepping down from {} to {} ({text}); --strict refuses instead",
+        show_bytes(needed),
+        show_bytes(free),
+        rung(before),
+        rung(after)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::Request;
+    use crate::engine::sampling::Sampling;
+    use crate::profile::compiled_in;
+    use crate::units::MIB;
+
+    fn lines() -> Vec<Line> {
+        let request = |line| Request {
+            line,
+            prompt: vec![7; 64],
+            max_tokens: 8,
+            sampling: Sampling::GREEDY,
+        };
+        let line = |index| Line {
+            index,
+            result: Ok(request(index)),
+        };
+        (0..6).map(line).collect()
+    }
+
+    fn planned(model: &Model, profile: &HardwareProfile, cpu_bytes: u64) -> Plan {
+        let workload = prompts::workload(&lines());
+        planner::plan(&PlanRequest {
+            model: &model.spec,
+            fingerprint: None,
+            job: Job::Given(&workload),
+            device: crate::policy::DeviceKind::Cpu,
+            device_name: "cpu",
+            profile,
+            calibrated: true,
+            explain: false,
+            changes: &Changes::default(),
+            budget: PlanBudget {
+                gpu_bytes: None,
+                cpu_bytes,
+                disk_bytes: 1 << 40,
+            },
+            fixed: Fixed::default(),
+            compress: CompressMode::Auto,
+            kv: crate::dtype::Dtype::F16,
+            threads: 2,
+            host: model.host_bytes(workload.prompt_tokens(), 2),
+            stored_bytes: [0, 0],
+            repricer: Some(&ScheduleRepricer),
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn less_memory_is_met_without_a_change_of_text_and_4_bit_only_by_permission() {
+        let model = Model::find("synth:opt-1.3b", 0, false).ok().unwrap();
+        let profile = HardwareProfile::from_toml(compiled_in("t4-gcp").unwrap()).unwrap();
+        let mut plan = planned(&model, &profile, 4096 * MIB);
+        let lines = lines();
+        let down = |plan: &Plan, free| {
+            let shrunk = Shrunk {
+                plan,
+                model: &model,
+                profile: &profile,
+                lines: &lines,
+            };
+            step_down(&shrunk, free)
+        };
+        assert!(down(&plan, 4096 * MIB).ok().unwrap().is_none());
+        let less = down(&plan, 1200 * MIB).ok().unwrap().unwrap();
+        assert!(less.feasible && less.lossless);
+        let peak = less.estimate.as_ref().unwrap().tiers.cpu.peak_bytes;
+        assert!(peak <= 1200 * MIB, "{peak}");
+        let told = less.explain.stepped_down.as_ref().unwrap();
+        assert!(
+            told.contains("the same text") && told.contains("--strict"),
+            "{told}"
+        );
+        assert!(!less.is_edited());
+        // Somewhere between, only 4-bit weights fit.
+        let tight = (100..400)
+            .step_by(4)
+            .find(|mib| down(&plan, mib * MIB).is_ok());
+        let below = (tight.unwrap() - 8) * MIB;
+        assert!(down(&plan, below).is_err());
+        plan.may_become_lossy = true;
+        if let Ok(lossy) = down(&plan, below) {
+            let lossy = lossy.unwrap();
+            assert!(!lossy.lossless);
+            let told = lossy.explain.stepped_down.unwrap();
+            assert!(told.contains("the text changes"), "{told}");
+        }
+    }
+}
