@@ -13,6 +13,11 @@ const READ_BLOCK_BYTES: f64 = 128.0 * 1024.0;
 const CPU_ATTENTION_TRAFFIC: f64 = 5.0;
 /// Operations that one layer starts on the GPU (assumption).
 const LAUNCHES: f64 = 16.0;
+/// Before every product and every attention its 4-bit data becomes fp16, in passes of their own: unpacked
+/// (half a byte read, two written), divided and added to (two read and two written each). For every batch.
+const DEQUANTISE_BYTES_PER_VALUE: f64 = 10.5;
+/// What the biases behind a matrix shift its middle, as part of the layer: it decides on borders only.
+const BIASES: f64 = 1e-6;
 /// Pinned buffers between disk and GPU.
 const RELAY_BYTES: u64 = 8 * GIB;
 
@@ -101,8 +106,8 @@ impl Flags {
 /// The tier of a tensor whose middle lies at `middle` of its layer: disk first, then DRAM, then GPU.
 fn tier_at(share: &PerTier<f64>, middle: f64) -> Tier {
     match middle {
-        m if m < share.disk => Tier::Disk,
-        m if m < share.disk + share.cpu => Tier::Cpu,
+        m if m < share.disk + BIASES => Tier::Disk,
+        m if m < share.disk + share.cpu + BIASES => Tier::Cpu,
         _ => Tier::Gpu,
     }
 }
@@ -125,12 +130,9 @@ impl Setup<'_> {
         2.0 * self.model.hidden as f64 * value * self.flags.gpu_batch_size as f64 * tokens
     }
 
-    fn weight_format(&self) -> Dtype {
-        if self.flags.compress_weight {
-            Dtype::Q4
-        } else {
-            Dtype::F16
-        }
+    fn dequantise_s(&self, values: f64) -> f64 {
+        let bytes = DEQUANTISE_BYTES_PER_VALUE * values;
+        self.rates.rowwise_s(Tier::Gpu, bytes)
     }
 
     /// Whole tensors at home by their middles, layer by layer.
@@ -234,33 +236,43 @@ impl Setup<'_> {
 
     fn products_s(&self, weights: f64, tensor: f64, rows: f64) -> f64 {
         let m = rows * self.flags.gpu_batch_size as f64;
-        let per_weight = self
-            .rates
-            .weight_s(Tier::Gpu, self.weight_format(), m, tensor);
-        weights * per_weight + LAUNCHES * self.rates.launch_s(Tier::Gpu)
+        let per_weight = self.rates.weight_s(Tier::Gpu, Dtype::F16, m, tensor);
+        let packed = if self.flags.compress_weight {
+            weights
+        } else {
+            0.0
+        };
+        weights * per_weight + self.dequantise_s(packed) + LAUNCHES * self.rates.launch_s(Tier::Gpu)
     }
 
     /// Attention of one batch: scores of all pairs while prompts are read, one row each afterwards.
     fn attention_s(&self, rows: f64, context: f64) -> f64 {
-        let format = if self.flags.compress_cache {
-            Dtype::Q4
-        } else {
-            Dtype::F16
-        };
         let size = self.flags.gpu_batch_size as f64;
         if rows > 1.0 {
             let flop = 4.0 * self.model.hidden as f64 * size * rows * rows;
-            return self.rates.attention_s(Tier::Gpu, format, 0.0, flop, false);
+            return self
+                .rates
+                .attention_s(Tier::Gpu, Dtype::F16, 0.0, flop, false);
         }
-        let (bytes, share) = (self.kv_bytes(context), self.flags.share(2));
+        let share = self.flags.share(2);
         let on_cpu = if self.flags.cpu_cache_compute {
             share.cpu + share.disk
         } else {
             0.0
         };
-        let cpu_s = CPU_ATTENTION_TRAFFIC * bytes * on_cpu / self.rates.dram_read_bytes_per_s;
-        let gpu = bytes * (1.0 - on_cpu);
-        cpu_s + self.rates.attention_s(Tier::Gpu, format, gpu, 0.0, true)
+        let values = 2.0 * self.model.hidden as f64 * size * context;
+        let cpu_bytes = CPU_ATTENTION_TRAFFIC * 2.0 * values * on_cpu;
+        let packed = if self.flags.compress_cache {
+            values
+        } else {
+            0.0
+        };
+        let gpu_bytes = 2.0 * values * (1.0 - on_cpu);
+        cpu_bytes / self.rates.dram_read_bytes_per_s
+            + self.dequantise_s(packed)
+            + self
+                .rates
+                .attention_s(Tier::Gpu, Dtype::F16, gpu_bytes, 0.0, true)
     }
 
     /// One attention and one feed-forward layer for all batches, each step ending with a synchronisation.

@@ -38,7 +38,7 @@ use thiserror::Error;
 /// Candidates whose closed-form time is this near the best are priced again by replay.
 const REPLAY_WITHIN: f64 = 0.06;
 /// At most this many replays decide.
-const REPLAYS: usize = 4;
+const REPLAYS: usize = 3;
 
 /// Why no plan could be looked for. That nothing fits is not among them: that is an infeasible plan.
 #[derive(Debug, Error)]
