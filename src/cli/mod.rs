@@ -20,6 +20,6 @@ pub mod show_accuracy;
 pub mod show_compare;
 pub mod show_plan;
 pub mod solve;
-pub mod trial;
 pub mod step_down;
+pub mod trial;
 pub mod values;

@@ -203,6 +203,7 @@ pub fn plan_fixed(
         profile: &target.profile,
         calibrated: true,
         explain: false,
+        changes: &Changes::default(),
         budget: target.budget,
         fixed,
         compress,

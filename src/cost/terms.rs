@@ -319,7 +319,7 @@ fn beside_rows(work: &Work) -> Vec<Row> {
         rows.push((Bound::AttendingAndMultiplying, multiplying(&attending)));
         let mut queued = work.lanes.cpu_to_gpu.plus(&work.cache_reads);
         queued.add(&multiplying(gpu));
-        queued.add_scaled(&work.products, -FIRST_PRODUCT);
+        queued.add_scaled(&work.side_products, -FIRST_PRODUCT);
         rows.push((Bound::Queued, queued));
     }
     rows.into_iter()
