@@ -249,10 +249,10 @@ pub struct WhatIfArgs {
     #[arg(long, value_name = "RATE", value_parser = values::rate)]
     link: Option<f64>,
     /// CPU and DRAM so many times as fast
-    #[arg(long, value_name = "FACTOR", value_parser = values::factor)]
+    #[arg(long, value_name = "FACTOR", allow_negative_numbers = true, value_parser = values::factor)]
     cpu_speed: Option<f64>,
     /// GPU so many times as fast
-    #[arg(long, value_name = "FACTOR", value_parser = values::factor)]
+    #[arg(long, value_name = "FACTOR", allow_negative_numbers = true, value_parser = values::factor)]
     gpu_speed: Option<f64>,
 }
 

@@ -10,7 +10,7 @@ use crate::cost::terms::{Bound, Part, Segment, TermInput, Terms};
 use crate::model::ModelSpec;
 use crate::placement::Placement;
 use crate::policy::{Policy, Shares};
-use crate::tier::{Lane, PerLane, PerTier, Phase, Tier};
+use crate::tier::{Lane, PerLane, PerTier, Phase, Resource, Tier};
 use crate::workload::Workload;
 use std::collections::BTreeMap;
 
@@ -127,6 +127,8 @@ fn segment_time(segment: &Segment, shares: &ShareVector) -> (f64, &'static str) 
     };
     let (seconds, bound) = timed.reduce(larger).unwrap_or((0.0, Bound::Sum));
     let name = match bound {
+        Bound::Pair(Lane::DiskToCpu, Lane::CpuToDisk)
+        | Bound::Pair(Lane::CpuToDisk, Lane::DiskToCpu) => Resource::DiskDevice.name(),
         Bound::Lane(lane) | Bound::Pair(_, lane) => lane.name(),
         Bound::Chain(lane) | Bound::SideChain(lane) => lane.name(),
         Bound::Stall(lane) => lane.name(),

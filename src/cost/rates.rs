@@ -361,6 +361,10 @@ fn links(
 
 fn contention(profile: &HardwareProfile) -> Result<[[f64; 6]; 6], RatesError> {
     let mut keeps = [[1.0; 6]; 6];
+    // One device: where nobody measured more, reads and writes share its time.
+    let (read, write) = (Lane::DiskToCpu as usize, Lane::CpuToDisk as usize);
+    keeps[read][write] = 0.5;
+    keeps[write][read] = 0.5;
     let lane = |name: &str| Lane::ALL.into_iter().find(|l| l.name() == name);
     for (pair, &[first, second]) in &profile.contention {
         let lanes = pair

@@ -229,9 +229,9 @@ fn parallel_rows(input: &TermInput, step: &Step, work: &Work) -> Vec<Row> {
     rows
 }
 
-fn resource_rows(input: &TermInput, work: &Work) -> [Row; 3] {
+/// What reads and writes cost each other on the disk is measured: see `pair_rows`.
+fn resource_rows(input: &TermInput, work: &Work) -> [Row; 2] {
     let lanes = &work.lanes;
-    let disk = lanes.disk_to_cpu.plus(&lanes.cpu_to_disk);
     let mut cores = lanes.cpu_compute;
     if input.rates.device == DeviceKind::Host {
         // The CPU plays the GPU and the links too.
@@ -242,12 +242,7 @@ fn resource_rows(input: &TermInput, work: &Work) -> [Row; 3] {
     let bus = work
         .dram_bytes
         .scaled(1.0 / input.rates.dram_read_bytes_per_s);
-    [
-        (Resource::DramBus, bus),
-        (Resource::DiskDevice, disk),
-        (Resource::CpuCores, cores),
-    ]
-    .map(|(resource, seconds)| Row {
+    [(Resource::DramBus, bus), (Resource::CpuCores, cores)].map(|(resource, seconds)| Row {
         bound: Bound::Resource(resource),
         seconds,
     })

@@ -237,7 +237,7 @@ fn flexllmgen_is_compared_with_and_gets_a_command_line_that_fits() {
         "{line}"
     );
     assert!(!line.contains("--compress"), "{line}");
-    home.run(&format!("{words} --cpu-mem 9GiB --emit flexllmgen"))
+    home.run(&format!("{words} --cpu-mem 6GiB --emit flexllmgen"))
         .fails(1, &["FlexLLMGen", "fits"]);
     home.run("plan --model GOLDEN --input in.jsonl --emit flexllmgen")
         .fails(2, &["needs a GPU"]);
