@@ -260,7 +260,7 @@ impl<'a> Campaign<'a> {
             false => self.named + (draws.unit() * RANDOM_MODELS as f64) as usize,
         };
         let (name, model) = &self.models[index];
-        let work = drawn_work(&mut draws, model.spec.positions);
+        let work = drawn_work(&mut draws, &model.spec);
         let bounds = self.bounds(model, &work)?;
         let budget_bytes = drawn_budget(&mut draws, bounds);
         let first = self.child((number, budget_bytes), name, &work)?;

@@ -269,8 +269,13 @@ impl<'a> Arena<'a> {
             } else {
                 [other, choice]
             };
-            let first = self.measure(order[0], (&mut *talk, stop))?;
-            let second = self.measure(order[1], (&mut *talk, stop))?;
+            let first = self.measure(order[0], (&mut *talk, stop));
+            let second = self.measure(order[1], (&mut *talk, stop));
+            if stop.load(Ordering::Relaxed) {
+                // A pair that was broken off does not count; those before it do.
+                break;
+            }
+            let (first, second) = (first?, second?);
             ratios.push(if pair % 2 == 0 {
                 first / second
             } else {

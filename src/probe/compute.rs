@@ -346,7 +346,7 @@ fn sampling(bench: &mut Bench) -> Result<f64, ProbeError> {
     Ok(bytes as f64 / seconds)
 }
 
-/// Bytes of activations normalised per second.
+/// Bytes of activations normalised per second, read and written together.
 fn rowwise(bench: &mut Bench) -> Result<f64, ProbeError> {
     let rows = bench.extent.prompt_tokens;
     let seconds = bench.time(|b| {
@@ -365,7 +365,7 @@ fn rowwise(bench: &mut Bench) -> Result<f64, ProbeError> {
             },
         );
     })?;
-    Ok((rows * HIDDEN * 4) as f64 / seconds)
+    Ok((2 * rows * HIDDEN * 4) as f64 / seconds)
 }
 
 /// A step of the compute lane for races with the disk: a decode of 32 sequences over fp16 weights,

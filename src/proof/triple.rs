@@ -22,11 +22,15 @@ pub struct DrawnWork {
     pub gen_tokens: u32,
 }
 
-/// Work whose prompts fit a model of so many positions, and not too many tokens for a few seconds.
-pub fn drawn_work(draws: &mut Draws, positions: usize) -> DrawnWork {
-    let longest = positions.min(384) as u32;
+/// Parameters times prompt tokens of one job: a few seconds on two cores.
+const MOST_WORK: u64 = 500_000_000_000;
+
+/// Work whose prompts fit a model, and not too many tokens for a few seconds.
+pub fn drawn_work(draws: &mut Draws, model: &ModelSpec) -> DrawnWork {
+    let longest = model.positions.min(384) as u32;
     let prompt_tokens = draws.log_between(4, longest - 16);
-    let most = (6144 / prompt_tokens).clamp(1, 64);
+    let tokens = (MOST_WORK / model.parameters().max(1)).min(6144) as u32;
+    let most = (tokens / prompt_tokens).clamp(1, 64);
     DrawnWork {
         prompts: draws.log_between(1, most) as usize,
         prompt_tokens,
@@ -196,7 +200,7 @@ mod tests {
         for number in 0..50 {
             let model = drawn_model(&mut draws, number);
             assert_eq!(model.hidden % model.heads, 0);
-            let work = drawn_work(&mut draws, model.positions);
+            let work = drawn_work(&mut draws, &model);
             assert!(work.prompt_tokens + work.gen_tokens <= model.positions as u32);
         }
     }
