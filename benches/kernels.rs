@@ -1,10 +1,12 @@
-//! Kernel rates beside the machine's own ceilings, measured in the same run: products against the FMA
-//! peak, streams against DRAM reads. `cargo bench --bench kernels [-- WORDS]` runs the sections whose
-//! name contains one of the words; `threads=N` among them sets the threads.
+//! Kernel rates beside the machine's own ceilings, measured in the same run, just before each section and
+//! after it: products against the peak of their arithmetic, streams against DRAM reads. A section whose
+//! ceilings are under 0.8 of what this machine has shown is void. `cargo bench --bench kernels [-- WORDS]`
+//! runs the sections whose name contains one of the words; `threads=N` among them sets the threads.
 
-use loadmaster::dtype::{Dtype, panels};
+use loadmaster::dtype::{Arithmetic, Compute, Dtype, panels};
 use loadmaster::machine::cpu::kernels::*;
 use loadmaster::machine::cpu::pool::Pool;
+use std::cell::Cell;
 use std::time::Instant;
 
 /// Larger than any cache here, so that weights and KV come from DRAM.
@@ -12,12 +14,30 @@ const STREAM_BYTES: usize = 512 << 20;
 
 type Section = fn(&Bench);
 
+/// Per thread: FMA, bf16 and int8 operations a second of the machine that the figures are from.
+const KNOWN_PEAKS: [f64; 3] = [112e9, 215e9, 464e9];
+/// DRAM bytes read a second by all its threads (two).
+const KNOWN_READ: f64 = 31e9;
+
 struct Bench {
     pool: Pool,
     isa: Isa,
     memory: Vec<u8>,
-    flops_per_s: f64,
+    ceilings: Cell<Ceilings>,
+}
+
+/// What the machine can do at this moment.
+#[derive(Clone, Copy)]
+struct Ceilings {
+    /// By `Arithmetic`.
+    peaks: [f64; 3],
     read_bytes_per_s: f64,
+}
+
+impl Ceilings {
+    fn of(self, arithmetic: Arithmetic) -> f64 {
+        self.peaks[arithmetic as usize]
+    }
 }
 
 /// The best of at least five runs and 0.3 s of them: what the kernel can do beside other work on the
@@ -65,31 +85,60 @@ impl Bench {
     fn new() -> Bench {
         let all = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = option("threads=").unwrap_or(all);
-        let (pool, isa) = (Pool::new(threads), Isa::detect());
-        let memory = filler(STREAM_BYTES);
-        let mut flops = 0.0;
-        let peak_s = seconds(|_| flops = fma_peak(&pool, isa, 2_000_000));
-        let read_s = seconds(|_| {
-            std::hint::black_box(memory_read_sum(&pool, isa, &memory));
-        });
-        let flops_per_s = flops / peak_s;
-        let read_bytes_per_s = STREAM_BYTES as f64 / read_s;
-        println!(
-            "{} on {threads} threads: {:.0} GFLOP/s, DRAM read {:.1} GB/s",
-            isa.name(),
-            flops_per_s / 1e9,
-            read_bytes_per_s / 1e9
-        );
-        Bench {
-            pool,
-            isa,
-            memory,
-            flops_per_s,
-            read_bytes_per_s,
-        }
+        let ceilings = Ceilings {
+            peaks: [0.0; 3],
+            read_bytes_per_s: 0.0,
+        };
+        let bench = Bench {
+            pool: Pool::new(threads),
+            isa: Isa::detect(),
+            memory: filler(STREAM_BYTES),
+            ceilings: Cell::new(ceilings),
+        };
+        println!("{} on {threads} threads", bench.isa.name());
+        bench
     }
 
-    fn gemm(&self, format: Dtype, (inputs, rows): (usize, usize), m: usize) {
+    /// Measures the ceilings and says whether this machine gives what it can.
+    fn measure_ceilings(&self) {
+        let arithmetics = [Arithmetic::Fp32, Arithmetic::Bf16, Arithmetic::Int8];
+        let peaks = arithmetics.map(|arithmetic| {
+            let mut done = 0.0;
+            let s = seconds(|_| done = multiply_peak(&self.pool, self.isa, arithmetic, 500_000));
+            done / s
+        });
+        let read_s = seconds(|_| {
+            std::hint::black_box(memory_read_sum(&self.pool, self.isa, &self.memory));
+        });
+        let read_bytes_per_s = STREAM_BYTES as f64 / read_s;
+        let threads = self.pool.threads() as f64;
+        let low = (peaks.iter().zip(KNOWN_PEAKS))
+            .any(|(found, known)| *found < 0.8 * threads * known)
+            || read_bytes_per_s < 0.8 * KNOWN_READ;
+        println!(
+            "ceilings: FMA {:.0} GFLOP/s, bf16 {:.0} GFLOP/s, int8 {:.0} Gop/s, DRAM read {:.1} GB/s{}",
+            peaks[0] / 1e9,
+            peaks[1] / 1e9,
+            peaks[2] / 1e9,
+            read_bytes_per_s / 1e9,
+            if low {
+                " -- VOID: the machine is busy or another one"
+            } else {
+                ""
+            }
+        );
+        self.ceilings.set(Ceilings {
+            peaks,
+            read_bytes_per_s,
+        });
+    }
+
+    fn gemm(
+        &self,
+        (format, arithmetic): (Dtype, Arithmetic),
+        (inputs, rows): (usize, usize),
+        m: usize,
+    ) {
         let bytes = panels(rows) * format.panel_bytes(inputs) as usize;
         let x: Vec<f32> = (0..m * inputs).map(|i| (i % 13) as f32 / 13.0).collect();
         let mut out = vec![0.0; m * rows];
@@ -107,6 +156,7 @@ impl Bench {
                     inputs,
                     weights,
                     format,
+                    arithmetic,
                     rows,
                     bias,
                     activation,
@@ -117,22 +167,21 @@ impl Bench {
         });
         let (flops, streamed) = (2.0 * (m * inputs * rows) as f64 / s, bytes as f64 / s);
         println!(
-            "gemm {:>4} {inputs:>5}->{rows:<5} M={m:<4} {:>8.3} ms {:>6.0} GFLOP/s ({:>3.0} %) {:>5.1} GB/s ({:>3.0} %)",
+            "gemm {:>4} {arithmetic:?} {inputs:>5}->{rows:<5} M={m:<4} {:>8.3} ms {:>6.0} GFLOP/s ({:>3.0} %) {:>5.1} GB/s ({:>3.0} %)",
             format.name(),
             s * 1e3,
             flops / 1e9,
-            100.0 * flops / self.flops_per_s,
+            100.0 * flops / self.ceilings.get().of(arithmetic),
             streamed / 1e9,
-            100.0 * streamed / self.read_bytes_per_s,
+            100.0 * streamed / self.ceilings.get().read_bytes_per_s,
         );
     }
 
-    fn gemms(&self) {
-        for format in [Dtype::F16, Dtype::Q4, Dtype::F32] {
-            for shape in [(2048, 2048), (2048, 8192), (4096, 4096), (4096, 16384)] {
-                for m in [1, 4, 8, 16, 64, 512] {
-                    self.gemm(format, shape, m);
-                }
+    fn gemms(&self, format: Dtype, compute: Compute) {
+        let arithmetic = compute.arithmetic(format);
+        for shape in [(2048, 2048), (2048, 8192), (8192, 2048), (7168, 7168)] {
+            for m in [1, 4, 8, 16, 32, 64, 128, 512] {
+                self.gemm((format, arithmetic), shape, m);
             }
         }
     }
@@ -216,7 +265,7 @@ impl Bench {
             format.name(),
             s * 1e3,
             bytes / 1e9,
-            100.0 * bytes / self.read_bytes_per_s
+            100.0 * bytes / self.ceilings.get().read_bytes_per_s
         );
     }
 
@@ -270,7 +319,7 @@ impl Bench {
             format.name(),
             s * 1e3,
             flops / 1e9,
-            100.0 * flops / self.flops_per_s
+            100.0 * flops / self.ceilings.get().of(Arithmetic::Fp32)
         );
     }
 
@@ -347,8 +396,12 @@ fn main() {
         .filter(|word| !word.starts_with('-'))
         .collect();
     let bench = Bench::new();
-    let sections: [(&str, Section); 5] = [
-        ("gemm", Bench::gemms),
+    let sections: [(&str, Section); 9] = [
+        ("gemm-f16", |b| b.gemms(Dtype::F16, Compute::Exact)),
+        ("gemm-bf16", |b| b.gemms(Dtype::F16, Compute::Bf16)),
+        ("gemm-int8", |b| b.gemms(Dtype::Q4, Compute::Exact)),
+        ("gemm-q4-fp32", |b| b.gemms(Dtype::Q4, Compute::Fp32)),
+        ("gemm-f32", |b| b.gemms(Dtype::F32, Compute::Exact)),
         ("pack", Bench::packs),
         ("decode", Bench::decodes),
         ("prefill", Bench::prefills),
@@ -356,7 +409,10 @@ fn main() {
     ];
     for (name, section) in sections {
         if words.is_empty() || words.iter().any(|word| name.contains(word.as_str())) {
+            println!("-- {name}");
+            bench.measure_ceilings();
             section(&bench);
+            bench.measure_ceilings();
         }
     }
 }

@@ -42,6 +42,55 @@ impl Dtype {
     }
 }
 
+/// How weights and activations are multiplied: a decision that may change results. Sums are fp32 always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// Weights as stored times fp32 activations; 4-bit weights, lossy as they are, times 8-bit ones.
+    #[default]
+    Exact,
+    /// Weights and activations rounded to bf16; 4-bit weights as in `Exact`.
+    Bf16,
+    /// As `Exact`, but 4-bit weights, too, times fp32 activations.
+    Fp32,
+}
+
+/// What one product works on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Arithmetic {
+    Fp32,
+    Bf16,
+    /// Activations of 8 bits in groups of 64, for 4-bit weights.
+    Int8,
+}
+
+impl Compute {
+    pub const ALL: [Compute; 3] = [Compute::Exact, Compute::Bf16, Compute::Fp32];
+
+    pub fn name(self) -> &'static str {
+        ["exact", "bf16", "fp32"][self as usize]
+    }
+
+    /// How weights stored in `format` are multiplied.
+    pub fn arithmetic(self, format: Dtype) -> Arithmetic {
+        match (self, format) {
+            (Compute::Fp32, _) => Arithmetic::Fp32,
+            (_, Dtype::Q4) => Arithmetic::Int8,
+            (Compute::Exact, _) => Arithmetic::Fp32,
+            (Compute::Bf16, _) => Arithmetic::Bf16,
+        }
+    }
+}
+
+impl Arithmetic {
+    /// What a profile calls the table of products of weights in `format`: the format's own name, and
+    /// behind it what rounds the activations.
+    pub fn table_name(self, format: Dtype) -> String {
+        let suffix = ["", "-bf16", "-int8"][self as usize];
+        format!("{}{suffix}", format.name())
+    }
+}
+
 /// Panels that hold `rows` output rows.
 pub fn panels(rows: usize) -> usize {
     rows.div_ceil(PANEL_ROWS)

@@ -1,10 +1,12 @@
 //! The decision: the eleven shares, the batch shape and the switches, checked against a model and a
 //! device. How a share becomes rows and sequences is placement.rs; what it costs is cost/.
 
-use crate::dtype::Dtype;
+use crate::dtype::{Arithmetic, Dtype};
 use crate::tier::PerTier;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+pub use crate::dtype::Compute;
 
 /// Which machine computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -135,14 +137,6 @@ impl Shares {
     }
 }
 
-/// How activations are multiplied. `Exact` keeps fp32 products and sums.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Compute {
-    #[default]
-    Exact,
-}
-
 /// Everything that `exec` needs to know about how to run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -168,6 +162,11 @@ impl Policy {
     /// Sequences of one block.
     pub fn slots(&self) -> usize {
         self.gpu_batch_size * self.num_gpu_batches
+    }
+
+    /// How weights stored in `format` are multiplied.
+    pub fn arithmetic(&self, format: Dtype) -> Arithmetic {
+        self.compute.arithmetic(format)
     }
 
     pub fn kv_format(&self) -> Dtype {

@@ -10,7 +10,7 @@ mod case;
 mod twins;
 
 use case::{Case, Emulation, in_every_order, run};
-use loadmaster::dtype::{Dtype, PANEL_ROWS, panels};
+use loadmaster::dtype::{Arithmetic, Dtype, PANEL_ROWS, panels};
 use loadmaster::machine::cpu::kernels as cpu;
 use twins::{Random, Twins, close, encode, floats, to_gpu_rows};
 
@@ -292,6 +292,7 @@ fn product_case(random: &mut Random, format: Dtype, shape: Shape) -> Expected {
             inputs,
             weights: &panel,
             format,
+            arithmetic: Arithmetic::Fp32,
             rows,
             bias: bias.as_deref(),
             activation: twins::activation(act),

@@ -7,7 +7,7 @@ use loadmaster::checkpoint::{Checkpoint, WeightSource};
 use loadmaster::dtype::Dtype;
 use loadmaster::engine::Request;
 use loadmaster::engine::sampling::Sampling;
-use loadmaster::policy::{DeviceKind, Policy};
+use loadmaster::policy::{Compute, DeviceKind, Policy};
 use running::{PackedFile, Ran, pack, policy, run_with};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
@@ -205,6 +205,58 @@ fn a_cache_in_fp16_stays_within_two_in_a_thousand() {
             fixture.name
         );
     }
+}
+
+#[test]
+fn bf16_stays_within_three_in_a_hundred() {
+    for fixture in fixtures() {
+        let pack = pack(&fixture.source, false);
+        let narrow = Policy {
+            compute: Compute::Bf16,
+            ..all_in_dram(fixture.golden.cases.len())
+        };
+        let worst = fixture.worst_error(&fixture.run(&pack, (&narrow, DeviceKind::Cpu), true));
+        println!(
+            "{}: bf16 logits off by {worst:.2e} of the largest",
+            fixture.name
+        );
+        assert!(worst > 0.0 && worst <= 3e-2, "{}: {worst:e}", fixture.name);
+    }
+}
+
+/// 4-bit weights are lossy; 8-bit activations must add little to that.
+#[test]
+fn eight_bit_activations_add_little_to_four_bit_weights() {
+    let (mut four_bit, mut eight_bit) = (Vec::new(), Vec::new());
+    for fixture in fixtures() {
+        let pack = pack(&fixture.source, true);
+        let first_logits = |compute| {
+            let policy = Policy {
+                compress_weight: true,
+                compute,
+                ..all_in_dram(fixture.golden.cases.len())
+            };
+            let ran = fixture.run(&pack, (&policy, DeviceKind::Cpu), true);
+            let lines = 0..fixture.golden.cases.len();
+            lines
+                .map(|line| ran.collected.logits[&(line, 0)].clone())
+                .collect::<Vec<_>>()
+        };
+        let (wide, narrow) = (first_logits(Compute::Fp32), first_logits(Compute::Exact));
+        for (line, (wide, narrow)) in wide.iter().zip(&narrow).enumerate() {
+            four_bit.push(error(wide, fixture.logits_of(line, 0)));
+            eight_bit.push(error(narrow, wide));
+        }
+    }
+    let mean = |errors: &[f32]| errors.iter().sum::<f32>() / errors.len() as f32;
+    let (four_bit, eight_bit) = (mean(&four_bit), mean(&eight_bit));
+    println!(
+        "of the largest logit, on average: 4-bit weights {four_bit:.2e}, 8-bit activations {eight_bit:.2e}"
+    );
+    assert!(
+        eight_bit > 0.0 && eight_bit < four_bit / 4.0,
+        "{eight_bit:e} of {four_bit:e}"
+    );
 }
 
 #[test]

@@ -11,7 +11,7 @@ use loadmaster::dtype::Dtype;
 use loadmaster::engine::Request;
 use loadmaster::model::ModelSpec;
 use loadmaster::placement::Placement;
-use loadmaster::policy::{DeviceKind, Policy, Shares};
+use loadmaster::policy::{Compute, DeviceKind, Policy, Shares};
 use loadmaster::tier::Lane;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
@@ -95,6 +95,7 @@ struct Reference {
     pack: PackedFile,
     compress: (bool, bool),
     kv: Dtype,
+    compute: Compute,
     lines: Vec<Request>,
     plain: Ran,
 }
@@ -102,7 +103,7 @@ struct Reference {
 impl Reference {
     fn new(
         dtype: Dtype,
-        (compress, kv): ((bool, bool), Dtype),
+        (compress, kv, compute): ((bool, bool), Dtype, Compute),
         lengths: &[(usize, usize)],
     ) -> Self {
         let model = small_model(dtype);
@@ -112,6 +113,7 @@ impl Reference {
             compress_weight: compress.0,
             compress_cache: compress.1,
             kv,
+            compute,
             threads: 1,
             ..policy([0.0, 100.0, 0.0, 100.0, 0.0, 100.0], 1.0, (lines.len(), 1))
         };
@@ -121,6 +123,7 @@ impl Reference {
             pack,
             compress,
             kv,
+            compute,
             lines,
             plain,
         }
@@ -132,6 +135,7 @@ impl Reference {
             compress_weight,
             compress_cache,
             kv: self.kv,
+            compute: self.compute,
             ..policy
         };
         let host = run(
@@ -148,13 +152,29 @@ impl Reference {
 #[test]
 fn two_hundred_random_policies_give_the_same_bits() {
     let long = [(5, 4), (33, 3), (1, 6), (70, 2), (12, 5), (40, 4)];
+    let exact = Compute::Exact;
     let references = [
-        Reference::new(Dtype::F16, ((false, false), Dtype::F16), &LENGTHS),
-        Reference::new(Dtype::F16, ((false, false), Dtype::F32), &long),
-        Reference::new(Dtype::Bf16, ((false, false), Dtype::F16), &LENGTHS),
-        Reference::new(Dtype::F32, ((false, false), Dtype::F32), &LENGTHS),
-        Reference::new(Dtype::F16, ((true, false), Dtype::F16), &LENGTHS),
-        Reference::new(Dtype::F16, ((true, true), Dtype::F16), &long),
+        Reference::new(Dtype::F16, ((false, false), Dtype::F16, exact), &LENGTHS),
+        Reference::new(Dtype::F16, ((false, false), Dtype::F32, exact), &long),
+        Reference::new(Dtype::Bf16, ((false, false), Dtype::F16, exact), &LENGTHS),
+        Reference::new(Dtype::F32, ((false, false), Dtype::F32, exact), &LENGTHS),
+        Reference::new(Dtype::F16, ((true, false), Dtype::F16, exact), &LENGTHS),
+        Reference::new(Dtype::F16, ((true, true), Dtype::F16, exact), &long),
+        Reference::new(
+            Dtype::F16,
+            ((true, false), Dtype::F16, Compute::Fp32),
+            &LENGTHS,
+        ),
+        Reference::new(
+            Dtype::F16,
+            ((false, true), Dtype::F16, Compute::Bf16),
+            &long,
+        ),
+        Reference::new(
+            Dtype::Bf16,
+            ((false, false), Dtype::F16, Compute::Bf16),
+            &LENGTHS,
+        ),
     ];
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[17; 32]);
     let mut runner = TestRunner::new_with_rng(
@@ -164,7 +184,7 @@ fn two_hundred_random_policies_give_the_same_bits() {
         },
         rng,
     );
-    for round in 0..210 {
+    for round in 0..270 {
         let tree = policies().new_tree(&mut runner).expect("a policy");
         references[round % references.len()].check(tree.current());
     }
@@ -197,13 +217,25 @@ fn check_bytes(reference: &Reference, policy: Policy, device: DeviceKind) {
 fn lanes_move_exactly_what_random_placements_demand() {
     let f16 = Dtype::F16;
     let references = [
-        Reference::new(f16, ((false, false), f16), &[(9, 4); 5]),
-        Reference::new(f16, ((false, false), Dtype::F32), &[(33, 3); 7]),
-        Reference::new(Dtype::Bf16, ((false, false), f16), &[(6, 5); 4]),
-        Reference::new(Dtype::F32, ((false, false), Dtype::F32), &[(17, 2); 6]),
-        Reference::new(f16, ((true, true), f16), &[(40, 3); 5]),
+        Reference::new(f16, ((false, false), f16, Compute::Exact), &[(9, 4); 5]),
+        Reference::new(
+            f16,
+            ((false, false), Dtype::F32, Compute::Exact),
+            &[(33, 3); 7],
+        ),
+        Reference::new(
+            Dtype::Bf16,
+            ((false, false), f16, Compute::Exact),
+            &[(6, 5); 4],
+        ),
+        Reference::new(
+            Dtype::F32,
+            ((false, false), Dtype::F32, Compute::Exact),
+            &[(17, 2); 6],
+        ),
+        Reference::new(f16, ((true, true), f16, Compute::Exact), &[(40, 3); 5]),
         // More rows than pass at once: looked up and multiplied in two chunks.
-        Reference::new(f16, ((true, false), f16), &[(120, 2); 6]),
+        Reference::new(f16, ((true, false), f16, Compute::Exact), &[(120, 2); 6]),
     ];
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[29; 32]);
     let config = Config {

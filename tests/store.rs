@@ -180,7 +180,7 @@ fn damaged_stores_are_refused_listed_and_pruned() {
     let manifest = dir.join("manifest.json");
     let whole = std::fs::read_to_string(&manifest).expect("there");
     for (from, to, says) in [
-        ("\"layout_revision\": 1", "\"layout_revision\": 99", "99"),
+        ("\"layout_revision\": 2", "\"layout_revision\": 99", "99"),
         ("\"layers\": 2", "\"layers\": 1", "offsets"),
         (
             "\"layers\": 2",

@@ -1,8 +1,9 @@
 //! What the machine itself gives: FMA peak, DRAM reads, direct reads and writes of a file. Measured
 //! between the rows of a table, so that ceilings and figures share the same hour.
 
+use loadmaster::dtype::Arithmetic;
 use loadmaster::machine::arena::AlignedBuffer;
-use loadmaster::machine::cpu::kernels::{Isa, fma_peak, memory_read_sum};
+use loadmaster::machine::cpu::kernels::{Isa, memory_read_sum, multiply_peak};
 use loadmaster::machine::cpu::pool::Pool;
 use loadmaster::machine::disk::{DiskFile, IoPool, IoRequest};
 use loadmaster::machine::threaded::IO_THREADS;
@@ -73,7 +74,7 @@ impl Meter {
         let (mut flop, mut dram) = (0.0f64, 0.0f64);
         for _ in 0..4 {
             let start = Instant::now();
-            let done = fma_peak(&self.pool, isa, 1_000_000);
+            let done = multiply_peak(&self.pool, isa, Arithmetic::Fp32, 1_000_000);
             flop = flop.max(done / start.elapsed().as_secs_f64());
             let start = Instant::now();
             std::hint::black_box(memory_read_sum(&self.pool, isa, &memory));

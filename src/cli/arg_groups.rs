@@ -219,13 +219,21 @@ pub struct PolicyArgs {
     #[arg(long, value_name = "0|1", num_args = 0..=1, default_missing_value = "1", value_parser = values::switch,
         conflicts_with = "compress")]
     pub compress_cache: Option<bool>,
-    /// Arithmetic: exact = products and sums in fp32
+    /// Arithmetic, sums always in fp32: exact = weights as stored times fp32 activations (4-bit weights
+    /// times 8-bit ones), bf16 = weights and activations rounded to bf16 (changes results), fp32 = as
+    /// exact, 4-bit weights too times fp32 activations
     #[arg(long, value_name = "HOW", default_value = "exact",
-        value_parser = PossibleValuesParser::new(["exact"]).map(|_| Compute::Exact))]
+        value_parser = PossibleValuesParser::new(Compute::ALL.map(Compute::name)).map(|name| compute(&name)))]
     pub compute: Compute,
     /// Format of the KV cache where it is not 4-bit
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t)]
     pub kv: Kv,
+}
+
+/// One of `Compute`'s names.
+fn compute(name: &str) -> Compute {
+    let named = |compute: &Compute| compute.name() == name;
+    Compute::ALL.into_iter().find(named).unwrap_or_default()
 }
 
 impl PolicyArgs {

@@ -115,7 +115,7 @@ fn wrong_values_are_usage_errors_that_name_the_flag() {
         ("--gpu-batch-size 0", "at least 1"),
         ("--gen-len 0", "at least 1"),
         ("--pin-weight 2", "1 or 0"),
-        ("--compute bf16", "exact"),
+        ("--compute fp8", "exact"),
         ("--kv q4", "f16"),
         ("--device tpu", "cuda:0"),
         ("--device cpu --gpu-mem 1GiB", "--gpu-mem"),

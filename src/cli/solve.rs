@@ -274,6 +274,7 @@ fn fixed(policy: &PolicyArgs) -> Fixed {
         compress_cache: policy.compress_cache,
         cpu_cache_compute: policy.cpu_cache_compute,
         overlap: policy.overlap,
+        compute: policy.compute,
     }
 }
 

@@ -1,7 +1,7 @@
 //! Measured points turned into functions: GEMM seconds over M and size, rates over block size, and
 //! which measured format stands in for a missing one. Which curve an operation uses is rates.rs.
 
-use crate::dtype::Dtype;
+use crate::dtype::{Arithmetic, Dtype};
 use crate::profile::{AttentionRates, DiskPoint, GemmCurve};
 use std::collections::BTreeMap;
 
@@ -77,19 +77,33 @@ fn stand_ins(format: Dtype) -> [Dtype; 4] {
     }
 }
 
+/// Curves by arithmetic and format.
 pub fn gemm_curves(
     tables: &BTreeMap<String, GemmCurve>,
     slow: f64,
-) -> Option<[Vec<ShapeCurve>; 4]> {
-    let mut all: [Vec<ShapeCurve>; 4] = Default::default();
-    for format in Dtype::ALL {
-        let found = stand_ins(format)
-            .into_iter()
-            .find_map(|f| tables.get(f.name()).map(|t| (f, t)))?;
-        let larger = (element_bytes(format) / element_bytes(found.0)).max(1.0);
-        all[format as usize] = shape_curves(found.1, larger * slow);
+) -> Option<[[Vec<ShapeCurve>; 4]; 3]> {
+    let mut all: [[Vec<ShapeCurve>; 4]; 3] = Default::default();
+    for arithmetic in [Arithmetic::Fp32, Arithmetic::Bf16, Arithmetic::Int8] {
+        for format in Dtype::ALL {
+            let (found, table) = measured(tables, arithmetic, format)?;
+            let larger = (element_bytes(format) / element_bytes(found)).max(1.0);
+            all[arithmetic as usize][format as usize] = shape_curves(table, larger * slow);
+        }
     }
     Some(all)
+}
+
+/// The table that is used for a format, and the format that it is of.
+fn measured(
+    tables: &BTreeMap<String, GemmCurve>,
+    arithmetic: Arithmetic,
+    format: Dtype,
+) -> Option<(Dtype, &GemmCurve)> {
+    let by = |arithmetic: Arithmetic| {
+        let table = move |f: Dtype| Some((f, tables.get(&arithmetic.table_name(f))?));
+        stand_ins(format).into_iter().find_map(table)
+    };
+    by(arithmetic).or_else(|| by(Arithmetic::Fp32))
 }
 
 fn shape_curves(table: &GemmCurve, factor: f64) -> Vec<ShapeCurve> {

@@ -247,7 +247,7 @@ mod tests {
             compress_cache: false,
             cpu_cache_compute: true,
             overlap,
-            compute: Compute::Exact,
+            compute: Compute::default(),
             kv: Dtype::F16,
             threads: 16,
         };

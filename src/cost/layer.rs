@@ -149,10 +149,11 @@ impl<'a> LayerBuilder<'a> {
     /// One matrix times its rows, by home: every computer multiplies its own share of the outputs.
     fn product(&self, work: &mut Work, matrix: &Matrix, chunks: &[(f64, f64)]) {
         let format = self.format(matrix);
+        let stored = (format, self.policy.arithmetic(format));
         let weights = matrix.rows as f64 * matrix.inputs as f64;
         let seconds_on = |tier| -> f64 {
             let one = |&(m, count): &(f64, f64)| {
-                count * weights * self.rates.weight_s(tier, format, m, weights)
+                count * weights * self.rates.weight_s(tier, stored, m, weights)
             };
             chunks.iter().map(one).sum()
         };

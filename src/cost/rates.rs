@@ -4,14 +4,15 @@
 //!
 //! Stand-ins: where a format was not measured, the nearest measured one stands in (bf16 and f16 for
 //! each other, then f32; f16 for q4) and is never taken to be faster for it: seconds per element
-//! stay, or grow with the bytes of an element.
+//! stay, or grow with the bytes of an element. A way to multiply that was not measured is taken to be as
+//! fast as fp32.
 
 use crate::cost::curves::{
     ShapeCurve, attention_rates, disk_curve, disk_s, element_bytes, gemm_curves, per_weight_s,
     rate_at,
 };
 use crate::cost::footprint::STREAM_CHUNK_BYTES;
-use crate::dtype::Dtype;
+use crate::dtype::{Arithmetic, Dtype};
 use crate::policy::DeviceKind;
 use crate::profile::{AttentionRates, GpuLink, HardwareProfile, QuantiseRates};
 use crate::tier::{Lane, Tier};
@@ -32,7 +33,8 @@ pub enum RatesError {
 /// What one computing tier does.
 #[derive(Clone, Debug)]
 struct ComputeRates {
-    gemm: [Vec<ShapeCurve>; 4],
+    /// By arithmetic and format.
+    gemm: [[Vec<ShapeCurve>; 4]; 3],
     attention: [AttentionRates; 4],
     memory_bytes_per_s: f64,
     rowwise_bytes_per_s: f64,
@@ -137,16 +139,30 @@ impl Rates {
     }
 
     /// Seconds of `out[m][rows] = x[m][inputs] · w[rows][inputs]ᵀ`, without its launch.
-    pub fn gemm_s(&self, on: Tier, format: Dtype, m: usize, inputs: usize, rows: usize) -> f64 {
+    pub fn gemm_s(
+        &self,
+        on: Tier,
+        stored: (Dtype, Arithmetic),
+        m: usize,
+        inputs: usize,
+        rows: usize,
+    ) -> f64 {
         let weights = inputs as f64 * rows as f64;
-        weights * self.weight_s(on, format, m as f64, weights)
+        weights * self.weight_s(on, stored, m as f64, weights)
     }
 
-    /// Seconds per weight at M rows, for a matrix of `weights` elements.
-    pub fn weight_s(&self, on: Tier, format: Dtype, m: f64, weights: f64) -> f64 {
+    /// Seconds per weight at M rows, for a matrix of `weights` elements, by how it is stored and
+    /// multiplied.
+    pub fn weight_s(
+        &self,
+        on: Tier,
+        (format, arithmetic): (Dtype, Arithmetic),
+        m: f64,
+        weights: f64,
+    ) -> f64 {
         let rates = self.on(on);
         let floor_s = element_bytes(format) / rates.memory_bytes_per_s;
-        let curves = &rates.gemm[format as usize];
+        let curves = &rates.gemm[arithmetic as usize][format as usize];
         let at = |curve: &ShapeCurve| per_weight_s(&curve.points, m, floor_s);
         let above = curves.partition_point(|c| c.weights < weights);
         let seconds = match (curves.get(above.wrapping_sub(1)), curves.get(above)) {
@@ -392,6 +408,8 @@ mod tests {
     use super::*;
     use crate::profile::compiled_in;
 
+    const F16: (Dtype, Arithmetic) = (Dtype::F16, Arithmetic::Fp32);
+
     fn t4() -> HardwareProfile {
         HardwareProfile::from_toml(compiled_in("t4-gcp").unwrap()).unwrap()
     }
@@ -399,14 +417,14 @@ mod tests {
     #[test]
     fn gemm_passes_through_its_points_and_rises_with_rows() {
         let rates = Rates::new(&t4(), DeviceKind::Cuda, 16).unwrap();
-        let at = |m| rates.gemm_s(Tier::Gpu, Dtype::F16, m, 7168, 28672);
+        let at = |m| rates.gemm_s(Tier::Gpu, F16, m, 7168, 28672);
         assert!((at(1) - 1.6056e-3).abs() < 1e-9);
         assert!((at(512) - 6.4756e-3).abs() < 1e-9);
         assert!((at(1024) - 2.0 * at(512)).abs() < 1e-9);
         for m in 1..2000 {
             assert!(at(m) <= at(m + 1));
         }
-        let half = rates.gemm_s(Tier::Gpu, Dtype::F16, 8, 7168, 14336);
+        let half = rates.gemm_s(Tier::Gpu, F16, 8, 7168, 14336);
         assert!(
             (2.0 * half - at(8)).abs() < 1e-12,
             "bytes and FLOPs halve with the outputs"
@@ -420,7 +438,7 @@ mod tests {
         gpu.gemm.get_mut("f16").unwrap().points = vec![(512, 7168, 28672, 6.4756e-3)];
         let rates = Rates::new(&profile, DeviceKind::Cuda, 16).unwrap();
         let bytes = 7168.0 * 28672.0 * 2.0;
-        let one = rates.gemm_s(Tier::Gpu, Dtype::F16, 1, 7168, 28672);
+        let one = rates.gemm_s(Tier::Gpu, F16, 1, 7168, 28672);
         assert!((one - bytes / 256e9).abs() < 1e-9);
     }
 
@@ -430,7 +448,10 @@ mod tests {
         profile.cpu.gemm.remove("q4");
         profile.cpu.attention.remove("q4");
         let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
-        let gemm = |format| rates.gemm_s(Tier::Cpu, format, 1, 7168, 28672);
+        let gemm = |format| rates.gemm_s(Tier::Cpu, (format, Arithmetic::Fp32), 1, 7168, 28672);
+        let narrow = (Dtype::F16, Arithmetic::Bf16);
+        let narrow_s = rates.gemm_s(Tier::Cpu, narrow, 1, 7168, 28672);
+        assert_eq!(narrow_s, gemm(Dtype::F16));
         assert_eq!(gemm(Dtype::Q4), gemm(Dtype::F16));
         assert_eq!(gemm(Dtype::Bf16), gemm(Dtype::F16));
         assert!((gemm(Dtype::F32) - 2.0 * gemm(Dtype::F16)).abs() < 1e-12);
@@ -458,7 +479,7 @@ mod tests {
         assert!((rates.disk_write_s(1.3e9, 16e6, true) - 1.0).abs() < 1e-9);
         let host = Rates::new(&t4(), DeviceKind::Host, 16).unwrap();
         assert!((host.link_s(Lane::GpuToCpu, 25e9, false) - 1.0).abs() < 1e-9);
-        let on = |tier| host.gemm_s(tier, Dtype::F16, 4, 4096, 4096);
+        let on = |tier| host.gemm_s(tier, F16, 4, 4096, 4096);
         assert_eq!(on(Tier::Gpu), on(Tier::Cpu), "the CPU plays the GPU");
     }
 
@@ -467,7 +488,7 @@ mod tests {
         let mut profile = t4();
         let seconds = |profile: &HardwareProfile, threads| {
             let rates = Rates::new(profile, DeviceKind::Cpu, threads).unwrap();
-            rates.gemm_s(Tier::Cpu, Dtype::F16, 64, 4096, 4096)
+            rates.gemm_s(Tier::Cpu, F16, 64, 4096, 4096)
         };
         let all = seconds(&profile, 16);
         assert!((seconds(&profile, 4) - 4.0 * all).abs() < 1e-12);

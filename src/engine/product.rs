@@ -126,13 +126,15 @@ impl Core<'_> {
             .bias
             .and_then(|kind| self.layout.small(tier, kind, p.stage));
         let (x, out) = beside.map_or((p.x, p.out), |side| (side.x, side.out));
+        let format = matrix.format(self.facts.model.dtype, self.facts.policy.compress_weight);
         let gemm = Compute::Gemm(Gemm {
             x,
             x_stride: matrix.inputs,
             m: p.m,
             inputs: matrix.inputs,
             weights,
-            format: matrix.format(self.facts.model.dtype, self.facts.policy.compress_weight),
+            format,
+            arithmetic: self.facts.policy.arithmetic(format),
             rows,
             bias: bias.map(|at| at + first_row as u64 * HIDDEN_VALUE_BYTES),
             activation: p.activation,

@@ -1,7 +1,7 @@
 //! What can be asked of a machine: reads, writes, copies and the arithmetic of one OPT layer, as plain
 //! data over offsets into the tiers' arenas. Says what is to be done; never does it.
 
-use crate::dtype::Dtype;
+use crate::dtype::{Arithmetic, Dtype};
 use crate::model::Activation;
 use crate::tier::{Lane, Tier};
 use std::sync::Arc;
@@ -115,6 +115,7 @@ pub struct Gemm {
     /// First panel of packed weights.
     pub weights: u64,
     pub format: Dtype,
+    pub arithmetic: Arithmetic,
     pub rows: usize,
     pub bias: Option<u64>,
     pub activation: Option<Activation>,

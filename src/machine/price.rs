@@ -47,7 +47,10 @@ impl Pricer {
                 .rowwise_s(on, passes * VALUE_BYTES * (rows * width) as f64)
         };
         match compute {
-            Compute::Gemm(g) => self.rates.gemm_s(on, g.format, g.m, g.inputs, g.rows),
+            Compute::Gemm(g) => {
+                let weights = (g.format, g.arithmetic);
+                self.rates.gemm_s(on, weights, g.m, g.inputs, g.rows)
+            }
             Compute::Embed { ids, to, .. } => rowwise(ids.len, to.width, 2.0),
             Compute::AddPositions { indices, to, .. } => rowwise(indices.len, to.width, 3.0),
             Compute::Norm { from, .. } | Compute::Gather { from, .. } => {

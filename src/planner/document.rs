@@ -12,7 +12,7 @@ use crate::planner::explain::{explain, runners_up};
 use crate::planner::ladder::{ladder, per_tier};
 use crate::planner::shortfall::shortfall;
 use crate::planner::{CompressMode, Found, PlanRequest, Space};
-use crate::policy::Policy;
+use crate::policy::{Compute, Policy};
 use crate::tier::PerTier;
 use crate::workload::Workload;
 
@@ -32,7 +32,7 @@ pub fn feasible(request: &PlanRequest, space: &Space, found: &Found) -> Plan {
     let explain = explain(request, space, (found, &frame.ladder));
     let mut plan = Plan {
         feasible: true,
-        lossless: chosen.candidate.lossless(),
+        lossless: chosen.candidate.lossless() && exact(space),
         flags,
         model: model(request, chosen.candidate.compress_weight),
         workload: lengths(&workload),
@@ -55,7 +55,7 @@ pub fn infeasible(request: &PlanRequest, space: &Space) -> Plan {
     let mut plan = frame(request, space, None);
     if let Some(lack) = lack {
         let candidate = &lack.nearest.candidate;
-        plan.lossless = candidate.lossless();
+        plan.lossless = candidate.lossless() && exact(space);
         plan.model = model(request, candidate.compress_weight);
         plan.workload = lengths(&space.workload(candidate.slots()));
         plan.setup = setup(
@@ -73,6 +73,11 @@ pub fn infeasible(request: &PlanRequest, space: &Space) -> Plan {
     }
     plan.id = plan.content_id();
     plan
+}
+
+/// Native weights are multiplied as they are stored.
+fn exact(space: &Space) -> bool {
+    space.fixed.compute != Compute::Bf16
 }
 
 /// What both kinds of plan say.
@@ -194,6 +199,9 @@ fn flags(policy: &PlanPolicy, space: &Space) -> String {
     }
     if !policy.overlap {
         words.push("--overlap 0".to_owned());
+    }
+    if policy.compute != Compute::default() {
+        words.push(format!("--compute {}", policy.compute.name()));
     }
     if policy.kv == Dtype::F32 {
         words.push("--kv f32".to_owned());

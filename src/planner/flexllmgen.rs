@@ -2,7 +2,7 @@
 //! schedule takes on a machine's rates. Nothing here is fitted to its published results (flexllmgen_rows.rs); assumptions say that they are.
 
 use crate::cost::rates::Rates;
-use crate::dtype::Dtype;
+use crate::dtype::{Arithmetic, Dtype};
 use crate::model::ModelSpec;
 use crate::tier::{Lane, PerTier, Tier};
 use crate::units::GIB;
@@ -236,7 +236,9 @@ impl Setup<'_> {
 
     fn products_s(&self, weights: f64, tensor: f64, rows: f64) -> f64 {
         let m = rows * self.flags.gpu_batch_size as f64;
-        let per_weight = self.rates.weight_s(Tier::Gpu, Dtype::F16, m, tensor);
+        let per_weight = self
+            .rates
+            .weight_s(Tier::Gpu, (Dtype::F16, Arithmetic::Fp32), m, tensor);
         let packed = if self.flags.compress_weight {
             weights
         } else {

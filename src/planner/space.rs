@@ -40,6 +40,7 @@ pub struct Fixed {
     pub compress_cache: Option<bool>,
     pub cpu_cache_compute: Option<bool>,
     pub overlap: Option<bool>,
+    pub compute: Compute,
 }
 
 /// What is to be generated.
@@ -257,7 +258,7 @@ impl<'a> Space<'a> {
             compress_cache: candidate.compress_cache,
             cpu_cache_compute: candidate.cpu_cache_compute,
             overlap: self.fixed.overlap.unwrap_or(true),
-            compute: Compute::Exact,
+            compute: self.fixed.compute,
             kv: self.kv,
             threads: self.threads,
         }

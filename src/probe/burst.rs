@@ -6,7 +6,7 @@ use super::bench::Bench;
 use super::compute::product_s;
 use super::scale::{DiskStep, Extent};
 use crate::cost::rates::Rates;
-use crate::dtype::Dtype;
+use crate::dtype::{Arithmetic, Dtype};
 use crate::machine::cpu::kernels::Isa;
 use crate::machine::disk::{DiskFile, IoPool, IoRequest};
 use crate::tier::Tier;
@@ -89,8 +89,10 @@ pub fn slowdowns(bursts: &[Burst], place: &BurstPlace) -> Result<Vec<f64>, Probe
 fn slowdown(burst: Burst, bench: &mut Bench, place: &BurstPlace) -> Result<f64, ProbeError> {
     let (took_s, priced_s) = match burst {
         Burst::Product { format, rows } => (
-            product_s(bench, (format, rows), (SIDE, SIDE))?,
-            place.rates.gemm_s(Tier::Cpu, format, rows, SIDE, SIDE),
+            product_s(bench, (format, Arithmetic::Fp32, rows), (SIDE, SIDE))?,
+            place
+                .rates
+                .gemm_s(Tier::Cpu, (format, Arithmetic::Fp32), rows, SIDE, SIDE),
         ),
         Burst::Read => read(bench, place)?,
         Burst::Write => write(bench, place)?,

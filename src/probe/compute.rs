@@ -5,7 +5,7 @@ use super::ProbeError;
 use super::bench::Bench;
 use super::samples::{Series, tidy};
 use super::scale::Extent;
-use crate::dtype::{Dtype, panels};
+use crate::dtype::{Arithmetic, Dtype, panels};
 use crate::engine::sampling::{Draw, Sampling, sample};
 use crate::machine::arena::AlignedBuffer;
 
@@ -29,9 +29,18 @@ pub const MAX_SEQUENCES: usize = 40;
 /// A product that takes longer than this is not measured with more rows: its time grows evenly.
 const LONG_S: f64 = 0.5;
 
+/// Formats and ways to multiply that are measured; what is not, is priced by what stands in for it.
+pub fn products() -> impl Iterator<Item = (Dtype, Arithmetic)> {
+    let wide = Dtype::ALL.map(|format| (format, Arithmetic::Fp32));
+    let narrow = [Dtype::F16, Dtype::Bf16].map(|format| (format, Arithmetic::Bf16));
+    let codes = (Dtype::Q4, Arithmetic::Int8);
+    wide.into_iter().chain(narrow).chain([codes])
+}
+
 /// One product and its seconds so far.
 struct GemmPoint {
     format: Dtype,
+    arithmetic: Arithmetic,
     rows: usize,
     inputs: usize,
     outputs: usize,
@@ -60,10 +69,11 @@ pub struct ComputeArea {
 impl ComputeArea {
     pub fn new(extent: &Extent) -> ComputeArea {
         let mut grid = Vec::new();
-        for format in Dtype::ALL {
+        for (format, arithmetic) in products() {
             for (inputs, outputs) in extent.gemm_shapes {
                 grid.extend(extent.gemm_rows.iter().map(|rows| GemmPoint {
                     format,
+                    arithmetic,
                     rows: *rows,
                     inputs: *inputs,
                     outputs: *outputs,
@@ -116,7 +126,7 @@ impl ComputeArea {
     fn products(&mut self, bench: &mut Bench) -> Result<(), ProbeError> {
         let mut long = None;
         for point in &mut self.gemm {
-            let matrix = (point.format, point.inputs, point.outputs);
+            let matrix = (point.format, point.arithmetic, point.inputs, point.outputs);
             if long == Some(matrix) {
                 continue;
             }
@@ -168,7 +178,7 @@ impl ComputeArea {
         let mut curves: BTreeMap<String, GemmCurve> = BTreeMap::new();
         for point in &self.gemm {
             if let Some(seconds) = point.seconds.median() {
-                let curve = curves.entry(point.format.name().to_owned());
+                let curve = curves.entry(point.arithmetic.table_name(point.format));
                 let points = &mut curve.or_insert(GemmCurve { points: Vec::new() }).points;
                 points.push((point.rows, point.inputs, point.outputs, tidy(seconds)));
             }
@@ -179,13 +189,13 @@ impl ComputeArea {
 
 fn product(bench: &mut Bench, point: &GemmPoint) -> Result<f64, ProbeError> {
     let shape = (point.inputs, point.outputs);
-    product_s(bench, (point.format, point.rows), shape)
+    product_s(bench, (point.format, point.arithmetic, point.rows), shape)
 }
 
 /// Seconds of one product of so many rows with a weight matrix (inputs, outputs) that no cache holds.
 pub fn product_s(
     bench: &mut Bench,
-    (format, rows): (Dtype, usize),
+    (format, arithmetic, rows): (Dtype, Arithmetic, usize),
     (inputs, outputs): (usize, usize),
 ) -> Result<f64, ProbeError> {
     let bytes = panels(outputs) * format.panel_bytes(inputs) as usize;
@@ -201,6 +211,7 @@ pub fn product_s(
                 inputs,
                 weights: &b.arena[begin..begin + bytes],
                 format,
+                arithmetic,
                 rows: outputs,
                 bias: None,
                 activation: Activation::None,
@@ -394,6 +405,7 @@ pub fn product_step<'a>(
                 inputs: WIDTH,
                 weights: &memory[begin..begin + bytes],
                 format: Dtype::F16,
+                arithmetic: Arithmetic::Fp32,
                 rows: OUTPUTS,
                 bias: None,
                 activation: Activation::None,

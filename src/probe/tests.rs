@@ -1,7 +1,6 @@
 //! Tests of the probe: a quick one of this machine, its file, its limits, its reuse.
 
 use super::*;
-use crate::dtype::Dtype;
 use std::sync::atomic::Ordering;
 
 /// Room for the whole test process, other tests included.
@@ -30,7 +29,7 @@ fn a_quick_probe_is_a_valid_profile_that_is_found_again() {
         0,
         "nothing stays"
     );
-    let points = Dtype::ALL.len() * 2;
+    let points = super::compute::products().count() * 2;
     assert_eq!(
         profile
             .cpu

@@ -1,7 +1,7 @@
 //! The CPU's side of the comparison: random values, formats, packing, and what is close.
 
 use half::{bf16, f16};
-use loadmaster::dtype::{Dtype, PANEL_ROWS, Q4_GROUP, Q4_GROUP_BYTES, panels};
+use loadmaster::dtype::{Arithmetic, Dtype, PANEL_ROWS, Q4_GROUP, Q4_GROUP_BYTES, panels};
 use loadmaster::machine::cpu::kernels as cpu;
 use loadmaster::machine::cpu::pool::Pool;
 
@@ -128,6 +128,7 @@ pub fn finish(values: &mut [f32], bias: Option<&[f32]>, act: usize) {
             inputs: 1,
             weights: &weights,
             format: Dtype::F32,
+            arithmetic: Arithmetic::Fp32,
             rows: values.len(),
             bias,
             activation: activation(act),
@@ -159,9 +160,9 @@ fn codes_to_rows(panel: &[u8], groups: usize) -> Vec<u8> {
         let from = &panel[group * PANEL_ROWS * Q4_GROUP_BYTES..];
         let index = row * groups + group;
         for k in 0..Q4_GROUP {
-            let nibble = k % 2 * 4 + row / 16;
-            let byte = from[4 * PANEL_ROWS + k / 2 * PANEL_ROWS + row % 16 * 4 + nibble / 2];
-            let code = byte >> (nibble % 2 * 4) & 15;
+            let unit = k / 8 * 4 + row / 16;
+            let byte = from[4 * PANEL_ROWS + unit * 64 + row % 16 * 4 + k % 4];
+            let code = byte >> (k % 8 / 4 * 4) & 15;
             let there = k / 8 * 8 + k % 8 / 2 + 4 * (k % 2);
             to[index * 32 + there / 2] |= code << (there % 2 * 4);
         }

@@ -1,7 +1,8 @@
 //! Packing and products.
 
 use crate::*;
-use loadmaster::dtype::{PANEL_ROWS, panels};
+use half::bf16;
+use loadmaster::dtype::{Arithmetic, Compute, PANEL_ROWS, panels};
 use loadmaster::machine::cpu::kernels::*;
 
 /// A matrix packed, and what its elements are as stored.
@@ -123,8 +124,27 @@ struct Case {
     m: usize,
     shape: (usize, usize),
     format: Dtype,
+    arithmetic: Arithmetic,
     bias: bool,
     activation: Activation,
+}
+
+/// What the arithmetic makes of one row of x.
+fn as_multiplied(x: &[f32], arithmetic: Arithmetic) -> Vec<f32> {
+    let rounded = |x: &f32| bf16::from_f32(*x).to_f32();
+    match arithmetic {
+        Arithmetic::Fp32 => x.to_vec(),
+        Arithmetic::Bf16 => x.iter().map(rounded).collect(),
+        Arithmetic::Int8 => {
+            let in_group = |group: &[f32]| {
+                let largest = group.iter().fold(0f32, |a, b| a.max(b.abs()));
+                let code = |x: &f32| (x * (127.0 / largest)).round_ties_even();
+                let codes: Vec<f32> = group.iter().map(code).collect();
+                codes.into_iter().map(move |c| c * (largest / 127.0))
+            };
+            x.chunks(64).flat_map(in_group).collect()
+        }
+    }
 }
 
 fn product(case: &Case, random: &mut Random) {
@@ -152,6 +172,7 @@ fn product(case: &Case, random: &mut Random) {
                 inputs,
                 weights,
                 format,
+                arithmetic: case.arithmetic,
                 rows,
                 bias,
                 activation,
@@ -161,14 +182,18 @@ fn product(case: &Case, random: &mut Random) {
         );
         bits(&out)
     });
+    let weights = match case.arithmetic {
+        Arithmetic::Bf16 => rounded(&packed.values, Dtype::Bf16),
+        _ => packed.values,
+    };
     for (i, line) in floats(&found).chunks(ldo).enumerate() {
+        let x = as_multiplied(&x[i * ldx..][..inputs], case.arithmetic);
         assert!(
             line[rows..].iter().all(|&v| v == 7.0),
             "beyond the rows nothing is written"
         );
         for (n, &value) in line[..rows].iter().enumerate() {
-            let products =
-                (0..inputs).map(|k| x[i * ldx + k] as f64 * packed.values[n * inputs + k] as f64);
+            let products = (0..inputs).map(|k| x[k] as f64 * weights[n * inputs + k] as f64);
             let sum = products.clone().sum::<f64>() + if case.bias { bias[n] as f64 } else { 0.0 };
             if case.activation != Activation::Gelu {
                 let exact = if case.activation == Activation::Relu {
@@ -188,11 +213,22 @@ fn product(case: &Case, random: &mut Random) {
     }
 }
 
+/// Formats and ways to multiply them, each once.
+fn every_way() -> impl Iterator<Item = (Dtype, Compute)> {
+    let all = Dtype::ALL.map(|format| Compute::ALL.map(|compute| (format, compute)));
+    let new = |&(format, compute): &(Dtype, Compute)| match compute {
+        Compute::Exact => true,
+        other => other.arithmetic(format) != Compute::Exact.arithmetic(format),
+    };
+    all.into_iter().flatten().filter(new)
+}
+
 #[test]
 fn products_are_right_and_the_same_everywhere() {
     let mut random = Random(3);
     let activations = [Activation::None, Activation::Relu, Activation::Gelu];
-    for format in Dtype::ALL {
+    for (format, compute) in every_way() {
+        let arithmetic = compute.arithmetic(format);
         for m in (1..=8).chain([13, 20, 25, 70]) {
             let shape = SHAPES[1 + random.below(SHAPES.len() - 1)];
             let (bias, activation) = (random.below(2) == 0, activations[random.below(3)]);
@@ -201,6 +237,7 @@ fn products_are_right_and_the_same_everywhere() {
                     m,
                     shape,
                     format,
+                    arithmetic,
                     bias,
                     activation,
                 },
@@ -214,27 +251,35 @@ fn products_are_right_and_the_same_everywhere() {
 fn a_large_batch_crosses_every_block() {
     let mut random = Random(4);
     let (bias, activation) = (true, Activation::None);
-    let case = Case {
-        m: 250,
-        shape: (330, 300),
-        format: Dtype::F16,
-        bias,
-        activation,
-    };
-    product(&case, &mut random);
+    for (format, compute) in [
+        (Dtype::F16, Compute::Exact),
+        (Dtype::F16, Compute::Bf16),
+        (Dtype::Q4, Compute::Exact),
+    ] {
+        let case = Case {
+            m: 250,
+            shape: (330, 1300),
+            format,
+            arithmetic: compute.arithmetic(format),
+            bias,
+            activation,
+        };
+        product(&case, &mut random);
+    }
 }
 
 #[test]
 fn neither_batch_nor_split_changes_a_row() {
     let mut random = Random(5);
     let (rows, inputs, m) = (200, 520, 70);
-    for format in [Dtype::F16, Dtype::Q4] {
-        let packed = pack(
-            &random.values(rows * inputs),
-            (rows, inputs),
-            Dtype::F16,
-            format,
-        );
+    for (format, compute) in every_way() {
+        let arithmetic = compute.arithmetic(format);
+        let from = if format == Dtype::Q4 {
+            Dtype::F16
+        } else {
+            format
+        };
+        let packed = pack(&random.values(rows * inputs), (rows, inputs), from, format);
         let x = random.values(m * inputs);
         let pool = Pool::new(2);
         let run = |from: usize, m: usize, panel: usize, rows: usize| {
@@ -251,6 +296,7 @@ fn neither_batch_nor_split_changes_a_row() {
                     inputs,
                     weights,
                     format,
+                    arithmetic,
                     rows,
                     bias,
                     activation,

@@ -1,6 +1,7 @@
 //! Norms, gathers, additions and the bandwidth loops.
 
 use crate::*;
+use loadmaster::dtype::Arithmetic;
 use loadmaster::machine::cpu::kernels::*;
 
 fn norm_reference(x: &[f32], weight: Option<&[f32]>, bias: Option<&[f32]>) -> Vec<f64> {
@@ -214,6 +215,9 @@ fn bandwidth_loops_touch_everything() {
     });
     assert_eq!(copied, bytes);
     for isa in Isa::available() {
-        assert!(fma_peak(&Pool::new(2), isa, 1000) >= 2.0 * 2.0 * 16.0 * 1000.0);
+        for arithmetic in [Arithmetic::Fp32, Arithmetic::Bf16, Arithmetic::Int8] {
+            let done = multiply_peak(&Pool::new(2), isa, arithmetic, 1000);
+            assert!(done >= 2.0 * 2.0 * 16.0 * 1000.0);
+        }
     }
 }

@@ -135,6 +135,7 @@ impl ComputeExecutor {
                 inputs: g.inputs,
                 weights: self.bytes(g.weights, weight_bytes),
                 format: g.format,
+                arithmetic: g.arithmetic,
                 rows: g.rows,
                 bias: g.bias.map(|at| self.f32(at, g.rows)),
                 activation,

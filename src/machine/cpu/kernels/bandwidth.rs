@@ -2,7 +2,8 @@
 //! registers. No clock: who calls, measures.
 
 use super::shared::Shared;
-use super::simd::{Body, Isa, Simd, lanes};
+use super::simd::{Body, Isa, LANES, Simd, lanes};
+use crate::dtype::Arithmetic;
 use crate::machine::cpu::pool::Pool;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -64,32 +65,40 @@ pub fn copy_bytes(pool: &Pool, from: &[u8], to: &mut [u8]) {
     });
 }
 
-/// Multiplies in registers only, `steps` times on every thread; returns the FLOPs that took.
-pub fn fma_peak(pool: &Pool, isa: Isa, steps: usize) -> f64 {
-    let flops = AtomicU64::new(0);
+/// Multiplies in registers only, `steps` times on every thread; returns the operations that took
+/// (additions and multiplications of fp32, bf16 pairs or bytes).
+pub fn multiply_peak(pool: &Pool, isa: Isa, arithmetic: Arithmetic, steps: usize) -> f64 {
+    let operations = AtomicU64::new(0);
     pool.run(pool.threads(), &|_| {
-        flops.fetch_add(isa.call(Multiply(steps)), Ordering::Relaxed);
+        let done = isa.call(Multiply { arithmetic, steps });
+        operations.fetch_add(done, Ordering::Relaxed);
     });
-    flops.into_inner() as f64
+    operations.into_inner() as f64
 }
 
-struct Multiply(usize);
+struct Multiply {
+    arithmetic: Arithmetic,
+    steps: usize,
+}
 
 impl Body for Multiply {
     type Out = u64;
     #[inline(always)]
     fn run<V: Simd>(self) -> u64 {
-        if V::WIDE {
-            chains::<V, 16>(self.0)
-        } else {
-            chains::<V, 5>(self.0)
+        match (self.arithmetic, V::WIDE) {
+            (Arithmetic::Fp32, true) => floats::<V, 16>(self.steps),
+            (Arithmetic::Fp32, false) => floats::<V, 5>(self.steps),
+            (Arithmetic::Bf16, true) => pairs::<V, 16>(self.steps),
+            (Arithmetic::Bf16, false) => pairs::<V, 5>(self.steps),
+            (Arithmetic::Int8, true) => bytes::<V, 16>(self.steps),
+            (Arithmetic::Int8, false) => bytes::<V, 5>(self.steps),
         }
     }
 }
 
 /// N independent chains: enough to hide the latency of one product, few enough for the registers.
 #[inline(always)]
-fn chains<V: Simd, const N: usize>(steps: usize) -> u64 {
+fn floats<V: Simd, const N: usize>(steps: usize) -> u64 {
     let (a, b) = (V::splat(black_box(0.999_99)), V::splat(black_box(1e-6)));
     let mut sums = [b; N];
     for _ in 0..steps {
@@ -100,5 +109,42 @@ fn chains<V: Simd, const N: usize>(steps: usize) -> u64 {
     sums.into_iter().for_each(|sum| {
         black_box(lanes::<V>(sum));
     });
-    (2 * super::simd::LANES * N * steps) as u64
+    (2 * LANES * N * steps) as u64
+}
+
+#[inline(always)]
+fn pairs<V: Simd, const N: usize>(steps: usize) -> u64 {
+    let one = V::splat(black_box(0.5));
+    let (x, w) = (
+        V::pairs(one, one),
+        V::pairs(one, V::splat(black_box(-0.25))),
+    );
+    let mut sums = [V::splat(1.0); N];
+    for _ in 0..steps {
+        for sum in &mut sums {
+            *sum = V::dot_pairs(*sum, x, w);
+        }
+    }
+    sums.into_iter().for_each(|sum| {
+        black_box(lanes::<V>(sum));
+    });
+    (4 * LANES * N * steps) as u64
+}
+
+#[inline(always)]
+fn bytes<V: Simd, const N: usize>(steps: usize) -> u64 {
+    let (x, codes) = (
+        V::splat_word(black_box(0x01ff_01ff)),
+        V::splat_word(black_box(0x0102_0304)),
+    );
+    let mut sums = [V::splat_word(0); N];
+    for _ in 0..steps {
+        for sum in &mut sums {
+            *sum = V::dot_bytes(*sum, codes, x);
+        }
+    }
+    sums.into_iter().for_each(|sum| {
+        black_box(lanes::<V>(V::from_ints(sum)));
+    });
+    (8 * LANES * N * steps) as u64
 }

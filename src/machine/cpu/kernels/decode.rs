@@ -5,7 +5,9 @@ use super::attend::{CHUNK_KEYS, Part};
 use super::kv::{KvFormat, extent};
 use super::math::exp;
 use super::panel::Element;
+use super::q4::Reader;
 use super::simd::{LANES, Simd, lanes, largest, store_first};
+use crate::dtype::{Q4_GROUP, Q4_GROUP_BYTES};
 use crate::machine::cpu::pool::SCRATCH_FLOATS;
 use std::ops::Range;
 
@@ -136,6 +138,28 @@ fn score<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Range<usi
     }
 }
 
+/// Heads are whole 4-bit groups: their codes are decoded where they are used. Else rows are widened.
+#[inline(always)]
+fn coded<K: KvFormat>(part: &Part) -> bool {
+    K::CODED && part.problem.head_size.is_multiple_of(Q4_GROUP)
+}
+
+/// The 4-bit groups of one head in each of the rows, at its element `d`.
+/// # Safety
+/// The rows have them.
+#[inline(always)]
+unsafe fn groups<V: Simd, const N: usize>(rows: &[*const u8; N], element: usize) -> [Reader<V>; N] {
+    let bytes = element / Q4_GROUP * Q4_GROUP_BYTES;
+    // SAFETY: the caller's.
+    unsafe {
+        let mut readers = [Reader::new(rows[0].add(bytes)); N];
+        for j in 1..N {
+            readers[j] = Reader::new(rows[j].add(bytes));
+        }
+        readers
+    }
+}
+
 /// The `together` rows of one side from token `first` on; missing ones repeat the last.
 #[inline(always)]
 fn open_rows<V: Simd, K: KvFormat>(
@@ -145,6 +169,14 @@ fn open_rows<V: Simd, K: KvFormat>(
     side: usize,
 ) -> [*const u8; ROWS_TOGETHER] {
     let mut rows = [std::ptr::null(); ROWS_TOGETHER];
+    if coded::<K>(part) {
+        let (bytes, _) = extent(part.problem.format, &part.elements());
+        for (j, row) in rows.iter_mut().enumerate() {
+            let token = first + j.min(together - 1);
+            *row = part.row(token, side).wrapping_add(bytes);
+        }
+        return rows;
+    }
     let room = part.elements().len() + BUFFER_SLACK;
     for (j, row) in rows.iter_mut().enumerate() {
         let token = first + j.min(together - 1);
@@ -167,6 +199,22 @@ fn dots<V: Simd, K: KvFormat>(
 ) -> [f32; ROWS_TOGETHER] {
     let size = part.problem.head_size;
     let mut sums = [V::splat(0.0); ROWS_TOGETHER];
+    if coded::<K>(part) {
+        for d in (0..size).step_by(Q4_GROUP) {
+            // SAFETY: rows and queries have whole groups here.
+            unsafe {
+                let groups = groups::<V, ROWS_TOGETHER>(rows, head * size + d);
+                for j in 0..Q4_GROUP / LANES {
+                    let at = head * carved.width + d + j * LANES;
+                    let query = V::load(carved.queries.as_ptr().add(at));
+                    for (sum, group) in sums.iter_mut().zip(&groups) {
+                        *sum = V::fma(query, group.vector(j), *sum);
+                    }
+                }
+            }
+        }
+        return V::sums(sums);
+    }
     for d in (0..size).step_by(LANES) {
         // SAFETY: queries are padded with zeros to whole vectors, rows are read up to their end.
         unsafe {
@@ -251,6 +299,11 @@ fn add_rows<V: Simd, K: KvFormat, const N: usize>(
         for (weight, &score) in weights.iter_mut().zip(scores) {
             *weight = V::splat(score);
         }
+        if coded::<K>(part) {
+            // SAFETY: rows and sums have whole groups here.
+            unsafe { add_groups::<V, N>(carved, (head, size), &rows, &weights) };
+            continue;
+        }
         for d in (0..size).step_by(LANES) {
             // SAFETY: sums are padded to whole vectors, rows are read up to their end.
             unsafe {
@@ -259,6 +312,32 @@ fn add_rows<V: Simd, K: KvFormat, const N: usize>(
                 for j in 0..N {
                     let from = rows[j].add((head * size + d) * K::As::BYTES);
                     sum = V::fma(weights[j], K::As::load_first::<V>(from, size - d), sum);
+                }
+                V::store(to, sum);
+            }
+        }
+    }
+}
+
+/// As the rest of `add_rows`, for one head of whole 4-bit groups.
+/// # Safety
+/// The rows have the head.
+#[inline(always)]
+unsafe fn add_groups<V: Simd, const N: usize>(
+    carved: &mut Carved,
+    (head, size): (usize, usize),
+    rows: &[*const u8; N],
+    weights: &[V::F; N],
+) {
+    for d in (0..size).step_by(Q4_GROUP) {
+        // SAFETY: the caller's; sums have whole groups.
+        unsafe {
+            let groups = groups::<V, N>(rows, head * size + d);
+            for j in 0..Q4_GROUP / LANES {
+                let to = (carved.sums.as_mut_ptr()).add(head * carved.width + d + j * LANES);
+                let mut sum = V::load(to);
+                for (group, weight) in groups.iter().zip(weights) {
+                    sum = V::fma(*weight, group.vector(j), sum);
                 }
                 V::store(to, sum);
             }

@@ -1,27 +1,36 @@
 //! Matrix products with packed weights: how the work is cut and blocked. The inner loop is tile.rs.
 
-use super::panel::{self, Bf16, F16, F32, Panel, Q4};
+use super::codes::{Quantised, Scale, multiply_codes, quantise_row};
+use super::cut::{BLOCK_ROWS, Cut};
+use super::panel::{self, Bf16, Element, F16, F32, Narrowed, Pairs, Panel, Q4};
 use super::shared::Shared;
-use super::simd::{Body, Isa, Simd};
-use super::tile::{Finish, TILE_ROWS, Tile, Weights, multiply};
-use crate::dtype::{Dtype, PANEL_ROWS, panels};
+use super::simd::{Body, Isa, LANES, Simd, load_first};
+use super::tile::{Finish, TALL_ROWS, TILE_ROWS, Tile, Weights, multiply};
+use crate::dtype::{Arithmetic, Dtype, PANEL_ROWS, Q4_GROUP, panels};
 use crate::machine::cpu::pool::Pool;
 use std::ops::Range;
 
 pub use super::tile::Activation;
 
-/// Inputs of one block: 64 rows of it in f32 are 64 KiB, at home in L2. A multiple of the 4-bit group.
+/// Inputs of one block in f32: 64 rows of it are 64 KiB, at home in L2. A multiple of the 4-bit group.
 const BLOCK_INPUTS: usize = 256;
-/// Rows of x of one block: 240 KiB beside the weights in L2.
-const BLOCK_ROWS: usize = 240;
+/// Inputs of one block in bf16, for which the same holds.
+const PAIR_INPUTS: usize = 2 * BLOCK_INPUTS;
+/// Words of a block of weights at the beginning of the scratch; behind it lies x.
+const BLOCK_WORDS: usize = PANEL_ROWS * BLOCK_INPUTS;
+/// Bytes of x of one block.
+const X_BYTES: usize = 4 * BLOCK_ROWS * BLOCK_INPUTS;
 /// Up to here every tile converts the weights itself: cheaper than writing them out once.
-const DIRECT_ROWS: usize = 2 * TILE_ROWS;
-/// From here on x is copied block by block, because rows a power of two apart share cache sets.
-const COPY_ROWS: usize = 24;
-/// Panels that one part multiplies with one copy of x, at most.
-const PART_PANELS: usize = 16;
+const DIRECT_ROWS: usize = 2 * TALL_ROWS;
+/// How many rows ahead of the one in use a block of x is asked for.
+const ROWS_AHEAD: usize = 3;
 /// How far ahead of the products a stream of weights is asked for.
 const AHEAD_BYTES: usize = 2048;
+
+const _: () = assert!(
+    4 * BLOCK_WORDS + X_BYTES <= 4 * crate::machine::cpu::pool::SCRATCH_FLOATS
+        && X_BYTES / Q4_GROUP * size_of::<Scale>() <= 4 * BLOCK_WORDS
+);
 
 /// out[i, n] = activation(sum over k of x[i, k] * w[n, k] + bias[n]); strides count f32.
 pub struct GemmArgs<'a> {
@@ -32,6 +41,8 @@ pub struct GemmArgs<'a> {
     /// ceil(rows / 64) panels.
     pub weights: &'a [u8],
     pub format: Dtype,
+    /// Int8 is for Q4 alone, and Bf16 for all others.
+    pub arithmetic: Arithmetic,
     pub rows: usize,
     pub bias: Option<&'a [f32]>,
     pub activation: Activation,
@@ -46,7 +57,8 @@ pub fn gemm(pool: &Pool, isa: Isa, args: GemmArgs) {
         return;
     }
     check(&args);
-    let cut = Cut::new(args.m, panels(args.rows), pool.threads());
+    let copies = args.m > TILE_ROWS || args.arithmetic != Arithmetic::Fp32;
+    let cut = Cut::new(args.m, panels(args.rows), pool.threads(), copies);
     let out = Shared::new(args.out);
     let problem = Problem {
         x: args.x,
@@ -54,6 +66,7 @@ pub fn gemm(pool: &Pool, isa: Isa, args: GemmArgs) {
         inputs: args.inputs,
         weights: args.weights,
         format: args.format,
+        arithmetic: args.arithmetic,
         rows: args.rows,
         bias: args.bias,
         activation: args.activation,
@@ -85,6 +98,12 @@ fn check(args: &GemmArgs) {
         args.m == 1 || args.ldo >= args.rows,
         "gemm: rows of out overlap"
     );
+    let fits = match args.arithmetic {
+        Arithmetic::Fp32 => true,
+        Arithmetic::Bf16 => args.format != Dtype::Q4,
+        Arithmetic::Int8 => args.format == Dtype::Q4,
+    };
+    assert!(fits, "gemm: this format has no such products");
     let needed_bytes = panels(args.rows) as u64 * args.format.panel_bytes(args.inputs);
     assert!(
         args.weights.len() as u64 >= needed_bytes,
@@ -96,62 +115,13 @@ fn check(args: &GemmArgs) {
     );
 }
 
-/// How rows of x and panels are cut into parts. It decides speed only.
-struct Cut {
-    m: usize,
-    part_rows: usize,
-    panels: usize,
-    part_panels: usize,
-}
-
-impl Cut {
-    fn new(m: usize, panels: usize, threads: usize) -> Cut {
-        if m <= COPY_ROWS {
-            return Cut {
-                m,
-                part_rows: m,
-                panels,
-                part_panels: 1,
-            };
-        }
-        let wanted = (2 * threads)
-            .div_ceil(panels)
-            .min(m / COPY_ROWS)
-            .max(m.div_ceil(BLOCK_ROWS));
-        let part_rows = m.div_ceil(wanted).next_multiple_of(TILE_ROWS);
-        let row_parts = m.div_ceil(part_rows);
-        let part_panels = (panels * row_parts / (3 * threads)).clamp(1, PART_PANELS);
-        Cut {
-            m,
-            part_rows,
-            panels,
-            part_panels,
-        }
-    }
-
-    fn parts(&self) -> usize {
-        self.m.div_ceil(self.part_rows) * self.panels.div_ceil(self.part_panels)
-    }
-
-    fn part(&self, part: usize) -> (Range<usize>, Range<usize>) {
-        let across = self.panels.div_ceil(self.part_panels);
-        let (row, panel) = (
-            part / across * self.part_rows,
-            part % across * self.part_panels,
-        );
-        (
-            row..(row + self.part_rows).min(self.m),
-            panel..(panel + self.part_panels).min(self.panels),
-        )
-    }
-}
-
 struct Problem<'a> {
     x: &'a [f32],
     ldx: usize,
     inputs: usize,
     weights: &'a [u8],
     format: Dtype,
+    arithmetic: Arithmetic,
     rows: usize,
     bias: Option<&'a [f32]>,
     activation: Activation,
@@ -171,22 +141,43 @@ impl Body for Part<'_> {
     type Out = ();
     #[inline(always)]
     fn run<V: Simd>(self) {
-        match self.problem.format {
-            Dtype::F32 => self.run_format::<V, F32>(),
-            Dtype::F16 => self.run_format::<V, F16>(),
-            Dtype::Bf16 => self.run_format::<V, Bf16>(),
-            Dtype::Q4 => self.run_format::<V, Q4>(),
+        match (self.problem.arithmetic, self.problem.format) {
+            (Arithmetic::Int8, _) => self.run_codes::<V>(),
+            (Arithmetic::Bf16, Dtype::F32) => self.run_pairs::<V, F32>(),
+            (Arithmetic::Bf16, Dtype::F16) => self.run_pairs::<V, F16>(),
+            (Arithmetic::Bf16, _) => self.run_pairs::<V, Bf16>(),
+            (_, Dtype::F32) => self.run_wide::<V, F32>(),
+            (_, Dtype::F16) => self.run_wide::<V, F16>(),
+            (_, Dtype::Bf16) => self.run_wide::<V, Bf16>(),
+            (_, Dtype::Q4) => self.run_wide::<V, Q4>(),
         }
     }
 }
 
+/// Where the tiles of a part find x: row i at `start + i × stride`.
+#[derive(Clone, Copy)]
+struct Rows {
+    start: *const f32,
+    stride: usize,
+}
+
+/// Asks for a block of a row of x: rows are far apart, too far for the hardware to guess the next.
+#[inline(always)]
+fn ask_for_row<V: Simd>(row: *const f32, inputs: &Range<usize>) {
+    for k in inputs.clone().step_by(16) {
+        V::prefetch(row.wrapping_add(k).cast());
+    }
+}
+
 impl Part<'_> {
+    /// In fp32.
     #[inline(always)]
-    fn run_format<V: Simd, P: Panel>(mut self) {
+    fn run_wide<V: Simd, P: Panel>(mut self) {
         let fused_rows = if V::WIDE { TILE_ROWS } else { 1 };
         if self.rows.len() <= fused_rows {
             for panel in self.panels.clone() {
-                self.fused::<V, P>(panel);
+                let all = 0..self.problem.inputs;
+                self.fused::<V, P>(panel, all, self.rows_of_x());
             }
             return;
         }
@@ -196,43 +187,111 @@ impl Part<'_> {
         }
     }
 
+    /// In bf16: x as pairs, and the weights either as they are loaded or, for many tiles, once.
+    #[inline(always)]
+    fn run_pairs<V: Simd, E: Element>(mut self) {
+        let (inputs, rows) = (self.problem.inputs, self.rows.len());
+        let fused = rows <= if V::WIDE { TALL_ROWS } else { TILE_ROWS };
+        let most = if fused { usize::MAX } else { PAIR_INPUTS };
+        let block = (X_BYTES / 2 / rows).min(most) / Q4_GROUP * Q4_GROUP;
+        for from in (0..inputs).step_by(block) {
+            let some = from..(from + block).min(inputs);
+            let x = self.pair_x::<V>(&some, block.min(inputs.next_multiple_of(Q4_GROUP)) / 2);
+            for panel in self.panels.clone() {
+                if fused {
+                    self.fused::<V, Narrowed<E>>(panel, some.clone(), x);
+                    continue;
+                }
+                let at = self.panel_at(panel, 0);
+                if V::WIDE && rows <= DIRECT_ROWS {
+                    let weights = Weights {
+                        panel: at,
+                        first_input: some.start,
+                    };
+                    let lines = (E::LINES, TALL_ROWS);
+                    self.tiles::<V, Narrowed<E>>(panel, &some, (weights, x), lines);
+                    continue;
+                }
+                let to = self.scratch.as_mut_ptr().cast();
+                // SAFETY: the panel has these inputs; scratch begins with 64 × PAIR_INPUTS / 2 words.
+                unsafe { panel::narrow::<V, E>(at, some.start, some.len(), to) };
+                let weights = Weights {
+                    panel: self.scratch.as_ptr().cast(),
+                    first_input: 0,
+                };
+                self.tiles::<V, Pairs>(panel, &some, (weights, x), (E::LINES, TILE_ROWS));
+            }
+        }
+    }
+
+    /// 4-bit weights, x as 8-bit codes.
+    #[inline(always)]
+    fn run_codes<V: Simd>(mut self) {
+        let inputs = self.problem.inputs;
+        let block = X_BYTES / self.rows.len() / Q4_GROUP * Q4_GROUP;
+        for from in (0..inputs).step_by(block) {
+            let some = from..(from + block).min(inputs);
+            let x = self.quantise_x::<V>(&some);
+            for panel in self.panels.clone() {
+                let group = self.panel_at(panel, from);
+                let count = self.rows.len().div_ceil(TILE_ROWS);
+                for t in 0..count {
+                    let first = self.rows.len() * t / count;
+                    let rows = self.rows.len() * (t + 1) / count - first;
+                    let mut tile = self.tile(panel, self.rows.start + first, rows, some.clone());
+                    tile.ahead = group.wrapping_add(AHEAD_BYTES);
+                    tile.ahead_lines = (t == 0) as usize;
+                    let x = x.beyond(first);
+                    let last = some.end == inputs;
+                    let finish = if last {
+                        self.finish(panel)
+                    } else {
+                        Finish::NOTHING
+                    };
+                    // SAFETY: `check` compared every slice with the shape; blocks begin with a group.
+                    unsafe { multiply_codes::<V>(tile, rows, (x, group), finish) };
+                }
+            }
+        }
+    }
+
     /// One tile straight from the panel as stored: every weight is used once per pass.
     #[inline(always)]
-    fn fused<V: Simd, P: Panel>(&self, panel: usize) {
+    fn fused<V: Simd, P: Panel>(&self, panel: usize, inputs: Range<usize>, x: Rows) {
         let at = self.panel_at(panel, 0);
-        let tile = Tile {
-            ahead: at.wrapping_add(AHEAD_BYTES),
-            ahead_lines: P::LINES,
-            ..self.tile(
-                panel,
-                self.rows.start,
-                self.rows.len(),
-                0..self.problem.inputs,
-            )
+        let finish = match inputs.end == self.problem.inputs {
+            true => self.finish(panel),
+            false => Finish::NOTHING,
         };
         let weights = Weights {
             panel: at,
-            first_input: 0,
+            first_input: inputs.start,
+        };
+        let tile = Tile {
+            x: x.start,
+            x_stride: x.stride,
+            ahead: at.wrapping_add(P::bytes_of(inputs.start) + AHEAD_BYTES),
+            ahead_lines: P::LINES,
+            ..self.tile(panel, self.rows.start, self.rows.len(), inputs)
         };
         // SAFETY: `check` compared every slice with the shape; the tile is inside it.
-        unsafe { multiply::<V, P>(tile, self.rows.len(), weights, self.finish(panel)) };
+        unsafe { multiply::<V, P>(tile, self.rows.len(), weights, finish) };
     }
 
     /// One block of inputs for all panels and tiles of the part.
     #[inline(always)]
     fn block<V: Simd, P: Panel>(&mut self, inputs: Range<usize>) {
-        let copied = self.rows.len() > COPY_ROWS;
-        if copied {
-            self.copy_x(&inputs);
-        }
+        let x = self.copy_x::<V>(&inputs);
         for panel in self.panels.clone() {
             let at = self.panel_at(panel, 0);
-            if P::WIDE || (P::SEGMENT > BLOCK_INPUTS && self.rows.len() <= DIRECT_ROWS) {
+            if P::WIDE || (V::WIDE && self.rows.len() <= DIRECT_ROWS) {
                 let weights = Weights {
                     panel: at,
                     first_input: inputs.start,
                 };
-                self.tiles::<V, P>(panel, &inputs, weights, P::LINES);
+                let tall = V::WIDE && (!P::WIDE || self.rows.len() <= TALL_ROWS);
+                let most = if tall { TALL_ROWS } else { TILE_ROWS };
+                self.tiles::<V, P>(panel, &inputs, (weights, x), (P::LINES, most));
                 continue;
             }
             // Many tiles use these weights: widen them once.
@@ -244,36 +303,34 @@ impl Part<'_> {
                 panel: self.scratch.as_ptr().cast(),
                 first_input: 0,
             };
-            self.tiles::<V, F32>(panel, &inputs, weights, P::LINES);
+            self.tiles::<V, F32>(panel, &inputs, (weights, x), (P::LINES, TILE_ROWS));
         }
     }
 
-    /// All tiles of one block, which between them ask for the next block's `lines` per two inputs.
+    /// All tiles of one block, of at most so many rows, which between them ask for the next block's
+    /// `lines` per two inputs.
     #[inline(always)]
     fn tiles<V: Simd, P: Panel>(
         &self,
         panel: usize,
         inputs: &Range<usize>,
-        weights: Weights,
-        lines: usize,
+        (weights, x): (Weights, Rows),
+        (lines, most_rows): (usize, usize),
     ) {
-        let copied = self.rows.len() > COPY_ROWS;
         let last = inputs.end == self.problem.inputs;
         let finish = if last {
             self.finish(panel)
         } else {
             Finish::NOTHING
         };
-        let count = self.rows.len().div_ceil(TILE_ROWS);
+        let count = self.rows.len().div_ceil(most_rows);
         let share = lines.div_ceil(count);
         for t in 0..count {
             let from = self.rows.len() * t / count;
             let rows = self.rows.len() * (t + 1) / count - from;
             let mut tile = self.tile(panel, self.rows.start + from, rows, inputs.clone());
-            if copied {
-                tile.x = self.scratch[PANEL_ROWS * BLOCK_INPUTS + from * BLOCK_INPUTS..].as_ptr();
-                tile.x_stride = BLOCK_INPUTS;
-            }
+            tile.x = x.start.wrapping_add(from * x.stride);
+            tile.x_stride = x.stride;
             let asked = t * share;
             tile.ahead_lines = share.min(lines.saturating_sub(asked));
             tile.ahead = self
@@ -303,12 +360,77 @@ impl Part<'_> {
         self.problem.weights.as_ptr().wrapping_add(bytes as usize)
     }
 
+    /// x as the caller has it.
     #[inline(always)]
-    fn copy_x(&mut self, inputs: &Range<usize>) {
-        let to = &mut self.scratch[PANEL_ROWS * BLOCK_INPUTS..];
+    fn rows_of_x(&self) -> Rows {
+        Rows {
+            start: self.problem.x[self.rows.start * self.problem.ldx..].as_ptr(),
+            stride: self.problem.ldx,
+        }
+    }
+
+    /// Copies a block of x, because rows a power of two apart share cache sets.
+    #[inline(always)]
+    fn copy_x<V: Simd>(&mut self, inputs: &Range<usize>) -> Rows {
+        let x = self.problem.x.as_ptr();
+        let to = &mut self.scratch[BLOCK_WORDS..];
         for (i, to) in self.rows.clone().zip(to.chunks_exact_mut(BLOCK_INPUTS)) {
+            ask_for_row::<V>(x.wrapping_add((i + ROWS_AHEAD) * self.problem.ldx), inputs);
             let from = i * self.problem.ldx + inputs.start;
             to[..inputs.len()].copy_from_slice(&self.problem.x[from..from + inputs.len()]);
+        }
+        Rows {
+            start: self.scratch[BLOCK_WORDS..].as_ptr(),
+            stride: BLOCK_INPUTS,
+        }
+    }
+
+    /// Rounds a block of x to bf16, a pair a word, filled up with zeros.
+    #[inline(always)]
+    fn pair_x<V: Simd>(&mut self, inputs: &Range<usize>, stride: usize) -> Rows {
+        let x = self.problem.x.as_ptr();
+        let to = &mut self.scratch[BLOCK_WORDS..][..self.rows.len() * stride];
+        for (i, to) in self.rows.clone().zip(to.chunks_exact_mut(stride)) {
+            ask_for_row::<V>(x.wrapping_add((i + ROWS_AHEAD) * self.problem.ldx), inputs);
+            let from = &self.problem.x[i * self.problem.ldx..][inputs.clone()];
+            for (from, to) in from.chunks(LANES).zip(to.chunks_exact_mut(LANES / 2)) {
+                // SAFETY: `from` has its length, `to` has room for sixteen bf16.
+                unsafe {
+                    let x = load_first::<V>(from.as_ptr(), from.len());
+                    V::store_bf16(to.as_mut_ptr().cast(), x);
+                }
+            }
+        }
+        Rows {
+            start: self.scratch[BLOCK_WORDS..].as_ptr(),
+            stride,
+        }
+    }
+
+    /// Quantises a block of x to 8 bits in groups of 64.
+    #[inline(always)]
+    fn quantise_x<V: Simd>(&mut self, inputs: &Range<usize>) -> Quantised {
+        let groups = inputs.len().div_ceil(Q4_GROUP);
+        let stride = groups * Q4_GROUP;
+        let (scales, codes) = self.scratch.split_at_mut(BLOCK_WORDS);
+        let (scales, codes) = (
+            scales.as_mut_ptr().cast::<Scale>(),
+            codes.as_mut_ptr().cast::<i8>(),
+        );
+        for (place, i) in self.rows.clone().enumerate() {
+            let x = self.problem.x.as_ptr();
+            ask_for_row::<V>(x.wrapping_add((i + ROWS_AHEAD) * self.problem.ldx), inputs);
+            let x = &self.problem.x[i * self.problem.ldx..][inputs.clone()];
+            // SAFETY: a block has at most X_BYTES codes, and for them the scales fit.
+            unsafe {
+                quantise_row::<V>(x, codes.add(place * stride), scales.add(place * groups));
+            }
+        }
+        Quantised {
+            codes,
+            stride,
+            scales,
+            groups,
         }
     }
 

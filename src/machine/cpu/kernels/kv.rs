@@ -120,6 +120,8 @@ fn write_halves<V: Simd>(values: &[f32], row: &mut [u8]) {
 
 /// How a row of a format is read, sixteen elements at a time from any element on.
 pub(super) trait KvFormat {
+    /// Kept in 4-bit groups.
+    const CODED: bool = false;
     /// The format of what `open` returns.
     type As: Element;
     /// Where elements `range` of the row begin, widened into `buffer` where they cannot be read in place.
@@ -151,6 +153,7 @@ impl KvFormat for KvF16 {
 }
 
 impl KvFormat for KvQ4 {
+    const CODED: bool = true;
     type As = F32;
     #[inline(always)]
     unsafe fn open<V: Simd>(row: *const u8, range: Range<usize>, buffer: *mut f32) -> *const u8 {

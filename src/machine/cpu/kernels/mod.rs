@@ -4,6 +4,8 @@
 
 pub mod attend;
 pub mod bandwidth;
+mod codes;
+mod cut;
 mod decode;
 pub mod gemm;
 pub mod kv;
@@ -19,10 +21,12 @@ mod shared;
 mod simd;
 mod tile;
 #[cfg(target_arch = "x86_64")]
+mod transpose;
+#[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub use attend::{AttendArgs, AttendItem, MAX_HEAD_SIZE, attend};
-pub use bandwidth::{copy_bytes, fma_peak, memory_read_sum};
+pub use bandwidth::{copy_bytes, memory_read_sum, multiply_peak};
 pub use gemm::{Activation, GemmArgs, gemm};
 pub use kv::{AppendArgs, KvView, Slots, append_kv};
 pub use norm::{NormArgs, NormInPlace, layer_norm, layer_norm_in_place};
@@ -31,4 +35,4 @@ pub use rows::{EmbedArgs, Table, add_rows, add_rows_typed, copy_rows, embed_rows
 pub use simd::Isa;
 
 /// Changes whenever a kernel's speed or rounding does: measured profiles are valid for one revision.
-pub const KERNEL_REVISION: &str = "1";
+pub const KERNEL_REVISION: &str = "2";

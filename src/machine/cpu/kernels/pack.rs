@@ -2,7 +2,7 @@
 //! disk, so the transposes work on whole vectors. No files, no tensors' names.
 
 use super::pack_q4::Quantise;
-use super::panel::{CODES_AT, GROUP_BYTES, UNIT_BYTES};
+use super::panel::{CODES_AT, GROUP_BYTES, UNIT_BYTES, UNIT_INPUTS, UNITS_ACROSS, nibble_of};
 use super::shared::Shared;
 use super::simd::{Isa, LANES};
 use crate::dtype::{Dtype, PANEL_ROWS, Q4_GROUP, panels};
@@ -113,7 +113,7 @@ pub(super) fn square<const N: usize>(from: (&[u8], usize), to: (&mut [u8], usize
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the bounds were checked; SSE2 belongs to x86-64.
     unsafe {
-        super::x86::transpose16::<N>((from.0.as_ptr(), from.1), (to.0.as_mut_ptr(), to.1));
+        super::transpose::transpose16::<N>((from.0.as_ptr(), from.1), (to.0.as_mut_ptr(), to.1));
     }
     #[cfg(not(target_arch = "x86_64"))]
     for row in 0..tall {
@@ -136,9 +136,10 @@ pub(super) fn element(format: Dtype, panel: &[u8], row: usize, k: usize) -> f32 
             let group = k / Q4_GROUP * GROUP_BYTES;
             let scale = f16::from_le_bytes(half(group + 2 * row)).to_f32();
             let minimum = f16::from_le_bytes(half(group + 2 * (PANEL_ROWS + row))).to_f32();
-            let unit = group + CODES_AT + k % Q4_GROUP / 2 * UNIT_BYTES;
-            let nibble = k % 2 * 4 + row / LANES;
-            let byte = panel[unit + row % LANES * 4 + nibble / 2];
+            let unit = k % Q4_GROUP / UNIT_INPUTS * UNITS_ACROSS + row / LANES;
+            let nibble = nibble_of(k % UNIT_INPUTS);
+            let word = group + CODES_AT + unit * UNIT_BYTES + row % LANES * 4;
+            let byte = panel[word + nibble / 2];
             let code = byte >> (nibble % 2 * 4) & 15;
             (code as f32).mul_add(scale, minimum)
         }

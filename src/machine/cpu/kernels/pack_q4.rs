@@ -2,7 +2,9 @@
 //! the lanes, so that bounds, codes and words are whole vectors. One row's rule is q4.rs's.
 
 use super::pack::{PackSource, square};
-use super::panel::{Bf16, CODES_AT, Element, F16, F32, GROUP_BYTES, UNIT_BYTES};
+use super::panel::{
+    Bf16, CODES_AT, Element, F16, F32, GROUP_BYTES, UNIT_BYTES, UNIT_INPUTS, UNITS_ACROSS,
+};
 use super::q4::{LARGEST, ROUNDER};
 use super::simd::{Body, LANES, Simd, lanes};
 use crate::dtype::{Dtype, PANEL_ROWS, Q4_GROUP};
@@ -165,7 +167,11 @@ fn put(halves: &[u16; LANES], to: &mut [u8]) {
     }
 }
 
-/// Every unit's sixteen words: four rows' nibbles of an input are one number below 65536, which f32
+/// The inputs of a unit whose codes are the nibbles of a word, lowest first (panel.rs): four of them
+/// make its lower half, four its upper one.
+const INPUTS_OF_NIBBLES: [[usize; 4]; 2] = [[0, 4, 1, 5], [2, 6, 3, 7]];
+
+/// Every unit's sixteen words: four inputs' nibbles of a row are one number below 65536, which f32
 /// holds exactly.
 #[inline(always)]
 fn codes<V: Simd, E: Element, const N: usize>(
@@ -173,30 +179,36 @@ fn codes<V: Simd, E: Element, const N: usize>(
     steps: &Steps<V>,
     units: &mut [u8],
 ) {
-    let pairs = elements.chunks_exact(2 * PANEL_ROWS * N);
-    for (pair, unit) in pairs.zip(units.chunks_exact_mut(UNIT_BYTES)) {
-        let (even, odd) = pair.split_at(PANEL_ROWS * N);
-        let even = lanes::<V>(half_words::<V, E, N>(even, steps));
-        let odd = lanes::<V>(half_words::<V, E, N>(odd, steps));
-        for ((even, odd), bytes) in even.iter().zip(&odd).zip(unit.chunks_exact_mut(4)) {
-            let word = even.to_bits() & 0xffff | odd.to_bits() << 16;
-            bytes.copy_from_slice(&word.to_le_bytes());
+    let octets = elements.chunks_exact(UNIT_INPUTS * PANEL_ROWS * N);
+    for (octet, units) in octets.zip(units.chunks_exact_mut(UNITS_ACROSS * UNIT_BYTES)) {
+        for (j, unit) in units.chunks_exact_mut(UNIT_BYTES).enumerate() {
+            let low = lanes::<V>(half_words::<V, E, N>(octet, steps, (j, 0)));
+            let high = lanes::<V>(half_words::<V, E, N>(octet, steps, (j, 1)));
+            for ((low, high), bytes) in low.iter().zip(&high).zip(unit.chunks_exact_mut(4)) {
+                let word = low.to_bits() & 0xffff | high.to_bits() << 16;
+                bytes.copy_from_slice(&word.to_le_bytes());
+            }
         }
     }
 }
 
-/// One input's four nibbles of each lane, in the low bits.
+/// One half of the words of sixteen rows, vector `j` of the panel's, in the low bits.
 #[inline(always)]
-fn half_words<V: Simd, E: Element, const N: usize>(line: &[u8], steps: &Steps<V>) -> V::F {
+fn half_words<V: Simd, E: Element, const N: usize>(
+    octet: &[u8],
+    steps: &Steps<V>,
+    (j, half): (usize, usize),
+) -> V::F {
     let rounder = V::splat(ROUNDER);
     let mut sum = rounder;
-    for j in (0..VECTORS).rev() {
-        // SAFETY: a line holds 64 elements.
-        let x = unsafe { E::load::<V>(line.as_ptr().add(j * LANES * N)) };
+    for nibble in (0..4).rev() {
+        let k = INPUTS_OF_NIBBLES[half][nibble];
+        // SAFETY: an octet holds eight lines of 64 elements.
+        let x = unsafe { E::load::<V>(octet.as_ptr().add((k * PANEL_ROWS + j * LANES) * N)) };
         let code = V::mul(V::sub(x, steps.minimum[j]), steps.per_unit[j]);
         let code = V::min(V::max(code, V::splat(0.0)), V::splat(15.0));
         let code = V::sub(V::add(code, rounder), rounder);
-        sum = V::fma(code, V::splat((1u32 << (4 * j)) as f32), sum);
+        sum = V::fma(code, V::splat((1u32 << (4 * nibble)) as f32), sum);
     }
     sum
 }
@@ -206,11 +218,9 @@ fn clear_rows(rows: usize, group: &mut [u8]) {
     for row in rows..PANEL_ROWS {
         group[2 * row..2 * row + 2].fill(0);
         group[2 * (PANEL_ROWS + row)..2 * (PANEL_ROWS + row) + 2].fill(0);
-        let nibble = row / LANES;
-        for unit in group[CODES_AT..].chunks_exact_mut(UNIT_BYTES) {
-            for byte in [nibble / 2, 2 + nibble / 2] {
-                unit[row % LANES * 4 + byte] &= if nibble.is_multiple_of(2) { 0xf0 } else { 0x0f };
-            }
+        let units = group[CODES_AT..].chunks_exact_mut(UNIT_BYTES);
+        for unit in units.skip(row / LANES).step_by(UNITS_ACROSS) {
+            unit[row % LANES * 4..][..4].fill(0);
         }
     }
 }

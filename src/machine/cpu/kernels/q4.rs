@@ -101,6 +101,37 @@ pub(super) fn write_row<V: Simd>(values: &[f32], row: &mut [u8]) {
     }
 }
 
+/// A KV row's group, its codes decoded sixteen at a time.
+#[derive(Clone, Copy)]
+pub(super) struct Reader<V: Simd> {
+    words: V::I,
+    meanings: V::Meanings,
+}
+
+impl<V: Simd> Reader<V> {
+    /// # Safety
+    /// 36 readable bytes at `group`.
+    #[inline(always)]
+    pub(super) unsafe fn new(group: *const u8) -> Reader<V> {
+        // SAFETY: the caller's.
+        unsafe {
+            let ends = group.add(CODE_BYTES).cast::<u16>();
+            let scale = V::splat_f16(u16::from_le(ends.read_unaligned()));
+            let minimum = V::splat_f16(u16::from_le(ends.add(1).read_unaligned()));
+            Reader {
+                words: V::load_half_words(group),
+                meanings: V::meanings(scale, minimum),
+            }
+        }
+    }
+
+    /// Elements 16 j..16 j + 16, j under 4.
+    #[inline(always)]
+    pub(super) fn vector(&self, j: usize) -> V::F {
+        V::meant(self.meanings, self.words, 4 * j as u32)
+    }
+}
+
 /// Widens the group at `group` to 64 f32 at `to`.
 /// # Safety
 /// 36 readable bytes and 64 writable f32.
@@ -108,13 +139,9 @@ pub(super) fn write_row<V: Simd>(values: &[f32], row: &mut [u8]) {
 pub(super) unsafe fn read_group<V: Simd>(group: *const u8, to: *mut f32) {
     // SAFETY: the caller's.
     unsafe {
-        let words = V::load_half_words(group);
-        let ends = group.add(CODE_BYTES).cast::<u16>();
-        let scale = V::splat_f16(u16::from_le(ends.read_unaligned()));
-        let minimum = V::splat_f16(u16::from_le(ends.add(1).read_unaligned()));
+        let reader = Reader::<V>::new(group);
         for j in 0..VECTORS {
-            let codes = V::nibbles(words, 4 * j as u32);
-            V::store(to.add(j * LANES), V::fma(codes, scale, minimum));
+            V::store(to.add(j * LANES), reader.vector(j));
         }
     }
 }

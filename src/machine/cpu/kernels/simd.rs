@@ -13,6 +13,8 @@ enum Level {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Dot,
 }
 
 /// An instruction set that this machine has: only detection makes one, so holding it is proof.
@@ -39,6 +41,9 @@ impl Isa {
                 found.push(Isa(Level::Avx2));
                 if has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") {
                     found.push(Isa(Level::Avx512));
+                    if has!("avx512bf16") && has!("avx512vnni") {
+                        found.push(Isa(Level::Avx512Dot));
+                    }
                 }
             }
         }
@@ -52,6 +57,8 @@ impl Isa {
             Level::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Dot => "avx512_bf16",
         }
     }
 
@@ -66,6 +73,9 @@ impl Isa {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => unsafe { super::x86::call_avx512(body) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Dot => unsafe { super::x86::call_avx512_dot(body) },
         }
     }
 }
@@ -85,6 +95,8 @@ pub(super) trait Simd: Copy + 'static {
     type F: Copy;
     /// Sixteen 32-bit words.
     type I: Copy;
+    /// What the sixteen codes of a 4-bit group mean.
+    type Meanings: Copy;
     /// Vectors that one row of a register tile spans: 4 with thirty-two wide registers, else 1.
     const WIDE: bool;
 
@@ -119,16 +131,27 @@ pub(super) trait Simd: Copy + 'static {
     fn add_exponent(a: Self::F, b: Self::F) -> Self::F;
     /// (word >> shift) & 15 of each lane, as f32.
     fn nibbles(words: Self::I, shift: u32) -> Self::F;
-    /// Nibble `index` of each lane times `nibble_height(index)`, a power of two: leaving it where it
-    /// stands saves the shift, and undoing that in the scale is exact.
-    #[inline(always)]
-    fn raised_nibbles(words: Self::I, index: u32) -> Self::F {
-        Self::nibbles(words, 4 * index)
-    }
-    #[inline(always)]
-    fn nibble_height(_index: u32) -> f32 {
-        1.0
-    }
+    /// Code × scale + minimum, both alike in all lanes.
+    fn meanings(scale: Self::F, minimum: Self::F) -> Self::Meanings;
+    /// What (word >> shift) & 15 of each lane means.
+    fn meant(meanings: Self::Meanings, words: Self::I, shift: u32) -> Self::F;
+    /// The word in every lane.
+    fn splat_word(word: u32) -> Self::I;
+    /// Each lane's two numbers as bf16, the even one in the low half. Rounds to nearest even;
+    /// subnormal numbers become zero.
+    fn pairs(even: Self::F, odd: Self::F) -> Self::I;
+    /// fma(x even, w even, fma(x odd, w odd, sum)) of bf16 pairs, with every subnormal operand and
+    /// result taken as zero: what the hardware's instruction does.
+    fn dot_pairs(sum: Self::F, x: Self::I, w: Self::I) -> Self::F;
+    /// Words of four bytes: the low, and the high nibble of each.
+    fn low_nibbles(words: Self::I) -> Self::I;
+    fn high_nibbles(words: Self::I) -> Self::I;
+    /// sum + the four products of unsigned bytes (at most 15) and signed bytes in each word.
+    fn dot_bytes(sum: Self::I, codes: Self::I, x: Self::I) -> Self::I;
+    /// Signed words as f32.
+    fn from_ints(a: Self::I) -> Self::F;
+    /// To the nearest integer, halves to even; for numbers of at most eight bits.
+    fn to_ints(a: Self::F) -> Self::I;
 
     /// # Safety
     /// Sixteen f32 readable at `from`.
@@ -146,6 +169,17 @@ pub(super) trait Simd: Copy + 'static {
     /// # Safety
     /// Sixteen fp16 writable at `to`.
     unsafe fn store_f16(to: *mut u16, a: Self::F);
+    /// Rounds as `pairs` does.
+    /// # Safety
+    /// Sixteen bf16 writable at `to`.
+    unsafe fn store_bf16(to: *mut u16, a: Self::F);
+    /// Keeps the low byte of each word.
+    /// # Safety
+    /// Sixteen bytes writable at `to`.
+    unsafe fn store_bytes(to: *mut i8, a: Self::I);
+    /// # Safety
+    /// Sixteen words writable at `to`.
+    unsafe fn store_words(to: *mut u32, a: Self::I);
     /// # Safety
     /// Sixteen 32-bit words readable at `from`, of any alignment.
     unsafe fn load_words(from: *const u8) -> Self::I;
@@ -162,6 +196,22 @@ pub(super) struct Scalar;
 
 type Lanes = [f32; LANES];
 
+/// Subnormal numbers as zeros of their sign.
+#[inline(always)]
+fn flush(x: f32) -> f32 {
+    if x.is_subnormal() {
+        0f32.copysign(x)
+    } else {
+        x
+    }
+}
+
+/// The bits of the nearest bf16, halves to even.
+#[inline(always)]
+fn to_bf16(x: f32) -> u16 {
+    bf16::from_f32(flush(x)).to_bits()
+}
+
 #[inline(always)]
 fn zip(a: Lanes, b: Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
     std::array::from_fn(|i| f(a[i], b[i]))
@@ -170,6 +220,7 @@ fn zip(a: Lanes, b: Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
 impl Simd for Scalar {
     type F = Lanes;
     type I = [u32; LANES];
+    type Meanings = (Lanes, Lanes);
     const WIDE: bool = false;
 
     #[inline(never)]
@@ -220,6 +271,45 @@ impl Simd for Scalar {
     fn nibbles(words: [u32; LANES], shift: u32) -> Lanes {
         words.map(|word| (word >> shift & 15) as f32)
     }
+    fn meanings(scale: Lanes, minimum: Lanes) -> (Lanes, Lanes) {
+        (scale, minimum)
+    }
+    fn meant((scale, minimum): (Lanes, Lanes), words: [u32; LANES], shift: u32) -> Lanes {
+        Self::fma(Self::nibbles(words, shift), scale, minimum)
+    }
+    fn splat_word(word: u32) -> [u32; LANES] {
+        [word; LANES]
+    }
+    fn pairs(even: Lanes, odd: Lanes) -> [u32; LANES] {
+        std::array::from_fn(|i| to_bf16(even[i]) as u32 | (to_bf16(odd[i]) as u32) << 16)
+    }
+    fn dot_pairs(sum: Lanes, x: [u32; LANES], w: [u32; LANES]) -> Lanes {
+        let low = |word: u32| flush(f32::from_bits(word << 16));
+        let high = |word: u32| flush(f32::from_bits(word & 0xffff_0000));
+        std::array::from_fn(|i| {
+            let odd = flush(high(x[i]).mul_add(high(w[i]), flush(sum[i])));
+            flush(low(x[i]).mul_add(low(w[i]), odd))
+        })
+    }
+    fn low_nibbles(words: [u32; LANES]) -> [u32; LANES] {
+        words.map(|word| word & 0x0f0f_0f0f)
+    }
+    fn high_nibbles(words: [u32; LANES]) -> [u32; LANES] {
+        words.map(|word| word >> 4 & 0x0f0f_0f0f)
+    }
+    fn dot_bytes(sum: [u32; LANES], codes: [u32; LANES], x: [u32; LANES]) -> [u32; LANES] {
+        std::array::from_fn(|i| {
+            let bytes = codes[i].to_le_bytes().into_iter().zip(x[i].to_le_bytes());
+            let dot: i32 = bytes.map(|(c, x)| c as i32 * (x as i8) as i32).sum();
+            sum[i].wrapping_add(dot as u32)
+        })
+    }
+    fn from_ints(a: [u32; LANES]) -> Lanes {
+        a.map(|word| word as i32 as f32)
+    }
+    fn to_ints(a: Lanes) -> [u32; LANES] {
+        a.map(|x| x.round_ties_even() as i32 as u32)
+    }
     unsafe fn load(from: *const f32) -> Lanes {
         // SAFETY: the caller's.
         unsafe { from.cast::<Lanes>().read_unaligned() }
@@ -244,6 +334,21 @@ impl Simd for Scalar {
             to.cast::<[u16; LANES]>()
                 .write_unaligned(a.map(|x| f16::from_f32(x).to_bits()))
         }
+    }
+    unsafe fn store_bf16(to: *mut u16, a: Lanes) {
+        // SAFETY: the caller's.
+        unsafe { to.cast::<[u16; LANES]>().write_unaligned(a.map(to_bf16)) }
+    }
+    unsafe fn store_bytes(to: *mut i8, a: [u32; LANES]) {
+        // SAFETY: the caller's.
+        unsafe {
+            to.cast::<[i8; LANES]>()
+                .write_unaligned(a.map(|word| word as i8))
+        }
+    }
+    unsafe fn store_words(to: *mut u32, a: [u32; LANES]) {
+        // SAFETY: the caller's.
+        unsafe { to.cast::<[u32; LANES]>().write_unaligned(a) }
     }
     unsafe fn load_words(from: *const u8) -> [u32; LANES] {
         // SAFETY: the caller's.

@@ -1,5 +1,5 @@
-//! The register tile: up to six rows of x times 64 rows of a panel, sums kept in registers over all
-//! inputs given. The only inner loop of products in GEMM and prefill attention.
+//! The register tile: up to six rows of x times 64 rows of a panel, or up to twelve times 32, sums kept
+//! in registers over all inputs given. The only inner loop of products in GEMM and prefill attention.
 
 use super::math::gelu;
 use super::panel::{Panel, Source};
@@ -9,6 +9,10 @@ use std::marker::PhantomData;
 
 /// Rows of x in a full tile: 6 × 4 sums leave registers for four weights and one broadcast.
 pub(super) const TILE_ROWS: usize = 6;
+
+/// Rows of x in a tall tile, which takes 32 rows of a panel at a time: each weight is brought into the
+/// registers' format once for all of them.
+pub(super) const TALL_ROWS: usize = 12;
 
 /// What is applied to a finished sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +27,7 @@ pub enum Activation {
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
     pub x: *const f32,
-    /// From one row of x to the next, and from one input to the next.
+    /// From one row of x to the next, and from one input (or pair of them) to the next.
     pub x_stride: usize,
     pub x_step: usize,
     pub out: *mut f32,
@@ -75,7 +79,7 @@ pub(super) struct Weights {
     pub first_input: usize,
 }
 
-/// Multiplies `rows` (1 to 6) rows of x.
+/// Multiplies `rows` (1 to 6, with wide registers to 12) rows of x.
 /// # Safety
 /// `tile` and `weights` point to what they describe; `first_input` is a multiple of P::SEGMENT or 0.
 #[inline(always)]
@@ -117,6 +121,12 @@ impl<P: Panel> Body for Product<'_, P> {
         } = self;
         // SAFETY: only `multiply` makes a Product, under the same contract.
         unsafe {
+            if V::WIDE && rows > TILE_ROWS {
+                for column in (0..tile.columns).step_by(2 * LANES) {
+                    tall::<V, P>(tile, rows, weights, column, finish);
+                }
+                return;
+            }
             if V::WIDE {
                 if P::WIDE && tile.columns <= LANES {
                     return by_rows::<V, P, 1>(tile, rows, weights, 0, finish);
@@ -158,6 +168,27 @@ unsafe fn by_rows<V: Simd, P: Panel, const NV: usize>(
 }
 
 #[inline(always)]
+unsafe fn tall<V: Simd, P: Panel>(
+    tile: Tile,
+    rows: usize,
+    weights: Weights,
+    column: usize,
+    finish: Finish,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        match rows {
+            7 => fixed::<V, P, 7, 2>(tile, weights, column, finish),
+            8 => fixed::<V, P, 8, 2>(tile, weights, column, finish),
+            9 => fixed::<V, P, 9, 2>(tile, weights, column, finish),
+            10 => fixed::<V, P, 10, 2>(tile, weights, column, finish),
+            11 => fixed::<V, P, 11, 2>(tile, weights, column, finish),
+            _ => fixed::<V, P, 12, 2>(tile, weights, column, finish),
+        }
+    }
+}
+
+#[inline(always)]
 unsafe fn fixed<V: Simd, P: Panel, const MR: usize, const NV: usize>(
     tile: Tile,
     weights: Weights,
@@ -165,9 +196,12 @@ unsafe fn fixed<V: Simd, P: Panel, const MR: usize, const NV: usize>(
     finish: Finish,
 ) {
     let mut sums = [[V::splat(0.0); NV]; MR];
+    // The first columns' products ask for all.
+    let ahead_lines = if column == 0 { tile.ahead_lines } else { 0 };
     // SAFETY: the caller's.
     unsafe {
         if !tile.fresh {
+            ask_for_sums::<V, MR, NV>(&tile, column);
             reload::<V, MR, NV>(&tile, column, &mut sums);
         }
         let mut done = 0;
@@ -177,35 +211,65 @@ unsafe fn fixed<V: Simd, P: Panel, const MR: usize, const NV: usize>(
             let mut rest = tile;
             rest.x = tile.x.add(done * tile.x_step);
             rest.inputs = some;
+            rest.ahead_lines = ahead_lines;
             rest.ahead = tile.ahead.wrapping_add(P::bytes_of(done));
-            products::<V, _, MR, NV>(&mut sums, rest, &source);
+            products::<V, P, MR, NV>(&mut sums, rest, &source);
             done += some;
         }
         save::<V, MR, NV>(&tile, column, &sums, finish);
     }
 }
 
-/// Two inputs at a time, because two inputs share a unit of 4-bit codes.
+/// As many inputs at a time as the panel keeps together, and what is left one by one.
 #[inline(always)]
-unsafe fn products<V: Simd, S: Source<V, NV>, const MR: usize, const NV: usize>(
+unsafe fn products<V: Simd, P: Panel, const MR: usize, const NV: usize>(
     sums: &mut [[V::F; NV]; MR],
     tile: Tile,
-    source: &S,
+    source: &P::At<V, NV>,
 ) {
     // SAFETY: k stays below the tile's inputs.
     unsafe {
-        for pair in 0..tile.inputs / 2 {
-            for line in 0..tile.ahead_lines {
-                V::prefetch(
-                    tile.ahead
-                        .wrapping_add((pair * tile.ahead_lines + line) * 64),
-                );
+        for block in 0..tile.inputs / P::STEP {
+            let lines = tile.ahead_lines * P::STEP / 2;
+            for line in 0..lines {
+                V::prefetch(tile.ahead.wrapping_add((block * lines + line) * 64));
             }
-            step::<V, S, MR, NV>(sums, &tile, source, 2 * pair, 0);
-            step::<V, S, MR, NV>(sums, &tile, source, 2 * pair + 1, 1);
+            if P::PAIRED {
+                pair::<V, _, MR, NV>(sums, &tile, source, (block, true));
+                continue;
+            }
+            for phase in 0..P::STEP {
+                step::<V, _, MR, NV>(sums, &tile, source, (block * P::STEP + phase, phase));
+            }
         }
-        if !tile.inputs.is_multiple_of(2) {
-            step::<V, S, MR, NV>(sums, &tile, source, tile.inputs - 1, 0);
+        let done = tile.inputs / P::STEP * P::STEP;
+        if P::PAIRED && done < tile.inputs {
+            return pair::<V, _, MR, NV>(sums, &tile, source, (done / 2, false));
+        }
+        for k in done..tile.inputs {
+            step::<V, _, MR, NV>(sums, &tile, source, (k, k - done));
+        }
+    }
+}
+
+/// Two inputs as bf16: x holds a pair in each word.
+#[allow(clippy::needless_range_loop)] // plain indices keep every sum in its register
+#[inline(always)]
+unsafe fn pair<V: Simd, S: Source<V, NV>, const MR: usize, const NV: usize>(
+    sums: &mut [[V::F; NV]; MR],
+    tile: &Tile,
+    source: &S,
+    (pair, both): (usize, bool),
+) {
+    // SAFETY: the pair is inside by the caller.
+    unsafe {
+        let weights = source.load_pairs(pair, both);
+        for i in 0..MR {
+            let x = tile.x.add(i * tile.x_stride + pair * tile.x_step);
+            let x = V::splat_word(x.cast::<u32>().read());
+            for j in 0..NV {
+                sums[i][j] = V::dot_pairs(sums[i][j], x, weights[j]);
+            }
         }
     }
 }
@@ -216,12 +280,11 @@ unsafe fn step<V: Simd, S: Source<V, NV>, const MR: usize, const NV: usize>(
     sums: &mut [[V::F; NV]; MR],
     tile: &Tile,
     source: &S,
-    k: usize,
-    odd: usize,
+    (k, phase): (usize, usize),
 ) {
     // SAFETY: k is inside by the caller.
     unsafe {
-        let weights = source.load(k, odd);
+        let weights = source.load(k, phase);
         for i in 0..MR {
             let x = V::splat(*tile.x.add(i * tile.x_stride + k * tile.x_step));
             for j in 0..NV {
@@ -237,8 +300,19 @@ fn width(tile: &Tile, column: usize, j: usize) -> usize {
     tile.columns.saturating_sub(column + j * LANES).min(LANES)
 }
 
+/// Asks for the sums of the tile below, which come next: they have left the first caches since.
 #[inline(always)]
-unsafe fn reload<V: Simd, const MR: usize, const NV: usize>(
+fn ask_for_sums<V: Simd, const MR: usize, const NV: usize>(tile: &Tile, column: usize) {
+    for i in MR..2 * MR {
+        for j in 0..NV {
+            let at = i * tile.out_stride + column + j * LANES;
+            V::prefetch(tile.out.wrapping_add(at).cast());
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn reload<V: Simd, const MR: usize, const NV: usize>(
     tile: &Tile,
     column: usize,
     sums: &mut [[V::F; NV]; MR],
@@ -253,7 +327,7 @@ unsafe fn reload<V: Simd, const MR: usize, const NV: usize>(
 }
 
 #[inline(always)]
-unsafe fn save<V: Simd, const MR: usize, const NV: usize>(
+pub(super) unsafe fn save<V: Simd, const MR: usize, const NV: usize>(
     tile: &Tile,
     column: usize,
     sums: &[[V::F; NV]; MR],

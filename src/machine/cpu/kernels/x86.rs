@@ -4,9 +4,9 @@
 use super::simd::{Body, Simd};
 use std::arch::x86_64::*;
 
-/// One 512-bit register per vector.
+/// One 512-bit register per vector; with `DOT` also the instructions for bf16 pairs and bytes.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512;
+pub(super) struct Avx512<const DOT: bool>;
 
 /// Two 256-bit registers per vector: lanes 0..8 and 8..16.
 #[derive(Clone, Copy)]
@@ -21,7 +21,13 @@ pub(super) fn call_avx2<B: Body>(body: B) -> B::Out {
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")]
 pub(super) fn call_avx512<B: Body>(body: B) -> B::Out {
-    body.run::<Avx512>()
+    body.run::<Avx512<false>>()
+}
+
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni")]
+pub(super) fn call_avx512_dot<B: Body>(body: B) -> B::Out {
+    body.run::<Avx512<true>>()
 }
 
 /// Words without pointers: safe to call because the type is used under `Isa::call` only.
@@ -95,20 +101,77 @@ unsafe fn sums4(a: [__m512; 4]) -> [f32; 4] {
     }
 }
 
-impl Simd for Avx512 {
+/// The nearest bf16 of each lane in the upper half of its word, halves to even.
+#[inline(always)]
+unsafe fn upper_bf16_16(a: __m512) -> __m512i {
+    // SAFETY: AVX-512, by the caller.
+    unsafe {
+        let bits = _mm512_castps_si512(flush16(a));
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+        let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, a);
+        let rounded = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half), nan, quiet);
+        _mm512_and_si512(rounded, _mm512_set1_epi32(0xffff_0000u32 as i32))
+    }
+}
+
+/// Subnormal lanes as zeros of their sign.
+#[inline(always)]
+unsafe fn flush16(a: __m512) -> __m512 {
+    // SAFETY: AVX-512, by the caller.
+    unsafe {
+        let small =
+            _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(a), _mm512_set1_ps(f32::MIN_POSITIVE));
+        let sign = _mm512_and_ps(a, _mm512_set1_ps(-0.0));
+        _mm512_mask_mov_ps(a, small, sign)
+    }
+}
+
+/// `Simd::dot_pairs` where the machine has no instruction for it.
+#[inline(always)]
+unsafe fn dot_pairs16(sum: __m512, x: __m512i, w: __m512i) -> __m512 {
+    // SAFETY: AVX-512, by the caller.
+    unsafe {
+        let upper = _mm512_set1_epi32(0xffff_0000u32 as i32);
+        let high = |a| flush16(_mm512_castsi512_ps(_mm512_and_si512(a, upper)));
+        let low = |a| flush16(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(a)));
+        let odd = flush16(_mm512_fmadd_ps(high(x), high(w), flush16(sum)));
+        flush16(_mm512_fmadd_ps(low(x), low(w), odd))
+    }
+}
+
+/// Even and odd numbers, sixteen each, as interleaved bf16 by the machine's own conversion.
+#[inline(always)]
+unsafe fn pairs_by_instruction(even: __m512, odd: __m512) -> __m512i {
+    // SAFETY: AVX-512 BF16, by the caller; both types are 64 bytes.
+    unsafe {
+        let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(odd, even));
+        let order = _mm512_set_epi16(
+            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+            4, 19, 3, 18, 2, 17, 1, 16, 0,
+        );
+        _mm512_permutexvar_epi16(order, both)
+    }
+}
+
+impl<const DOT: bool> Simd for Avx512<DOT> {
     #[inline(always)]
     fn apart<B: Body>(body: B) -> B::Out {
         // SAFETY: this type is used under `Isa::call` only, which detected the features.
-        unsafe { call_avx512(body) }
+        unsafe {
+            if DOT {
+                call_avx512_dot(body)
+            } else {
+                call_avx512(body)
+            }
+        }
     }
     type F = __m512;
     type I = __m512i;
+    /// All sixteen, to be picked by a permute.
+    type Meanings = __m512;
     const WIDE: bool = true;
-
-    #[inline(always)]
-    fn nibble_height(index: u32) -> f32 {
-        (1u32 << (4 * index)) as f32
-    }
 
     words! {
         fn splat(value: f32) -> __m512 = _mm512_set1_ps(value);
@@ -132,9 +195,43 @@ impl Simd for Avx512 {
             _mm512_srl_epi32(words, _mm_cvtsi32_si128(shift as i32)),
             _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.),
         );
-        fn raised_nibbles(words: __m512i, index: u32) -> __m512 = _mm512_cvtepu32_ps(
-            _mm512_and_si512(words, _mm512_set1_epi32((15u32 << (4 * index)) as i32)),
+        fn meanings(scale: __m512, minimum: __m512) -> __m512 = _mm512_fmadd_ps(
+            _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.),
+            scale,
+            minimum,
         );
+        fn meant(meanings: __m512, words: __m512i, shift: u32) -> __m512 = _mm512_permutexvar_ps(
+            _mm512_srl_epi32(words, _mm_cvtsi32_si128(shift as i32)),
+            meanings,
+        );
+        fn splat_word(word: u32) -> __m512i = _mm512_set1_epi32(word as i32);
+        fn pairs(even: __m512, odd: __m512) -> __m512i = if DOT {
+            pairs_by_instruction(even, odd)
+        } else {
+            _mm512_or_si512(_mm512_srli_epi32::<16>(upper_bf16_16(even)), upper_bf16_16(odd))
+        };
+        fn dot_pairs(sum: __m512, x: __m512i, w: __m512i) -> __m512 = if DOT {
+            {
+            let pairs = |words| std::mem::transmute::<__m512i, __m512bh>(words);
+            _mm512_dpbf16_ps(sum, pairs(w), pairs(x))
+        }
+        } else {
+            dot_pairs16(sum, x, w)
+        };
+        fn low_nibbles(words: __m512i) -> __m512i =
+            _mm512_and_si512(words, _mm512_set1_epi32(0x0f0f_0f0f));
+        fn high_nibbles(words: __m512i) -> __m512i =
+            _mm512_and_si512(_mm512_srli_epi32::<4>(words), _mm512_set1_epi32(0x0f0f_0f0f));
+        fn dot_bytes(sum: __m512i, codes: __m512i, x: __m512i) -> __m512i = if DOT {
+            _mm512_dpbusd_epi32(sum, codes, x)
+        } else {
+            _mm512_add_epi32(
+                sum,
+                _mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)),
+            )
+        };
+        fn from_ints(a: __m512i) -> __m512 = _mm512_cvtepi32_ps(a);
+        fn to_ints(a: __m512) -> __m512i = _mm512_cvtps_epi32(a);
         fn prefetch(at: *const u8) = _mm_prefetch::<_MM_HINT_T0>(at.cast());
     }
     moves! {
@@ -147,6 +244,16 @@ impl Simd for Avx512 {
         );
         fn store_f16(to: *mut u16, a: __m512) =
             _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<HALF_RNE>(a));
+        fn store_bf16(to: *mut u16, a: __m512) = if DOT {
+            let halves: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(a));
+            _mm256_storeu_si256(to.cast(), halves)
+        } else {
+            let upper = _mm512_srli_epi32::<16>(upper_bf16_16(a));
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(upper))
+        };
+        fn store_bytes(to: *mut i8, a: __m512i) =
+            _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(a));
+        fn store_words(to: *mut u32, a: __m512i) = _mm512_storeu_si512(to.cast(), a);
         fn load_words(from: *const u8) -> __m512i = _mm512_loadu_si512(from.cast());
         fn load_half_words(from: *const u8) -> __m512i =
             _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
@@ -178,6 +285,74 @@ unsafe fn half_words8(from: *const u8) -> __m256i {
     unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())) }
 }
 
+#[inline(always)]
+unsafe fn flush8(a: __m256) -> __m256 {
+    // SAFETY: AVX2, by the caller.
+    unsafe {
+        let sign = _mm256_and_ps(a, _mm256_set1_ps(-0.0));
+        let size = _mm256_andnot_ps(_mm256_set1_ps(-0.0), a);
+        let small = _mm256_cmp_ps::<_CMP_LT_OQ>(size, _mm256_set1_ps(f32::MIN_POSITIVE));
+        _mm256_blendv_ps(a, sign, small)
+    }
+}
+
+#[inline(always)]
+unsafe fn upper_bf16_8(a: __m256) -> __m256i {
+    // SAFETY: AVX2, by the caller.
+    unsafe {
+        let bits = _mm256_castps_si256(flush8(a));
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(a, a));
+        let rounded = _mm256_blendv_epi8(_mm256_add_epi32(bits, half), quiet, nan);
+        _mm256_and_si256(rounded, _mm256_set1_epi32(0xffff_0000u32 as i32))
+    }
+}
+
+#[inline(always)]
+unsafe fn pairs8(even: __m256, odd: __m256) -> __m256i {
+    // SAFETY: AVX2, by the caller.
+    unsafe {
+        _mm256_or_si256(
+            _mm256_srli_epi32::<16>(upper_bf16_8(even)),
+            upper_bf16_8(odd),
+        )
+    }
+}
+
+#[inline(always)]
+unsafe fn dot_pairs8(sum: __m256, x: __m256i, w: __m256i) -> __m256 {
+    // SAFETY: AVX2, by the caller.
+    unsafe {
+        let upper = _mm256_set1_epi32(0xffff_0000u32 as i32);
+        let high = |a| flush8(_mm256_castsi256_ps(_mm256_and_si256(a, upper)));
+        let low = |a| flush8(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(a)));
+        let odd = flush8(_mm256_fmadd_ps(high(x), high(w), flush8(sum)));
+        flush8(_mm256_fmadd_ps(low(x), low(w), odd))
+    }
+}
+
+#[inline(always)]
+unsafe fn dot_bytes8(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+    // SAFETY: AVX2, by the caller.
+    unsafe {
+        let pairs = _mm256_maddubs_epi16(codes, x);
+        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+}
+
+/// The low halves of sixteen words.
+#[inline(always)]
+unsafe fn low_halves(a: Words) -> __m256i {
+    // SAFETY: AVX2, by the caller. Packing works within 128-bit lanes, so quarters change places.
+    unsafe {
+        let mask = _mm256_set1_epi32(0xffff);
+        let low = |a| _mm256_and_si256(a, mask);
+        _mm256_permute4x64_epi64::<0b1101_1000>(_mm256_packus_epi32(low(a.0), low(a.1)))
+    }
+}
+
 impl Simd for Avx2 {
     #[inline(always)]
     fn apart<B: Body>(body: B) -> B::Out {
@@ -186,7 +361,17 @@ impl Simd for Avx2 {
     }
     type F = Pair;
     type I = Words;
+    type Meanings = (Pair, Pair);
     const WIDE: bool = false;
+
+    #[inline(always)]
+    fn meanings(scale: Pair, minimum: Pair) -> (Pair, Pair) {
+        (scale, minimum)
+    }
+    #[inline(always)]
+    fn meant((scale, minimum): (Pair, Pair), words: Words, shift: u32) -> Pair {
+        Self::fma(Self::nibbles(words, shift), scale, minimum)
+    }
 
     words! {
         fn splat(value: f32) -> Pair = (_mm256_set1_ps(value), _mm256_set1_ps(value));
@@ -206,6 +391,23 @@ impl Simd for Avx2 {
         fn add_exponent(a: Pair, b: Pair) -> Pair = (exponent8(a.0, b.0), exponent8(a.1, b.1));
         fn nibbles(words: Words, shift: u32) -> Pair =
             (nibbles8(words.0, shift), nibbles8(words.1, shift));
+        fn splat_word(word: u32) -> Words =
+            (_mm256_set1_epi32(word as i32), _mm256_set1_epi32(word as i32));
+        fn pairs(even: Pair, odd: Pair) -> Words = (pairs8(even.0, odd.0), pairs8(even.1, odd.1));
+        fn dot_pairs(sum: Pair, x: Words, w: Words) -> Pair =
+            (dot_pairs8(sum.0, x.0, w.0), dot_pairs8(sum.1, x.1, w.1));
+        fn low_nibbles(words: Words) -> Words = {
+            let mask = _mm256_set1_epi32(0x0f0f_0f0f);
+            (_mm256_and_si256(words.0, mask), _mm256_and_si256(words.1, mask))
+        };
+        fn high_nibbles(words: Words) -> Words = Self::low_nibbles((
+            _mm256_srli_epi32::<4>(words.0),
+            _mm256_srli_epi32::<4>(words.1),
+        ));
+        fn dot_bytes(sum: Words, codes: Words, x: Words) -> Words =
+            (dot_bytes8(sum.0, codes.0, x.0), dot_bytes8(sum.1, codes.1, x.1));
+        fn from_ints(a: Words) -> Pair = (_mm256_cvtepi32_ps(a.0), _mm256_cvtepi32_ps(a.1));
+        fn to_ints(a: Pair) -> Words = (_mm256_cvtps_epi32(a.0), _mm256_cvtps_epi32(a.1));
         fn prefetch(at: *const u8) = _mm_prefetch::<_MM_HINT_T0>(at.cast());
     }
     moves! {
@@ -227,79 +429,24 @@ impl Simd for Avx2 {
             _mm_storeu_si128(to.cast(), _mm256_cvtps_ph::<HALF_RNE>(a.0));
             _mm_storeu_si128(to.add(8).cast(), _mm256_cvtps_ph::<HALF_RNE>(a.1))
         };
+        fn store_bf16(to: *mut u16, a: Pair) = {
+            let upper = (upper_bf16_8(a.0), upper_bf16_8(a.1));
+            let words = (_mm256_srli_epi32::<16>(upper.0), _mm256_srli_epi32::<16>(upper.1));
+            _mm256_storeu_si256(to.cast(), low_halves(words))
+        };
+        fn store_bytes(to: *mut i8, a: Words) = {
+            let halves = low_halves(a);
+            let low = _mm256_and_si256(halves, _mm256_set1_epi16(0xff));
+            let bytes = _mm256_permute4x64_epi64::<0b1101_1000>(_mm256_packus_epi16(low, low));
+            _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(bytes))
+        };
+        fn store_words(to: *mut u32, a: Words) = {
+            _mm256_storeu_si256(to.cast(), a.0);
+            _mm256_storeu_si256(to.add(8).cast(), a.1)
+        };
         fn load_words(from: *const u8) -> Words =
             (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast()));
         fn load_half_words(from: *const u8) -> Words =
             (half_words8(from), half_words8(from.add(16)));
-    }
-}
-
-/// Transposes 16 / N rows of 16 bytes of N-byte elements (N = 2 or 4), strides in bytes.
-/// # Safety
-/// All rows readable and writable.
-#[inline(always)]
-pub(super) unsafe fn transpose16<const N: usize>(from: (*const u8, usize), to: (*mut u8, usize)) {
-    // SAFETY: the caller's; SSE2 belongs to x86-64.
-    unsafe {
-        if N == 2 {
-            transpose_8x8(from, to)
-        } else {
-            transpose_4x4(from, to)
-        }
-    }
-}
-
-/// # Safety
-/// Eight rows of 16 bytes on both sides.
-#[inline(always)]
-unsafe fn transpose_8x8(from: (*const u8, usize), to: (*mut u8, usize)) {
-    // SAFETY: the caller's; SSE2 belongs to x86-64.
-    unsafe {
-        let mut a = [_mm_setzero_si128(); 8];
-        for (i, row) in a.iter_mut().enumerate() {
-            *row = _mm_loadu_si128(from.0.add(i * from.1).cast());
-        }
-        let mut b = a;
-        for i in 0..4 {
-            b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + 4]);
-            b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + 4]);
-        }
-        for i in 0..4 {
-            a[2 * i] = _mm_unpacklo_epi16(b[i], b[i + 4]);
-            a[2 * i + 1] = _mm_unpackhi_epi16(b[i], b[i + 4]);
-        }
-        for i in 0..4 {
-            _mm_storeu_si128(
-                to.0.add(2 * i * to.1).cast(),
-                _mm_unpacklo_epi16(a[i], a[i + 4]),
-            );
-            _mm_storeu_si128(
-                to.0.add((2 * i + 1) * to.1).cast(),
-                _mm_unpackhi_epi16(a[i], a[i + 4]),
-            );
-        }
-    }
-}
-
-/// # Safety
-/// Four rows of 16 bytes on both sides.
-#[inline(always)]
-unsafe fn transpose_4x4(from: (*const u8, usize), to: (*mut u8, usize)) {
-    // SAFETY: the caller's; SSE2 belongs to x86-64.
-    unsafe {
-        let row = |i: usize| _mm_loadu_si128(from.0.add(i * from.1).cast());
-        let (even_low, even_high) = (
-            _mm_unpacklo_epi32(row(0), row(2)),
-            _mm_unpackhi_epi32(row(0), row(2)),
-        );
-        let (odd_low, odd_high) = (
-            _mm_unpacklo_epi32(row(1), row(3)),
-            _mm_unpackhi_epi32(row(1), row(3)),
-        );
-        let store = |i: usize, a: __m128i| _mm_storeu_si128(to.0.add(i * to.1).cast(), a);
-        store(0, _mm_unpacklo_epi32(even_low, odd_low));
-        store(1, _mm_unpackhi_epi32(even_low, odd_low));
-        store(2, _mm_unpacklo_epi32(even_high, odd_high));
-        store(3, _mm_unpackhi_epi32(even_high, odd_high));
     }
 }

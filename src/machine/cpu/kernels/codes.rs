@@ -1,0 +1,236 @@
+//! Products of 4-bit weights with activations of 8 bits: rows of x are quantised in groups of 64, the
+//! products of a group are summed as integers, and the groups' sums are added in f32, one after the
+//! other. So an output depends on its own row of x and of the weights only, whatever the split.
+
+use super::panel::{CODES_AT, GROUP_BYTES, UNIT_BYTES, UNIT_INPUTS, UNITS_ACROSS};
+use super::simd::{Body, LANES, Simd, load_first};
+use super::tile::{Finish, TILE_ROWS, Tile, reload, save};
+use crate::dtype::{PANEL_ROWS, Q4_GROUP};
+
+/// The largest code of an activation.
+const LARGEST: f32 = 127.0;
+/// A group with nothing larger counts as zeros: its scale could not be inverted.
+const NOTHING: f32 = 1e-30;
+
+/// A group's scale, and its scale times the sum of its codes.
+pub(super) type Scale = [f32; 2];
+
+/// Quantises one row: value = code × scale. A group with an infinity or not-a-number gets a scale that
+/// is not a number.
+/// # Safety
+/// `codes` has 64 bytes and `scales` one entry for each started group.
+#[inline(always)]
+pub(super) unsafe fn quantise_row<V: Simd>(x: &[f32], codes: *mut i8, scales: *mut Scale) {
+    for (g, group) in x.chunks(Q4_GROUP).enumerate() {
+        // SAFETY: the caller's.
+        unsafe { *scales.add(g) = quantise_group::<V>(group, codes.add(g * Q4_GROUP)) };
+    }
+}
+
+#[inline(always)]
+unsafe fn quantise_group<V: Simd>(x: &[f32], codes: *mut i8) -> Scale {
+    let mut vectors = [V::splat(0.0); Q4_GROUP / LANES];
+    let (mut high, mut odd) = (V::splat(0.0), V::splat(0.0));
+    for (j, vector) in vectors.iter_mut().enumerate() {
+        let from = (j * LANES).min(x.len());
+        // SAFETY: the rest of the slice, which may be empty.
+        *vector = unsafe { load_first::<V>(x.as_ptr().add(from), x.len() - from) };
+        high = V::max(V::max(*vector, V::sub(V::splat(0.0), *vector)), high);
+        odd = V::add(odd, V::sub(*vector, *vector));
+    }
+    let largest = super::simd::largest::<V>(high);
+    let (scale, per_unit) = match largest > NOTHING {
+        true => (largest / LARGEST, LARGEST / largest),
+        false => (0.0, 0.0),
+    };
+    let mut total = V::splat(0.0);
+    for (j, vector) in vectors.iter().enumerate() {
+        let ints = V::to_ints(V::mul(*vector, V::splat(per_unit)));
+        total = V::add(total, V::from_ints(ints));
+        // SAFETY: 64 bytes by the caller.
+        unsafe { V::store_bytes(codes.add(j * LANES), ints) };
+    }
+    // Zero for finite numbers, else not a number.
+    let scale = scale + V::sum(odd);
+    [scale, scale * V::sum(total)]
+}
+
+/// Rows of x as codes: of row i, group g, the codes are at `codes + i × stride + 64 g` and the scale at
+/// `scales[i × groups + g]`.
+#[derive(Clone, Copy)]
+pub(super) struct Quantised {
+    pub codes: *const i8,
+    pub stride: usize,
+    pub scales: *const Scale,
+    pub groups: usize,
+}
+
+impl Quantised {
+    /// The same from row `row` on.
+    #[inline(always)]
+    pub(super) fn beyond(self, row: usize) -> Quantised {
+        Quantised {
+            codes: self.codes.wrapping_add(row * self.stride),
+            scales: self.scales.wrapping_add(row * self.groups),
+            ..self
+        }
+    }
+}
+
+/// Multiplies `rows` (1 to 6) rows of x with the groups at `group`; `tile` says where the sums are and
+/// what to ask for meanwhile.
+/// # Safety
+/// All of them point to what they describe, for `tile.inputs` inputs.
+#[inline(always)]
+pub(super) unsafe fn multiply_codes<V: Simd>(
+    tile: Tile,
+    rows: usize,
+    (x, group): (Quantised, *const u8),
+    finish: Finish,
+) {
+    V::apart(Product {
+        tile,
+        rows,
+        x,
+        group,
+        finish,
+    });
+}
+
+struct Product<'a> {
+    tile: Tile,
+    rows: usize,
+    x: Quantised,
+    group: *const u8,
+    finish: Finish<'a>,
+}
+
+impl Body for Product<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<V: Simd>(self) {
+        // SAFETY: only `multiply_codes` makes a Product, under the same contract.
+        unsafe {
+            if V::WIDE {
+                return self.by_rows::<V, 4>(0);
+            }
+            for column in (0..self.tile.columns).step_by(LANES) {
+                self.by_rows::<V, 1>(column);
+            }
+        }
+    }
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    unsafe fn by_rows<V: Simd, const NV: usize>(&self, column: usize) {
+        const { assert!(TILE_ROWS == 6) };
+        // SAFETY: the caller's.
+        unsafe {
+            match self.rows {
+                1 => self.fixed::<V, 1, NV>(column),
+                2 => self.fixed::<V, 2, NV>(column),
+                3 => self.fixed::<V, 3, NV>(column),
+                4 => self.fixed::<V, 4, NV>(column),
+                5 => self.fixed::<V, 5, NV>(column),
+                _ => self.fixed::<V, 6, NV>(column),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn fixed<V: Simd, const MR: usize, const NV: usize>(&self, column: usize) {
+        let mut sums = [[V::splat(0.0); NV]; MR];
+        // SAFETY: the caller's.
+        unsafe {
+            if !self.tile.fresh {
+                reload::<V, MR, NV>(&self.tile, column, &mut sums);
+            }
+            // Between groups the sums live here: the registers are full of integers.
+            let mut kept = [[[0f32; LANES]; NV]; MR];
+            for (kept, sums) in kept.iter_mut().flatten().zip(sums.iter().flatten()) {
+                V::store(kept.as_mut_ptr(), *sums);
+            }
+            for g in 0..self.tile.inputs.div_ceil(Q4_GROUP) {
+                let ints = self.integers::<V, MR, NV>(g, column);
+                self.add::<V, MR, NV>(&mut kept, &ints, (g, column));
+            }
+            for (kept, sums) in kept.iter().flatten().zip(sums.iter_mut().flatten()) {
+                *sums = V::load(kept.as_ptr());
+            }
+            save::<V, MR, NV>(&self.tile, column, &sums, self.finish);
+        }
+    }
+
+    /// The integer sums of one group.
+    #[allow(clippy::needless_range_loop)] // plain indices keep every sum in its register
+    #[inline(always)]
+    unsafe fn integers<V: Simd, const MR: usize, const NV: usize>(
+        &self,
+        g: usize,
+        column: usize,
+    ) -> [[V::I; NV]; MR] {
+        const LINES: usize = GROUP_BYTES / 64 / (Q4_GROUP / UNIT_INPUTS) + 1;
+        let mut ints = [[V::splat_word(0); NV]; MR];
+        // SAFETY: whole groups are stored, and x is filled up to whole groups.
+        unsafe {
+            let units = self.group.add(g * GROUP_BYTES + CODES_AT);
+            let x = self.x.codes.add(g * Q4_GROUP);
+            for octet in 0..Q4_GROUP / UNIT_INPUTS {
+                if column == 0 && self.tile.ahead_lines > 0 {
+                    for line in 0..LINES {
+                        let ahead = g * GROUP_BYTES + (octet * LINES + line) * 64;
+                        V::prefetch(self.tile.ahead.wrapping_add(ahead));
+                    }
+                }
+                let mut words = [V::splat_word(0); NV];
+                for (j, words) in words.iter_mut().enumerate() {
+                    let unit = octet * UNITS_ACROSS + column / LANES + j;
+                    *words = V::load_words(units.add(unit * UNIT_BYTES));
+                }
+                for half in 0..2 {
+                    let mut codes = words;
+                    for codes in codes.iter_mut() {
+                        *codes = match half {
+                            0 => V::low_nibbles(*codes),
+                            _ => V::high_nibbles(*codes),
+                        };
+                    }
+                    for i in 0..MR {
+                        let four = x.add(i * self.x.stride + octet * UNIT_INPUTS + 4 * half);
+                        let four = V::splat_word(u32::from_le(four.cast::<u32>().read_unaligned()));
+                        for j in 0..NV {
+                            ints[i][j] = V::dot_bytes(ints[i][j], codes[j], four);
+                        }
+                    }
+                }
+            }
+        }
+        ints
+    }
+
+    /// kept += integers × (scale of weights × scale of x) + minimum × sum of x.
+    #[inline(always)]
+    unsafe fn add<V: Simd, const MR: usize, const NV: usize>(
+        &self,
+        kept: &mut [[[f32; LANES]; NV]; MR],
+        ints: &[[V::I; NV]; MR],
+        (g, column): (usize, usize),
+    ) {
+        // SAFETY: whole groups are stored, and every row of x has a scale for each.
+        unsafe {
+            let scales: *const u16 = self.group.add(g * GROUP_BYTES).cast();
+            for j in 0..NV {
+                let scale = V::load_f16(scales.add(column + j * LANES));
+                let minimum = V::load_f16(scales.add(PANEL_ROWS + column + j * LANES));
+                for i in 0..MR {
+                    let [x_scale, x_sum] = *self.x.scales.add(i * self.x.groups + g);
+                    let at = kept[i][j].as_mut_ptr();
+                    let product = V::mul(V::from_ints(ints[i][j]), scale);
+                    let sum = V::fma(product, V::splat(x_scale), V::load(at));
+                    V::store(at, V::fma(minimum, V::splat(x_sum), sum));
+                }
+            }
+        }
+    }
+}
