@@ -91,6 +91,21 @@ impl Arithmetic {
     }
 }
 
+/// How the elements of a packed weight lie; panels have the same bytes in both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum WeightLayout {
+    /// 64 output rows beside each other for one input after the other: what the CPU multiplies.
+    CpuPanel64,
+    /// One output row after the other, so that any run of panels is one matrix: what a GPU multiplies.
+    GpuRowMajor,
+}
+
+impl WeightLayout {
+    pub fn name(self) -> &'static str {
+        ["cpu-panel64", "gpu-rowmajor"][self as usize]
+    }
+}
+
 /// Panels that hold `rows` output rows.
 pub fn panels(rows: usize) -> usize {
     rows.div_ceil(PANEL_ROWS)

@@ -8,6 +8,7 @@ use crate::cost::rates::Rates;
 use crate::engine::open::{RunJob, footprint};
 use crate::engine::replay::replay;
 use crate::engine::{EngineError, Finished, Outcome, Progress, Sink};
+use crate::machine::nvml::{self, GpuInfo};
 use crate::machine::os;
 use crate::plan::PlanBudget;
 use crate::report::busiest;
@@ -26,6 +27,10 @@ pub struct Measured {
     pub lanes: PerLane<LaneFigures>,
     pub outcome: Outcome,
     pub peak_bytes: u64,
+    /// Of a CUDA device, to ask about its memory.
+    pub gpu_bus_id: Option<String>,
+    gpu_peak_bytes: u64,
+    gpu_before: Option<GpuInfo>,
     others_bytes: u64,
     total_bytes: u64,
     free_bytes: u64,
@@ -40,8 +45,25 @@ impl Measured {
         }
     }
 
+    /// The process's most DRAM, and the device memory that it holds. That does not change while a run goes
+    /// on: one arena and what context and libraries took when they were opened.
+    pub fn peaks(&mut self) {
+        self.peak_bytes = os::process_memory().map_or(0, |m| m.peak_bytes);
+        let Some(bus_id) = self.gpu_bus_id.as_deref() else {
+            return;
+        };
+        let by_difference = || {
+            let free = nvml::gpu(Some(bus_id))?.free_bytes;
+            Some(self.gpu_before.as_ref()?.free_bytes.saturating_sub(free))
+        };
+        let held = nvml::process_bytes(bus_id).or_else(by_difference);
+        self.gpu_peak_bytes = held.unwrap_or(0);
+    }
+
     /// Memory in use by others, before the arenas are mapped.
     pub fn others(&mut self) {
+        let bus_id = self.gpu_bus_id.as_deref();
+        self.gpu_before = bus_id.and_then(|id| nvml::gpu(Some(id)));
         if let Ok(now) = os::memory_now() {
             let own = os::process_memory().map_or(0, |m| m.resident_bytes);
             self.total_bytes = now.total_bytes;
@@ -147,12 +169,26 @@ fn tier_bytes(footprint: &Footprint, tier: Tier, measured: &Measured) -> TierFig
     match tier {
         Tier::Cpu => {
             // On the host machine the Gpu tier is DRAM of this process too.
-            bytes.peak_bytes = measured
-                .peak_bytes
-                .saturating_sub(footprint.arena_bytes(Tier::Gpu));
+            let played = match measured.gpu_bus_id {
+                None => footprint.arena_bytes(Tier::Gpu),
+                Some(_) => 0,
+            };
+            bytes.peak_bytes = measured.peak_bytes.saturating_sub(played);
             bytes.total_bytes = measured.total_bytes;
             bytes.others_bytes = measured.others_bytes;
             bytes.free_bytes = measured.free_bytes.saturating_sub(bytes.peak_bytes);
+        }
+        Tier::Gpu if measured.gpu_bus_id.is_some() => {
+            // Where nothing counts it, what was allocated is what is held.
+            bytes.peak_bytes = match measured.gpu_peak_bytes {
+                0 => footprint.total(Tier::Gpu),
+                counted => counted,
+            };
+            if let Some(before) = &measured.gpu_before {
+                bytes.total_bytes = before.total_bytes;
+                bytes.others_bytes = before.total_bytes - before.free_bytes;
+                bytes.free_bytes = before.free_bytes.saturating_sub(bytes.peak_bytes);
+            }
         }
         Tier::Gpu => {
             bytes.peak_bytes = footprint.arena_bytes(Tier::Gpu);

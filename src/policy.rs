@@ -1,7 +1,7 @@
 //! The decision: the eleven shares, the batch shape and the switches, checked against a model and a
 //! device. How a share becomes rows and sequences is placement.rs; what it costs is cost/.
 
-use crate::dtype::{Arithmetic, Dtype};
+use crate::dtype::{Arithmetic, Dtype, WeightLayout};
 use crate::tier::PerTier;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -23,6 +23,14 @@ pub enum DeviceKind {
 impl DeviceKind {
     pub fn has_gpu(self) -> bool {
         self != DeviceKind::Cpu
+    }
+
+    /// The layout of the store that this device runs from.
+    pub fn weight_layout(self) -> WeightLayout {
+        match self {
+            DeviceKind::Cuda => WeightLayout::GpuRowMajor,
+            _ => WeightLayout::CpuPanel64,
+        }
     }
 }
 
@@ -183,6 +191,12 @@ impl Policy {
             return Err(PolicyError::EmptyBatch);
         }
         let s = &self.shares;
+        if device == DeviceKind::Cuda && self.compute == Compute::Bf16 {
+            return Err(PolicyError::Bf16OnGpu);
+        }
+        if device == DeviceKind::Cuda && s.weights.disk_compute > 1e-9 {
+            return Err(PolicyError::DiskComputeBesideGpu);
+        }
         if device.has_gpu() {
             return Ok(());
         }
@@ -224,6 +238,12 @@ pub enum PolicyError {
         "this machine has no GPU, so the first, third and fifth percentage must be 0; the nearest plan here is --percent {nearest}"
     )]
     NoGpu { nearest: String },
+    #[error(
+        "weights on disk are shipped to the GPU, not multiplied on the CPU beside it: give --cpu-compute-share 0, or no weights to the disk"
+    )]
+    DiskComputeBesideGpu,
+    #[error("--compute bf16 is the CPU's: a GPU multiplies weights as they are stored; leave it out")]
+    Bf16OnGpu,
     #[error("without a GPU nothing can be shipped to one: --cpu-compute-share is 100 here")]
     NothingToShipTo,
 }

@@ -90,6 +90,9 @@ pub struct GpuFacts {
     pub total_bytes: u64,
     /// Device memory that the context, libraries and modules take.
     pub context_bytes: u64,
+    /// DRAM that they take in the process.
+    #[serde(default)]
+    pub host_bytes: u64,
     pub copy_bytes_per_s: f64,
     pub launch_s: f64,
     #[serde(default)]

@@ -14,6 +14,7 @@ fn quick(dir: &std::path::Path, budget_bytes: u64) -> Result<(), ProbeError> {
         isa: Isa::detect(),
         scale: ProbeScale::Quick,
         command: "test",
+        gpu: None,
         progress: &mut |_| {},
         stop: &AtomicBool::new(false),
     };

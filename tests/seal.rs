@@ -112,6 +112,7 @@ fn watched(pack: &PackedFile, (policy, device): (&Policy, DeviceKind)) -> Watch 
         packed: &packed,
         spill: pack.dir.path(),
         pricer: Pricer::new(Rates::new(&round_profile(), device, policy.threads).expect("rates")),
+        gpu: Default::default(),
     };
     let (mut machine, facts) = open(&job).expect("the run opens");
     let mut watch = Watch::new();

@@ -39,7 +39,7 @@ fn try_pack(
     pack(PackJob {
         source,
         offload_dir: dir,
-        compress,
+        packing: compress.into(),
         pool: &Pool::new(2),
         memory_bytes: 100_000,
         progress: &mut |done, total| assert!(done <= total),

@@ -99,7 +99,7 @@ fn pack(home: &Path, source: &dyn WeightSource, compress: bool) -> (f64, Store, 
     let store = store::pack(PackJob {
         source,
         offload_dir: home,
-        compress,
+        packing: compress.into(),
         pool: &Pool::new(os::default_threads()),
         memory_bytes: MEMORY_BYTES,
         progress: &mut |_, _| {},

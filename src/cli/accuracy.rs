@@ -288,7 +288,7 @@ fn planned(
         seed: args.seed,
         max_row_s: args.max_row_s,
         started_at: timestamp(),
-        host: host_facts(),
+        host: host_facts(None),
         profile_sha256: sha256(&profile),
         profile: target.profile.clone(),
         rows: Vec::with_capacity(args.rows),

@@ -113,6 +113,9 @@ pub struct ProbeArgs {
     /// Threads that compute [default: physical cores that this process may use]
     #[arg(long, value_name = "N", value_parser = values::threads)]
     pub threads: Option<usize>,
+    /// Which GPU is measured beside CPU and disk: auto, cpu (none) or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = values::device)]
+    pub device: DeviceChoice,
     #[command(flatten)]
     pub place: PlaceArgs,
     /// Print the profile as one JSON document on stdout

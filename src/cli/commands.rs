@@ -10,6 +10,7 @@ use super::campaign;
 use super::execute::{Execution, execute};
 use super::failure::Failure;
 use super::flexllmgen;
+use super::gpu::{LocalGpu, gpu_index};
 use super::progress::{Talk, Unit};
 use super::prompt_lines::Line;
 use super::prompts::Source;
@@ -25,6 +26,7 @@ use crate::machine::disk::write_atomically;
 use crate::machine::os;
 use crate::model::ModelSpec;
 use crate::plan::{Plan, PlanBudget};
+use crate::policy::DeviceKind;
 use crate::probe;
 use crate::report::RunReport;
 use crate::store;
@@ -77,7 +79,8 @@ pub(super) fn say_json(document: &impl Serialize) -> Result<(), Failure> {
 fn probe(args: &ProbeArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
     let offload_dir = args.place.offload_dir();
     let threads = args.threads.unwrap_or_else(os::default_threads);
-    let how = (threads, args.cpu_mem_bytes);
+    let gpu = LocalGpu::asked(&args.device)?;
+    let how = (threads, args.cpu_mem_bytes, gpu.as_ref());
     let profile = match args.force {
         true => measure(&offload_dir, how, talk, stop)?,
         false => own_profile(&offload_dir, how, talk, stop)?.0,
@@ -176,13 +179,12 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
     let profile = match named_profile(&plan.profile.name, &offload_dir) {
         Ok(profile) => profile,
         Err(_) => {
-            own_profile(
-                &offload_dir,
-                (threads, Some(plan.budget.cpu_bytes)),
-                talk,
-                stop,
-            )?
-            .0
+            let gpu = match plan.device_kind() {
+                Ok(DeviceKind::Cuda) => Some(LocalGpu::find(gpu_index(&plan.device))?),
+                _ => None,
+            };
+            let how = (threads, Some(plan.budget.cpu_bytes), gpu.as_ref());
+            own_profile(&offload_dir, how, talk, stop)?.0
         }
     };
     let profile = match args.no_calibration {

@@ -2,6 +2,7 @@
 
 use super::args::ResultArgs;
 use super::failure::Failure;
+use super::gpu::{LocalGpu, gpu_index};
 use super::progress::{Talk, Unit};
 use super::prompt_lines::{Line, LineError};
 use super::prompts;
@@ -20,7 +21,7 @@ use crate::policy::{DeviceKind, Policy};
 use crate::probe;
 use crate::profile::HardwareProfile;
 use crate::report::{HostFacts, REPORT_SCHEMA, RunOutcome, RunReport, SetupFigures};
-use crate::store::{self, PackJob, Store};
+use crate::store::{self, PackJob, Packing, Store};
 use crate::tier::Tier;
 use crate::units::{MIB, show_bytes};
 use crate::workload::Lengths;
@@ -53,7 +54,8 @@ pub struct Executed {
 pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Executed, Failure> {
     let started_at = probe::timestamp();
     let policy = job.plan.to_policy().map_err(Failure::failed)?;
-    let device = runnable_device(job.plan)?;
+    let device = job.plan.device_kind().map_err(Failure::failed)?;
+    let gpu = gpu_of(job.plan, device)?;
     check_model(job.plan, job.model)?;
     let rates = Rates::new(job.profile, device, policy.threads).map_err(Failure::failed)?;
     check_places(job.results)?;
@@ -68,15 +70,20 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
         lengths: planned_lengths(job.plan),
         host: job
             .model
-            .host_bytes(job.plan.workload.prompt_tokens, policy.threads),
+            .host_bytes(job.plan.workload.prompt_tokens, policy.threads)
+            .with_gpu(device, job.profile.gpu.as_ref()),
         packed: &Packed::default(),
         spill: &spill_dir(job.offload_dir)?,
         pricer: Pricer::new(rates.clone()),
+        gpu: gpu
+            .as_ref()
+            .map_or_else(Default::default, |gpu| gpu.choice(job.offload_dir)),
     };
     // Before the packing, so that no time is spent on what cannot run; and after it, because it takes
     // disk and others may have taken memory meanwhile.
     os::release_free_heap();
     check_room(&run, job.offload_dir)?;
+    check_gpu_room(&run, gpu.as_ref())?;
     let store = packed_store(&job, &policy, (&mut setup, talk), stop)?;
     let packed = packed(&store);
     let run = RunJob {
@@ -91,6 +98,7 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
         .try_for_each(|(line, error)| results.failed(*line, error))
         .map_err(Failure::failed)?;
     let mut measured = Measured::new(job.plan.budget, shapes(&requests));
+    measured.gpu_bus_id = gpu.as_ref().map(|gpu| gpu.facts.bus_id.clone());
     let ignore_eos = job.ignore_eos;
     let ran = generate(
         &run,
@@ -109,7 +117,7 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
         started_at,
         finished_at: probe::timestamp(),
         lines: counts,
-        host: host_facts(),
+        host: host_facts(gpu.as_ref()),
         setup,
         repriced: repriced_figures(&run, &rates, &measured),
         measured: measured_figures(&run, &measured),
@@ -143,13 +151,11 @@ fn shapes(requests: &[Request]) -> Vec<(usize, usize, usize)> {
     requests.iter().map(shape).collect()
 }
 
-fn runnable_device(plan: &Plan) -> Result<DeviceKind, Failure> {
-    match plan.device_kind().map_err(Failure::failed)? {
-        DeviceKind::Cuda => Err(Failure::usage(
-            "this plan is for a GPU, and this version computes on the CPU only",
-        )
-        .with_hint("plan again with --device cpu")),
-        device => Ok(device),
+/// The GPU that a plan names, once it is known to be usable.
+pub(super) fn gpu_of(plan: &Plan, device: DeviceKind) -> Result<Option<LocalGpu>, Failure> {
+    match device {
+        DeviceKind::Cuda => LocalGpu::find(gpu_index(&plan.device)).map(Some),
+        _ => Ok(None),
     }
 }
 
@@ -186,7 +192,13 @@ pub(super) fn spill_dir(offload_dir: &Path) -> Result<PathBuf, Failure> {
 /// What is missing is missing now: memory and disk against what is free at this moment.
 pub(super) fn check_room(run: &RunJob, offload_dir: &Path) -> Result<(), Failure> {
     let needed = footprint(run);
-    let memory = needed.total(Tier::Cpu) + needed.arena_bytes(Tier::Gpu);
+    // DRAM plays the GPU of the host machine.
+    let played = if run.device == DeviceKind::Host {
+        needed.arena_bytes(Tier::Gpu)
+    } else {
+        0
+    };
+    let memory = needed.total(Tier::Cpu) + played;
     // What this process holds already is part of what the plan counts.
     let own = os::process_memory().map_or(0, |m| m.resident_bytes);
     let free = os::memory_now().map_err(Failure::failed)?.free_bytes + own;
@@ -216,6 +228,25 @@ pub(super) fn check_room(run: &RunJob, offload_dir: &Path) -> Result<(), Failure
     Ok(())
 }
 
+/// Device memory against what is free on the GPU now, context and libraries included.
+fn check_gpu_room(run: &RunJob, gpu: Option<&LocalGpu>) -> Result<(), Failure> {
+    let needed = footprint(run).total(Tier::Gpu);
+    let free = gpu.and_then(LocalGpu::free_bytes).unwrap_or(u64::MAX);
+    if needed <= free {
+        return Ok(());
+    }
+    Err(Failure::failed(format!(
+        "the plan needs {} of GPU memory and {} are free: {} are missing",
+        show_bytes(needed),
+        show_bytes(free),
+        show_bytes(needed - free)
+    ))
+    .with_hint(format!(
+        "end other programs on the GPU, or plan again with --gpu-mem {}MiB",
+        free / MIB
+    )))
+}
+
 /// The store of the plan's weights: reused, or packed now.
 pub(super) fn packed_store(
     job: &Execution,
@@ -233,12 +264,17 @@ pub(super) fn packed_store(
             ),
         );
     };
+    let device = job.plan.device_kind().map_err(Failure::failed)?;
     let compress = policy.compress_weight;
+    let packing = Packing {
+        compress,
+        layout: device.weight_layout(),
+    };
     if let Some(store) = store::find(
         job.offload_dir,
         source.spec(),
         &source.fingerprint(),
-        compress,
+        packing,
     ) {
         return Ok(store);
     }
@@ -266,7 +302,7 @@ pub(super) fn packed_store(
     let store = store::pack(PackJob {
         source: source.as_ref(),
         offload_dir: job.offload_dir,
-        compress,
+        packing,
         pool: &pool,
         memory_bytes: PACK_MEMORY_BYTES.min(job.plan.budget.cpu_bytes / 2),
         progress: &mut progress,
@@ -307,6 +343,9 @@ fn generate(
     setup.load_s = start.elapsed().as_secs_f64();
     setup.written_bytes +=
         facts.footprint.spill_cache_bytes * u64::from(facts.block.kv_tokens.disk > 0);
+    if let Some(notice) = machine.notice() {
+        talk.note(&format!("note: {notice}"));
+    }
     talk.stage("generating");
     let most_tokens = requests.iter().map(|r| r.max_tokens as u64).sum();
     let mut sink = ResultSink::new(results, talk, most_tokens);
@@ -318,7 +357,7 @@ fn generate(
     let all = machine.submitted();
     let settled = machine.wait(&all);
     measured.lanes = machine.lane_figures();
-    measured.peak_bytes = os::process_memory().map_or(0, |m| m.peak_bytes);
+    measured.peaks();
     let outcome = outcome?;
     settled?;
     measured.outcome = outcome;
@@ -360,10 +399,10 @@ fn outcome_of(ran: &Result<Outcome, EngineError>, failure: &Option<Failure>) -> 
     }
 }
 
-pub(super) fn host_facts() -> HostFacts {
+pub(super) fn host_facts(gpu: Option<&LocalGpu>) -> HostFacts {
     HostFacts {
         cpu: os::cpu_info().describe(),
-        gpu: None,
+        gpu: gpu.map(|gpu| gpu.facts.name.clone()),
         kernel: os::kernel_version(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     }

@@ -9,6 +9,7 @@ pub mod commands;
 pub mod execute;
 pub mod failure;
 pub mod flexllmgen;
+pub mod gpu;
 pub mod progress;
 pub mod prompt_lines;
 pub mod prompts;

@@ -3,6 +3,7 @@
 
 use super::args::{LimitArgs, WorkArgs};
 use super::failure::Failure;
+use super::gpu::LocalGpu;
 use super::progress::Talk;
 use super::values::DeviceChoice;
 use crate::checkpoint::{ModelLocation, WeightSource, find_model};
@@ -14,7 +15,7 @@ use crate::model::ModelSpec;
 use crate::model::families::named_size;
 use crate::plan::PlanBudget;
 use crate::policy::DeviceKind;
-use crate::probe::{self, ProbeOptions, ProbeScale, ProfileKey};
+use crate::probe::{self, GpuProbe, ProbeOptions, ProbeScale, ProfileKey};
 use crate::profile::{COMPILED_IN, HardwareProfile};
 use crate::tokenizer::Tokenizer;
 use crate::units::{GIB, MIB};
@@ -125,16 +126,21 @@ impl Target {
         let threads = limits.threads.unwrap_or_else(os::default_threads);
         let offload_dir = limits.place.offload_dir();
         let started = Instant::now();
+        let mut gpu = None;
         let (profile, foreign, probed) = match &limits.profile {
             Some(name) => {
                 let profile = named_profile(name, &offload_dir)?;
                 let key = ProfileKey::of_this_machine(&offload_dir, threads, Isa::detect().name());
                 let foreign = profile.machine.cpu != key.cpu;
+                if !foreign && profile.gpu.is_some() {
+                    gpu = LocalGpu::asked(&limits.device)?;
+                }
                 (profile, foreign, false)
             }
             None => {
-                let (profile, probed) =
-                    own_profile(&offload_dir, (threads, limits.cpu_mem_bytes), talk, stop)?;
+                gpu = LocalGpu::asked(&limits.device)?;
+                let how = (threads, limits.cpu_mem_bytes, gpu.as_ref());
+                let (profile, probed) = own_profile(&offload_dir, how, talk, stop)?;
                 (profile, false, probed)
             }
         };
@@ -148,13 +154,15 @@ impl Target {
         } else {
             0.0
         };
-        let (device, device_name) = choose_device(&limits.device, foreign.then_some(&profile))?;
+        let (device, device_name) =
+            choose_device(&limits.device, gpu.as_ref(), foreign.then_some(&profile))?;
         let threads = if foreign {
             limits.threads.unwrap_or(profile.machine.threads)
         } else {
             threads
         };
-        let budget = budgets(limits, (device, foreign), &profile, &offload_dir)?;
+        let gpu_bytes = gpu_budget(limits, device, gpu.as_ref(), &profile);
+        let budget = budgets(limits, (gpu_bytes, foreign), &profile, &offload_dir)?;
         Ok(Target {
             profile,
             device,
@@ -166,27 +174,31 @@ impl Target {
     }
 }
 
+/// Threads, the memory that probing may take, and the GPU to probe as well.
+pub type Probing<'a> = (usize, Option<u64>, Option<&'a LocalGpu>);
+
 /// The profile of this machine: saved, or measured now and saved. True when measured now.
 pub fn own_profile(
     offload_dir: &Path,
-    (threads, cpu_mem_bytes): (usize, Option<u64>),
+    (threads, cpu_mem_bytes, gpu): Probing,
     talk: &mut Talk,
     stop: &AtomicBool,
 ) -> Result<(HardwareProfile, bool), Failure> {
     make_offload_dir(offload_dir)?;
-    let key = ProfileKey::of_this_machine(offload_dir, threads, Isa::detect().name());
+    let key = ProfileKey::of_this_machine(offload_dir, threads, Isa::detect().name())
+        .with_gpu(gpu.map(|gpu| gpu.facts.name.as_str()));
     if let Some(profile) = probe::find_profile(offload_dir, &key) {
         return Ok((profile, false));
     }
     talk.note("No profile of this machine yet: measuring it once (under a minute, at most 2 GiB written and removed).");
-    let profile = measure(offload_dir, (threads, cpu_mem_bytes), talk, stop)?;
+    let profile = measure(offload_dir, (threads, cpu_mem_bytes, gpu), talk, stop)?;
     Ok((profile, true))
 }
 
 /// Probes this machine and saves the profile.
 pub fn measure(
     offload_dir: &Path,
-    (threads, cpu_mem_bytes): (usize, Option<u64>),
+    (threads, cpu_mem_bytes, gpu): Probing,
     talk: &mut Talk,
     stop: &AtomicBool,
 ) -> Result<HardwareProfile, Failure> {
@@ -202,6 +214,10 @@ pub fn measure(
         isa: Isa::detect(),
         scale: ProbeScale::Full,
         command: "loadmaster probe",
+        gpu: gpu.map(|gpu| GpuProbe {
+            facts: gpu.facts.clone(),
+            choice: gpu.choice(offload_dir),
+        }),
         progress: &mut |text| talk.stage(text),
         stop,
     });
@@ -249,38 +265,39 @@ pub fn named_profile(name: &str, offload_dir: &Path) -> Result<HardwareProfile, 
 
 fn choose_device(
     asked: &DeviceChoice,
+    local: Option<&LocalGpu>,
     foreign: Option<&HardwareProfile>,
 ) -> Result<(DeviceKind, String), Failure> {
     let other_gpu = foreign.is_some_and(|p| p.gpu.is_some());
-    let kind = match asked {
-        DeviceChoice::Cpu => DeviceKind::Cpu,
-        DeviceChoice::Host { .. } => DeviceKind::Host,
-        DeviceChoice::Auto if other_gpu => return Ok((DeviceKind::Cuda, "cuda:0".into())),
-        DeviceChoice::Auto => return Ok((DeviceKind::Cpu, "cpu".into())),
-        DeviceChoice::Cuda { .. } if other_gpu => DeviceKind::Cuda,
-        DeviceChoice::Cuda { .. } => {
-            return Err(Failure::usage("--device cuda: this version computes on the CPU only")
-                .with_hint("leave --device out or give --device cpu; a GPU of another machine can be planned for with --profile"));
+    let kind = match (asked, local) {
+        (DeviceChoice::Cpu, _) => DeviceKind::Cpu,
+        (DeviceChoice::Host { .. }, _) => DeviceKind::Host,
+        (_, Some(gpu)) => return Ok((DeviceKind::Cuda, format!("cuda:{}", gpu.index))),
+        (DeviceChoice::Auto, _) if other_gpu => return Ok((DeviceKind::Cuda, "cuda:0".into())),
+        (DeviceChoice::Auto, _) => return Ok((DeviceKind::Cpu, "cpu".into())),
+        (DeviceChoice::Cuda { .. }, _) if other_gpu => DeviceKind::Cuda,
+        (DeviceChoice::Cuda { .. }, _) => {
+            return Err(Failure::usage("--device cuda: the profile has no [gpu]")
+                .with_hint("leave --profile out, so that this machine's GPU is probed"));
         }
     };
     Ok((kind, asked.to_string()))
 }
 
-fn budgets(
+/// All device memory that a run may take; None without a GPU.
+fn gpu_budget(
     limits: &LimitArgs,
-    (device, foreign): (DeviceKind, bool),
+    device: DeviceKind,
+    local: Option<&LocalGpu>,
     profile: &HardwareProfile,
-    offload_dir: &Path,
-) -> Result<PlanBudget, Failure> {
-    let gpu_bytes = match (&limits.device, device) {
-        (DeviceChoice::Host { gpu_bytes }, _) => Some(limits.gpu_mem_bytes.unwrap_or(*gpu_bytes)),
+) -> Option<u64> {
+    let spare = |bytes: u64| bytes.saturating_sub((512 * MIB).min(bytes / 8));
+    let own = || match (&limits.device, device) {
+        (DeviceChoice::Host { gpu_bytes }, _) => Some(*gpu_bytes),
         (_, DeviceKind::Cuda) => {
             let total = profile.gpu.as_ref().map_or(0, |g| g.total_bytes);
-            Some(
-                limits
-                    .gpu_mem_bytes
-                    .unwrap_or(total.saturating_sub(512 * MIB)),
-            )
+            let free = local.and_then(LocalGpu::free_bytes);
+            Some(spare(free.unwrap_or(total)))
         }
         _ if limits.gpu_mem_bytes.is_some() => {
             return Err(
@@ -290,6 +307,15 @@ fn budgets(
         }
         _ => None,
     };
+    own().map(|own| limits.gpu_mem_bytes.unwrap_or(own))
+}
+
+fn budgets(
+    limits: &LimitArgs,
+    (gpu_bytes, foreign): (Option<u64>, bool),
+    profile: &HardwareProfile,
+    offload_dir: &Path,
+) -> Result<PlanBudget, Failure> {
     let total = profile.memory.cpu_total_bytes;
     let cpu_bytes = match (limits.cpu_mem_bytes, foreign) {
         (Some(bytes), _) => bytes,

@@ -17,7 +17,7 @@ use crate::plan::Plan;
 use crate::planner::changes::Changes;
 use crate::planner::{self, CompressMode, Fixed, Job, PlanError, PlanRequest, Replay, Repricer};
 use crate::policy::DeviceKind;
-use crate::store;
+use crate::store::{self, Packing};
 use crate::workload::Workload;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -156,7 +156,10 @@ fn plan(
             &args.limits.place.offload_dir(),
             model,
             fingerprint.as_deref(),
-            compress,
+            Packing {
+                compress,
+                layout: target.device.weight_layout(),
+            },
         )
     };
     let request = PlanRequest {
@@ -174,7 +177,9 @@ fn plan(
         compress: compress_mode(args.policy.compress),
         kv: kv_format(args.policy.kv, model.spec.dtype),
         threads: target.threads,
-        host: model.host_bytes(prompt_tokens, target.threads),
+        host: model
+            .host_bytes(prompt_tokens, target.threads)
+            .with_gpu(target.device, target.profile.gpu.as_ref()),
         stored_bytes: [stored(false), stored(true)],
         repricer: Some(&ScheduleRepricer),
     };
@@ -255,9 +260,9 @@ fn stored_bytes(
     offload_dir: &Path,
     model: &Model,
     fingerprint: Option<&str>,
-    compress: bool,
+    packing: Packing,
 ) -> u64 {
-    let find = |f: &str| store::find(offload_dir, &model.spec, f, compress);
+    let find = |f: &str| store::find(offload_dir, &model.spec, f, packing);
     fingerprint
         .and_then(find)
         .map_or(0, |store| store.file_bytes())

@@ -1,8 +1,9 @@
 //! A plan made ready to be run again and again in this process: what `accuracy` and `rivals` measure.
 
 use super::args::ResultArgs;
-use super::execute::{Execution, packed, packed_store, planned_lengths, spill_dir};
+use super::execute::{Execution, gpu_of, packed, packed_store, planned_lengths, spill_dir};
 use super::failure::Failure;
+use super::gpu::LocalGpu;
 use super::progress::Talk;
 use super::prompt_lines::Rules;
 use super::prompts::{self, Source};
@@ -11,11 +12,12 @@ use crate::cost::figures::Figures;
 use crate::cost::rates::Rates;
 use crate::engine::Request;
 use crate::engine::open::{Packed, RunJob};
+use crate::machine::cuda::GpuChoice;
 use crate::machine::price::Pricer;
 use crate::plan::Plan;
 use crate::policy::Policy;
 use crate::probe::BurstPlace;
-use crate::profile::HardwareProfile;
+use crate::profile::{GpuFacts, HardwareProfile};
 use crate::proof::record::RunRecord;
 use crate::proof::visit::{VisitJob, bursts_of, visit};
 use crate::report::SetupFigures;
@@ -31,6 +33,8 @@ pub struct Trial<'a> {
     packed: Packed,
     spill: PathBuf,
     requests: Vec<Request>,
+    gpu: GpuChoice,
+    gpu_facts: Option<GpuFacts>,
 }
 
 impl<'a> Trial<'a> {
@@ -43,6 +47,7 @@ impl<'a> Trial<'a> {
     ) -> Result<Trial<'a>, Failure> {
         let policy = plan.to_policy().map_err(Failure::failed)?;
         let device = plan.device_kind().map_err(Failure::failed)?;
+        let gpu = gpu_of(plan, device)?;
         let rates = Rates::new(profile, device, policy.threads).map_err(Failure::failed)?;
         let nowhere = ResultArgs {
             output: None,
@@ -69,6 +74,8 @@ impl<'a> Trial<'a> {
             packed: packed(&store),
             spill: spill_dir(offload_dir)?,
             requests: random_requests(model, plan)?,
+            gpu: LocalGpu::choice_of(gpu.as_ref(), offload_dir),
+            gpu_facts: profile.gpu.clone(),
         })
     }
 
@@ -80,10 +87,14 @@ impl<'a> Trial<'a> {
             policy: &self.policy,
             device: self.rates.device,
             lengths: planned_lengths(self.plan),
-            host: self.model.host_bytes(w.prompt_tokens, self.policy.threads),
+            host: self
+                .model
+                .host_bytes(w.prompt_tokens, self.policy.threads)
+                .with_gpu(self.rates.device, self.gpu_facts.as_ref()),
             packed: &self.packed,
             spill: &self.spill,
             pricer: Pricer::new(self.rates.clone()),
+            gpu: self.gpu.clone(),
         };
         let bursts = bursts_of(self.plan, &self.model.spec, &self.policy, predicted);
         let job = VisitJob {

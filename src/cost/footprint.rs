@@ -2,9 +2,11 @@
 //! with it and the engine allocates exactly this list, once; nothing else may allocate.
 
 pub use crate::cost::block::BlockShape;
+use crate::cost::cuda_buffers::cuda_buffers;
 use crate::model::{MatrixKind, ModelSpec};
 use crate::placement::{Placement, WeightHome};
 use crate::policy::{DeviceKind, Policy};
+use crate::profile::GpuFacts;
 use crate::tier::{PerTier, Tier};
 use crate::units::{MIB, PAGE_BYTES, round_up};
 use std::collections::BTreeMap;
@@ -61,6 +63,14 @@ pub enum Buffer {
     SideRows,
     /// Their results.
     SideProducts,
+    /// Of a CUDA machine: narrowed activations and widened weights of one product, attention's parts.
+    Scratch,
+    /// Of a CUDA machine: cuBLAS's workspace.
+    BlasWorkspace,
+    /// Of a CUDA machine, on both sides: rows, ids, token slots and items of operations under way.
+    Tables,
+    /// Of a CUDA machine: page-locked DRAM through which other DRAM travels.
+    Relay,
 }
 
 impl Buffer {
@@ -89,6 +99,19 @@ pub struct HostBytes {
     pub process_bytes: u64,
     /// GPU context and libraries, on the device.
     pub gpu_context_bytes: u64,
+}
+
+impl HostBytes {
+    /// With what a GPU's context and libraries take, on both sides.
+    pub fn with_gpu(self, device: DeviceKind, gpu: Option<&GpuFacts>) -> Self {
+        let Some(gpu) = gpu.filter(|_| device == DeviceKind::Cuda) else {
+            return self;
+        };
+        HostBytes {
+            process_bytes: self.process_bytes + gpu.host_bytes,
+            gpu_context_bytes: gpu.context_bytes,
+        }
+    }
 }
 
 /// All buffers of a run and what lies on disk.
@@ -143,6 +166,12 @@ impl Footprint {
         footprint.add_workspace(input);
         if input.device.has_gpu() {
             footprint.add_cpu_side(input);
+        }
+        if input.device == DeviceKind::Cuda {
+            let buffers = cuda_buffers(input);
+            buffers
+                .into_iter()
+                .for_each(|(tier, buffer, bytes)| footprint.put(tier, buffer, bytes));
         }
         let arenas: u64 = footprint.buffers.cpu.values().sum();
         footprint.process.cpu += arenas / 512; // page tables: 8 bytes for each 4 KiB page

@@ -4,8 +4,11 @@
 use super::core::{RunFacts, RunFiles};
 use super::layout::Layout;
 use super::run::EngineError;
-use crate::cost::footprint::{BlockShape, Footprint, FootprintInput, HostBytes};
+use crate::cost::footprint::{BlockShape, Buffer, Footprint, FootprintInput, HostBytes};
+use crate::dtype::{Dtype, WeightLayout};
+use crate::machine::arena::Region;
 use crate::machine::cpu::kernels::MAX_HEAD_SIZE;
+use crate::machine::cuda::{GpuChoice, GpuPlaces};
 use crate::machine::disk::DiskFile;
 use crate::machine::ops::{FileId, LoadSpan, Op};
 use crate::machine::price::Pricer;
@@ -40,6 +43,8 @@ pub struct RunJob<'a> {
     /// Where spill files go.
     pub spill: &'a Path,
     pub pricer: Pricer,
+    /// Of a CUDA device.
+    pub gpu: GpuChoice,
 }
 
 /// The bytes of a job, before anything is opened.
@@ -84,6 +89,8 @@ pub fn open(job: &RunJob) -> Result<(ThreadedMachine, RunFacts), EngineError> {
         return Err(MachineError::Unsupported(what).into());
     }
     let facts = facts(job);
+    let layout = Layout::new(&facts.model, &facts.placement, &facts.footprint);
+    let places = || (job.gpu.clone(), gpu_places(&facts, &layout));
     let mut machine = ThreadedMachine::open(OpenRequest {
         device: job.device,
         gpu_bytes: facts.footprint.arena_bytes(Tier::Gpu),
@@ -91,12 +98,45 @@ pub fn open(job: &RunJob) -> Result<(ThreadedMachine, RunFacts), EngineError> {
         threads: job.policy.threads,
         files: open_files(job, &facts)?,
         pricer: job.pricer.clone(),
+        gpu: (job.device == DeviceKind::Cuda).then(places),
     })?;
-    let layout = Layout::new(&facts.model, &facts.placement, &facts.footprint);
     load_smalls(&mut machine, job, (&facts, &layout));
     load_weights(&mut machine, &facts, &layout)?;
     machine.forget_log();
     Ok((machine, facts))
+}
+
+/// Where a CUDA machine's own buffers are, and what of the DRAM is page-locked: all that copies touch,
+/// except weights where the policy does not pin them.
+fn gpu_places(facts: &RunFacts, layout: &Layout) -> GpuPlaces {
+    let region = |tier: Tier, buffer: Buffer| {
+        let place = layout.buffer(tier, buffer);
+        Region {
+            offset: place.offset,
+            bytes: place.bytes,
+        }
+    };
+    let weights = region(Tier::Cpu, Buffer::Weights);
+    let whole = facts.footprint.arena_bytes(Tier::Cpu);
+    let between = |start: u64, end: u64| Region {
+        offset: start,
+        bytes: end - start,
+    };
+    let mut pinned = vec![between(0, weights.offset), between(weights.end(), whole)];
+    if weights.bytes == 0 {
+        pinned = vec![between(0, whole)];
+    } else if facts.policy.pin_weight {
+        pinned.push(weights);
+    }
+    GpuPlaces {
+        arena_bytes: facts.footprint.arena_bytes(Tier::Gpu),
+        scratch: region(Tier::Gpu, Buffer::Scratch),
+        blas: region(Tier::Gpu, Buffer::BlasWorkspace),
+        tables: region(Tier::Gpu, Buffer::Tables),
+        host_tables: region(Tier::Cpu, Buffer::Tables),
+        relay: region(Tier::Cpu, Buffer::Relay),
+        pinned,
+    }
 }
 
 /// Store, cache spill and hidden spill; a spill file that nothing is placed in is the store again, so
@@ -128,7 +168,7 @@ fn load_smalls(machine: &mut ThreadedMachine, job: &RunJob, (facts, layout): (&R
     let smalls = job.model.smalls();
     for (small, &offset) in smalls.iter().zip(&job.packed.small_offsets) {
         for tier in [Tier::Gpu, Tier::Cpu] {
-            let place = layout.buffer(tier, crate::cost::footprint::Buffer::Smalls);
+            let place = layout.buffer(tier, Buffer::Smalls);
             if place.bytes == 0 {
                 continue;
             }
@@ -138,6 +178,7 @@ fn load_smalls(machine: &mut ThreadedMachine, job: &RunJob, (facts, layout): (&R
                 bytes: small.bytes(),
                 to: tier,
                 memory: place.offset + layout.small_offset(small),
+                repack: None,
             };
             machine.submit(Lane::DiskToCpu, Op::Load(span), &Fences::none());
         }
@@ -164,10 +205,20 @@ fn load_weights(
                 bytes,
                 to: home.tier(),
                 memory,
+                repack: repack(facts, index, home),
             };
             machine.submit(Lane::DiskToCpu, Op::Load(span), &Fences::none());
         }
     }
     let all = machine.submitted();
     machine.wait(&all)
+}
+
+/// Panels of a GPU's store that the CPU multiplies are turned into its layout once, at load.
+fn repack(facts: &RunFacts, index: usize, home: WeightHome) -> Option<(Dtype, usize)> {
+    let by_cpu =
+        facts.device.weight_layout() == WeightLayout::GpuRowMajor && home == WeightHome::CpuCompute;
+    let matrix = facts.placement.matrices[index];
+    let format = matrix.format(facts.model.dtype, facts.policy.compress_weight);
+    by_cpu.then_some((format, matrix.inputs))
 }

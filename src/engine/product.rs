@@ -8,6 +8,7 @@ use crate::machine::ops::{Compute, Copy2d, FileSpan, Gemm, HiddenRows, Op, Table
 use crate::machine::{Fence, Fences};
 use crate::model::{Activation, MatrixKind, SmallKind};
 use crate::placement::WeightHome;
+use crate::policy::DeviceKind;
 use crate::tier::{Lane, Tier};
 use crate::units::{PAGE_BYTES, round_up};
 use std::ops::Range;
@@ -296,16 +297,19 @@ impl Core<'_> {
 
     fn dram_panel(&self, index: usize, panel: usize) -> Option<u64> {
         let split = self.facts.placement.splits[index];
-        [WeightHome::CpuShip, WeightHome::CpuCompute]
-            .into_iter()
-            .find_map(|home| {
-                let range = split.first(home)..split.first(home) + split.count(home);
-                let at = self
-                    .layout
-                    .home(index, home)
-                    .filter(|_| range.contains(&panel))?;
-                Some(at + (panel - range.start) as u64 * self.facts.placement.panel_bytes[index])
-            })
+        // What the CPU multiplies beside a GPU has been turned into another layout: the file still has it.
+        let homes: &[WeightHome] = match self.facts.device {
+            DeviceKind::Cuda => &[WeightHome::CpuShip],
+            _ => &[WeightHome::CpuShip, WeightHome::CpuCompute],
+        };
+        homes.iter().copied().find_map(|home| {
+            let range = split.first(home)..split.first(home) + split.count(home);
+            let at = self
+                .layout
+                .home(index, home)
+                .filter(|_| range.contains(&panel))?;
+            Some(at + (panel - range.start) as u64 * self.facts.placement.panel_bytes[index])
+        })
     }
 
     fn read_panels(

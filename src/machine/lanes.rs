@@ -1,5 +1,6 @@
 //! One worker thread a lane, FIFO, with fences as counters of finished operations. Knows order and
-//! time only; what an operation does is its executor's.
+//! time only; what an operation does is its executor's. A lane of a device has a second thread: one
+//! hands its operations over, as far ahead as their order allows, the other sees them finish.
 
 use super::ops::Op;
 use super::{Fence, Fences, MachineError};
@@ -8,6 +9,7 @@ use crate::tier::{Lane, PerLane, Phase};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -15,6 +17,27 @@ use std::time::Instant;
 /// Carries out one lane's operations, one at a time.
 pub trait Executor: Send {
     fn run(&mut self, op: Op) -> Result<(), MachineError>;
+}
+
+/// Queues one lane's operations on a device, which carries them out in order by itself.
+pub trait Issuer: Send {
+    /// Hands operation `number` over. It comes after the operations of `after` on the same device's lanes,
+    /// which have been handed over already; everything else that it needs is done.
+    fn issue(&mut self, number: u64, op: Op, after: &Fences) -> Result<(), MachineError>;
+}
+
+/// Sees a lane's operations finish, in order.
+pub trait Completer: Send {
+    /// Sleeps until operation `number` is done; its seconds on the device.
+    fn complete(&mut self, number: u64) -> Result<f64, MachineError>;
+    /// Operation `number` was given up: a failure came first.
+    fn skip(&mut self, number: u64);
+}
+
+/// Who works on a lane.
+pub enum Worker {
+    Here(Box<dyn Executor>),
+    OnDevice(Box<dyn Issuer>, Box<dyn Completer>),
 }
 
 /// How often a waiter looks before it sleeps: about 20 µs, less than a wake-up costs.
@@ -40,9 +63,11 @@ struct Queue {
 #[derive(Default)]
 struct Board {
     finished: PerLane<AtomicU64>,
+    /// Operations that a device's lane has handed over.
+    issued: PerLane<AtomicU64>,
     /// What each sleeping waiter waits for. A lane wakes them only when one of them has got it: with few
     /// cores, a thread that wakes in vain takes time from the one that computes.
-    sleepers: Mutex<Vec<Fences>>,
+    sleepers: Mutex<Vec<Need>>,
     sleeping: AtomicUsize,
     changed: Condvar,
     failed: AtomicBool,
@@ -50,14 +75,49 @@ struct Board {
     log: Mutex<PerLane<LaneFigures>>,
 }
 
-impl Board {
-    fn reached(&self, fences: &Fences) -> bool {
-        let done = |&lane: &Lane| self.finished[lane].load(Ordering::SeqCst) >= fences.mark(lane);
-        Lane::ALL.iter().all(done)
+/// What a waiter waits for.
+#[derive(Clone, Copy, Default, PartialEq)]
+struct Need {
+    finished: Fences,
+    issued: Fences,
+}
+
+impl Need {
+    fn finished(fences: &Fences) -> Need {
+        Need {
+            finished: *fences,
+            issued: Fences::none(),
+        }
     }
 
-    /// Spins a little, then sleeps until the fences are reached.
-    fn wait(&self, fences: &Fences) {
+    /// For a lane of a device: the device's lanes need only have handed over what comes before.
+    fn on_device(fences: &Fences, lanes: &[Lane]) -> Need {
+        let mut need = Need::default();
+        for lane in Lane::ALL {
+            let fence = Fence {
+                lane,
+                number: fences.mark(lane),
+            };
+            match lanes.contains(&lane) {
+                true => need.issued.add(fence),
+                false => need.finished.add(fence),
+            }
+        }
+        need
+    }
+}
+
+impl Board {
+    fn reached(&self, need: &Need) -> bool {
+        let at_least = |counts: &PerLane<AtomicU64>, fences: &Fences| {
+            let done = |&lane: &Lane| counts[lane].load(Ordering::SeqCst) >= fences.mark(lane);
+            Lane::ALL.iter().all(done)
+        };
+        at_least(&self.finished, &need.finished) && at_least(&self.issued, &need.issued)
+    }
+
+    /// Spins a little, then sleeps until what is needed is there.
+    fn wait(&self, fences: &Need) {
         for _ in 0..SPINS {
             if self.reached(fences) {
                 return;
@@ -81,11 +141,13 @@ impl Board {
     }
 
     fn finish(&self, lane: Lane, number: u64) {
-        self.finished[lane].store(number, Ordering::SeqCst);
+        self.advance(&self.finished[lane], number);
+    }
+
+    fn advance(&self, count: &AtomicU64, number: u64) {
+        count.store(number, Ordering::SeqCst);
         if self.sleeping.load(Ordering::SeqCst) > 0
-            && lock(&self.sleepers)
-                .iter()
-                .any(|fences| self.reached(fences))
+            && lock(&self.sleepers).iter().any(|need| self.reached(need))
         {
             self.changed.notify_all();
         }
@@ -115,17 +177,35 @@ pub struct Lanes {
 }
 
 impl Lanes {
-    /// Starts a worker for each lane that has an executor.
-    pub fn start(executors: Vec<(Lane, Box<dyn Executor>)>) -> std::io::Result<Self> {
+    /// Starts the threads of each lane that has somebody to work on it.
+    pub fn start(lanes: Vec<(Lane, Worker)>) -> std::io::Result<Self> {
         let board = Arc::new(Board::default());
         let mut queues = PerLane::<Option<Arc<Queue>>>::default();
         let mut workers = Vec::new();
-        for (lane, executor) in executors {
+        let on_device = |(lane, worker): &(Lane, Worker)| {
+            matches!(worker, Worker::OnDevice(..)).then_some(*lane)
+        };
+        let device: Arc<[Lane]> = lanes.iter().filter_map(on_device).collect();
+        for (lane, worker) in lanes {
             let queue = Arc::new(Queue::default());
             queues[lane] = Some(queue.clone());
-            let board = board.clone();
-            let worker = std::thread::Builder::new().name(lane.name().into());
-            workers.push(worker.spawn(move || work(lane, executor, &queue, &board))?);
+            let (board, device) = (board.clone(), device.clone());
+            let start = |name: &str| std::thread::Builder::new().name(name.into());
+            match worker {
+                Worker::Here(executor) => workers
+                    .push(start(lane.name()).spawn(move || work(lane, executor, &queue, &board))?),
+                Worker::OnDevice(issuer, completer) => {
+                    let (given, finishing) = channel();
+                    let there = board.clone();
+                    workers.push(start(lane.name()).spawn(move || {
+                        hand_over(lane, (issuer, &device), &queue, (&board, given));
+                    })?);
+                    let name = format!("{} ends", lane.name());
+                    workers.push(
+                        start(&name).spawn(move || see_end(lane, completer, finishing, &there))?,
+                    );
+                }
+            }
         }
         let (phase, opened) = (Phase::Prefill, Instant::now());
         Ok(Lanes {
@@ -169,7 +249,7 @@ impl Lanes {
     }
 
     pub fn wait(&self, fences: &Fences) -> Result<(), MachineError> {
-        self.board.wait(fences);
+        self.board.wait(&Need::finished(fences));
         match &*lock(&self.board.failure) {
             Some(error) => Err(error.clone()),
             None => Ok(()),
@@ -220,7 +300,7 @@ impl Drop for Lanes {
 fn work(lane: Lane, mut executor: Box<dyn Executor>, queue: &Queue, board: &Board) {
     let mut number = 0;
     while let Some(task) = next(queue) {
-        board.wait(&task.after);
+        board.wait(&Need::finished(&task.after));
         if !board.failed.load(Ordering::Acquire) {
             run_one(lane, executor.as_mut(), task, board);
         }
@@ -255,22 +335,92 @@ fn next(queue: &Queue) -> Option<Task> {
     }
 }
 
-fn run_one(lane: Lane, executor: &mut dyn Executor, task: Task, board: &Board) {
-    let bytes = task.op.bytes();
-    let start = Instant::now();
-    let outcome = catch_unwind(AssertUnwindSafe(|| executor.run(task.op)));
-    let busy_s = start.elapsed().as_secs_f64();
-    match outcome {
-        Ok(Ok(())) => note(
-            &mut lock(&board.log)[lane],
-            task.phase,
-            (busy_s, task.work_s, bytes),
-        ),
+/// What has been handed to a device.
+struct InFlight {
+    number: u64,
+    phase: Phase,
+    work_s: f64,
+    bytes: u64,
+    /// False when it was given up.
+    queued: bool,
+}
+
+fn hand_over(
+    lane: Lane,
+    (mut issuer, device): (Box<dyn Issuer>, &[Lane]),
+    queue: &Queue,
+    (board, given): (&Board, Sender<InFlight>),
+) {
+    let mut number = 0;
+    while let Some(task) = next(queue) {
+        number += 1;
+        let need = Need::on_device(&task.after, device);
+        board.wait(&need);
+        let (phase, work_s, bytes) = (task.phase, task.work_s, task.op.bytes());
+        let issue = || issuer.issue(number, task.op, &need.issued);
+        let queued = !board.failed.load(Ordering::Acquire) && guarded(lane, board, issue).is_some();
+        board.advance(&board.issued[lane], number);
+        let in_flight = InFlight {
+            number,
+            phase,
+            work_s,
+            bytes,
+            queued,
+        };
+        // The other thread ends after this one.
+        let _ = given.send(in_flight);
+    }
+}
+
+fn see_end(
+    lane: Lane,
+    mut completer: Box<dyn Completer>,
+    finishing: Receiver<InFlight>,
+    board: &Board,
+) {
+    while let Ok(op) = finishing.recv() {
+        let complete = || completer.complete(op.number);
+        let busy_s = op.queued.then(|| guarded(lane, board, complete)).flatten();
+        match busy_s {
+            Some(busy_s) => note(
+                &mut lock(&board.log)[lane],
+                op.phase,
+                (busy_s, op.work_s, op.bytes),
+            ),
+            None => completer.skip(op.number),
+        }
+        board.finish(lane, op.number);
+    }
+}
+
+/// What `work` gives; None when it failed or panicked, which the board then knows.
+fn guarded<T>(
+    lane: Lane,
+    board: &Board,
+    work: impl FnOnce() -> Result<T, MachineError>,
+) -> Option<T> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(value)) => return Some(value),
         Ok(Err(error)) => board.fail(error),
         Err(panic) => board.fail(MachineError::Panic {
             lane: lane.name(),
             cause: message(&*panic),
         }),
+    }
+    None
+}
+
+fn run_one(lane: Lane, executor: &mut dyn Executor, task: Task, board: &Board) {
+    let bytes = task.op.bytes();
+    let start = Instant::now();
+    let done = guarded(lane, board, || executor.run(task.op));
+    let busy_s = start.elapsed().as_secs_f64();
+    if done.is_some() {
+        note(
+            &mut lock(&board.log)[lane],
+            task.phase,
+            (busy_s, task.work_s, bytes),
+        );
     }
 }
 

@@ -1,13 +1,22 @@
 //! The two arenas of a machine, shared by its lanes. The Schedule's fences decide who touches which
 //! bytes when; here offsets become slices, bounds-checked against the arena.
 
+use super::MachineError;
 use super::arena::{Arena, MemoryError, Region};
 use crate::tier::{PerTier, Tier};
 use bytemuck::Pod;
+use std::sync::Arc;
+
+/// Memory that the CPU cannot reach in place: a real GPU's.
+pub trait RemoteArena: Send + Sync {
+    /// Copies `bytes` to `offset` and returns when they are there.
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MachineError>;
+}
 
 /// Memory of the Gpu tier (played by DRAM on the host machine) and of the Cpu tier.
 pub struct Memory {
     arenas: PerTier<Option<Arena>>,
+    remote: Option<Arc<dyn RemoteArena>>,
 }
 
 impl Memory {
@@ -25,7 +34,37 @@ impl Memory {
                 cpu: arena(cpu_bytes)?,
                 disk: None,
             },
+            remote: None,
         })
+    }
+
+    /// The Gpu tier is somewhere else: only `fill` reaches it.
+    pub fn with_remote(remote: Arc<dyn RemoteArena>, cpu_bytes: u64) -> Result<Self, MemoryError> {
+        let remote = Some(remote);
+        Ok(Memory {
+            remote,
+            ..Memory::new(0, cpu_bytes)?
+        })
+    }
+
+    /// Copies bytes to a tier, wherever it is.
+    ///
+    /// # Safety
+    /// No running operation touches these bytes.
+    pub unsafe fn fill(&self, tier: Tier, offset: u64, bytes: &[u8]) -> Result<(), MachineError> {
+        match (&self.remote, tier) {
+            (Some(remote), Tier::Gpu) => remote.write(offset, bytes),
+            _ => {
+                // SAFETY: passed on to the caller.
+                unsafe { self.write::<u8>(tier, offset, bytes.len()) }.copy_from_slice(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    /// Address of a stretch of the Cpu arena, for a driver's calls. Panics when it sticks out.
+    pub fn cpu_address(&self, offset: u64, bytes: u64) -> *mut u8 {
+        self.arena(Tier::Cpu).pointer(Region { offset, bytes })
     }
 
     fn arena(&self, tier: Tier) -> &Arena {

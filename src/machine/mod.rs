@@ -4,6 +4,7 @@
 
 pub mod arena;
 pub mod cpu;
+pub mod cuda;
 pub mod disk;
 pub mod lanes;
 pub mod memory;
@@ -27,6 +28,8 @@ pub enum MachineError {
     Disk(String),
     #[error("{0}")]
     Memory(String),
+    #[error("{0}")]
+    Gpu(String),
     #[error("{lane} stopped: {cause} (this is a defect of loadmaster: please report it)")]
     Panic { lane: &'static str, cause: String },
     #[error("this plan needs {0}, which this machine lacks")]

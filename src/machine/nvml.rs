@@ -1,6 +1,8 @@
 //! What NVIDIA's management library says about the GPUs: names, memory, bus. Facts only, no copies
 //! and no kernels; without the library there are no facts, and that is no error.
 
+use nvml_wrapper::enums::device::UsedGpuMemory;
+use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use nvml_wrapper::{Device, Nvml, error::NvmlError};
 
 /// One GPU, as the management library describes it.
@@ -32,6 +34,20 @@ pub fn gpus() -> Option<Vec<GpuInfo>> {
 pub fn gpu(bus_id: Option<&str>) -> Option<GpuInfo> {
     let wanted = |gpu: &GpuInfo| bus_id.is_none_or(|id| same_bus(id, &gpu.bus_id));
     gpus()?.into_iter().find(wanted)
+}
+
+/// Device memory of this process on a GPU, as the driver counts it; None where it does not tell.
+pub fn process_bytes(bus_id: &str) -> Option<u64> {
+    let nvml = Nvml::init().ok()?;
+    let count = nvml.device_count().ok()?;
+    let mut devices = (0..count).filter_map(|index| nvml.device_by_index(index).ok());
+    let device = devices.find(|d| d.pci_info().is_ok_and(|p| same_bus(bus_id, &p.bus_id)))?;
+    let mine = |p: &ProcessInfo| p.pid == std::process::id();
+    let processes = device.running_compute_processes().ok()?;
+    match processes.into_iter().find(mine)?.used_gpu_memory {
+        UsedGpuMemory::Used(bytes) => Some(bytes),
+        UsedGpuMemory::Unavailable => None,
+    }
 }
 
 fn describe(device: &Device) -> Result<GpuInfo, NvmlError> {

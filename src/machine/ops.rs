@@ -34,6 +34,8 @@ pub struct LoadSpan {
     pub bytes: u64,
     pub to: Tier,
     pub memory: u64,
+    /// Set where whole panels come in a GPU's layout and the CPU will multiply them: format and inputs.
+    pub repack: Option<(Dtype, usize)>,
 }
 
 /// `rows` pieces of `row_bytes` from one arena to the other.

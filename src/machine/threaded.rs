@@ -1,10 +1,11 @@
-//! The CPU machine and the host machine: the same lanes on threads, with one arena or with a second one
-//! that plays the Gpu tier. Also the only place that starts lanes' threads.
+//! The machines that run: lanes on threads over one arena (cpu), a second one that plays the Gpu tier
+//! (host), or a real GPU's memory (cuda). Also the only place that starts lanes' threads.
 
 use super::arena::AlignedBuffer;
 use super::cpu::execute::ComputeExecutor;
+use super::cuda::{Gpu, GpuChoice, GpuPlaces, Held};
 use super::disk::{DiskFile, IoPool};
-use super::lanes::{Executor, Lanes};
+use super::lanes::{Lanes, Worker};
 use super::memory::Memory;
 use super::ops::Op;
 use super::price::Pricer;
@@ -27,11 +28,15 @@ pub struct OpenRequest {
     pub files: Vec<Arc<DiskFile>>,
     /// Prices operations for the log of each lane's work.
     pub pricer: Pricer,
+    /// Of a CUDA machine: which GPU, and where the machine's own buffers are.
+    pub gpu: Option<(GpuChoice, GpuPlaces)>,
 }
 
 /// Lanes on threads over one or two arenas.
 pub struct ThreadedMachine {
+    // First: the lanes run dry before what they use goes.
     lanes: Lanes,
+    held: Option<Held>,
     memory: Arc<Memory>,
     pricer: Pricer,
 }
@@ -39,45 +44,70 @@ pub struct ThreadedMachine {
 impl ThreadedMachine {
     /// Maps and writes the arenas, then starts the lanes. Everything that can be missing is missing now.
     pub fn open(request: OpenRequest) -> Result<Self, MachineError> {
-        let failed = |error: &dyn std::fmt::Display| MachineError::Memory(error.to_string());
         // First what is small: the arenas then take the rest of the budget.
-        let mut bounce = Some(AlignedBuffer::new(BOUNCE_BYTES).map_err(|e| failed(&e))?);
-        let memory =
-            Arc::new(Memory::new(request.gpu_bytes, request.cpu_bytes).map_err(|e| failed(&e))?);
-        let files: Arc<[Arc<DiskFile>]> = request.files.into();
-        let mut executors: Vec<(Lane, Box<dyn Executor>)> = Vec::new();
-        for lane in [Lane::DiskToCpu, Lane::CpuToDisk] {
-            let pool = IoPool::new(IO_THREADS).map_err(|e| failed(&e))?;
-            let bounce = bounce.take_if(|_| lane == Lane::DiskToCpu);
-            let disk = DiskExecutor {
-                memory: memory.clone(),
-                files: files.clone(),
-                pool,
-                bounce,
-            };
-            executors.push((lane, Box::new(disk)));
-        }
+        let bounce = AlignedBuffer::new(BOUNCE_BYTES).map_err(failed)?;
+        let gpu = request.gpu.as_ref();
+        let gpu = gpu.map(|(choice, places)| Gpu::open(choice, places.clone()));
+        let gpu = gpu.transpose()?;
+        let memory = match &gpu {
+            Some(gpu) => Memory::with_remote(gpu.remote(), request.cpu_bytes),
+            None => Memory::new(request.gpu_bytes, request.cpu_bytes),
+        };
+        let memory = Arc::new(memory.map_err(failed)?);
+        let mut workers = disk_workers(&request, &memory, bounce)?;
         let compute = |lane: Lane| ComputeExecutor::new(memory.clone(), lane, request.threads);
-        executors.push((Lane::CpuCompute, Box::new(compute(Lane::CpuCompute))));
-        if request.device.has_gpu() {
-            executors.push((Lane::GpuCompute, Box::new(compute(Lane::GpuCompute))));
+        let here = |lane: Lane| (lane, Worker::Here(Box::new(compute(lane))));
+        workers.push(here(Lane::CpuCompute));
+        let mut held = None;
+        if let Some(gpu) = gpu {
+            let (lanes, rest) = gpu.lanes(&memory)?;
+            workers.extend(lanes);
+            held = Some(rest);
+        } else if request.device.has_gpu() {
+            workers.push(here(Lane::GpuCompute));
             for lane in [Lane::CpuToGpu, Lane::GpuToCpu] {
-                executors.push((
-                    lane,
-                    Box::new(CopyExecutor {
-                        memory: memory.clone(),
-                        lane,
-                    }),
-                ));
+                let memory = memory.clone();
+                let copies = CopyExecutor { memory, lane };
+                workers.push((lane, Worker::Here(Box::new(copies))));
             }
         }
-        let lanes = Lanes::start(executors).map_err(|e| failed(&e))?;
         Ok(ThreadedMachine {
-            lanes,
+            lanes: Lanes::start(workers).map_err(failed)?,
+            held,
             memory,
             pricer: request.pricer,
         })
     }
+
+    /// What the GPU could not do as planned, in a line; the run goes on without it.
+    pub fn notice(&self) -> Option<&str> {
+        self.held.as_ref()?.refused.as_deref()
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> MachineError {
+    MachineError::Memory(error.to_string())
+}
+
+/// Reading and writing lanes; only the reading one loads.
+fn disk_workers(
+    request: &OpenRequest,
+    memory: &Arc<Memory>,
+    bounce: AlignedBuffer,
+) -> Result<Vec<(Lane, Worker)>, MachineError> {
+    let files: Arc<[Arc<DiskFile>]> = request.files.clone().into();
+    let mut bounce = Some(bounce);
+    let mut workers = Vec::new();
+    for lane in [Lane::DiskToCpu, Lane::CpuToDisk] {
+        let disk = DiskExecutor {
+            memory: memory.clone(),
+            files: files.clone(),
+            pool: IoPool::new(IO_THREADS).map_err(failed)?,
+            bounce: bounce.take_if(|_| lane == Lane::DiskToCpu),
+        };
+        workers.push((lane, Worker::Here(Box::new(disk) as _)));
+    }
+    Ok(workers)
 }
 
 impl ThreadedMachine {
@@ -105,9 +135,7 @@ impl Machine for ThreadedMachine {
         let all = self.submitted();
         self.wait(&all)?;
         // SAFETY: no operation is left that could touch these bytes.
-        let target = unsafe { self.memory.write::<u8>(tier, offset, bytes.len()) };
-        target.copy_from_slice(bytes);
-        Ok(())
+        unsafe { self.memory.fill(tier, offset, bytes) }
     }
 
     fn values(&self, tier: Tier, offset: u64, count: usize) -> Option<&[f32]> {

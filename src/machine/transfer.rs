@@ -3,6 +3,8 @@
 
 use super::MachineError;
 use super::arena::AlignedBuffer;
+use super::cpu::kernels::{Isa, rows_to_panels};
+use super::cpu::pool::Pool;
 use super::disk::{DiskFile, IoPool, IoRequest};
 use super::lanes::Executor;
 use super::memory::Memory;
@@ -85,13 +87,18 @@ impl DiskExecutor {
             self.pool
                 .run(&mut request)
                 .map_err(|error| MachineError::Disk(error.to_string()))?;
+            let loaded = &bounce[skip as usize..(skip + bytes) as usize];
             // SAFETY: loads run before any other operation uses the arenas.
-            let target = unsafe {
-                self.memory
-                    .write::<u8>(span.to, span.memory + done, bytes as usize)
-            };
-            target.copy_from_slice(&bounce[skip as usize..(skip + bytes) as usize]);
+            unsafe { self.memory.fill(span.to, span.memory + done, loaded)? };
             done += bytes;
+        }
+        if let Some(form) = span.repack {
+            // SAFETY: as above.
+            let panels = unsafe {
+                self.memory
+                    .write::<u8>(span.to, span.memory, span.bytes as usize)
+            };
+            rows_to_panels(&Pool::new(1), Isa::detect(), panels, form);
         }
         Ok(())
     }

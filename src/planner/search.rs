@@ -197,5 +197,8 @@ fn fixed_corners(space: &Space, candidate: &Candidate, percent: [f64; 6]) -> Vec
     let shares = parts
         .into_iter()
         .filter_map(|part| Shares::from_percent(percent, part).ok());
-    shares.map(|s| share_vector(&s)).collect()
+    let allowed = space.allowed(candidate);
+    let vectors = shares.map(|s| share_vector(&s));
+    let possible = |v: &ShareVector| v.iter().zip(allowed).all(|(&share, ok)| ok || share <= 0.0);
+    vectors.filter(possible).collect()
 }

@@ -281,6 +281,8 @@ impl<'a> Space<'a> {
         for index in [2, 4] {
             allowed[index] = !gpu || candidate.cpu_side;
         }
+        // A CUDA machine's store has the GPU's layout; only what is loaded into DRAM is turned around.
+        allowed[4] &= self.device() != DeviceKind::Cuda;
         allowed
     }
 

@@ -50,6 +50,7 @@ impl LaunchBench {
             threads,
             files: vec![Arc::new(file)],
             pricer: Pricer::new(rates),
+            gpu: None,
         };
         Ok(LaunchBench {
             machine: ThreadedMachine::open(request)?,

@@ -7,12 +7,15 @@ mod burst;
 mod compute;
 mod contention;
 mod disk;
+mod gpu;
+mod gpu_work;
 mod launch;
 mod samples;
 mod saved;
 mod scale;
 
 pub use burst::{Burst, BurstPlace, burst_bytes, slowdowns};
+pub use gpu::GpuProbe;
 pub use samples::median;
 pub use saved::{ProfileKey, find_profile, profiles_dir, save_profile, timestamp};
 pub use scale::{MAX_WRITTEN_BYTES, ProbeScale};
@@ -88,6 +91,8 @@ pub struct ProbeOptions<'a> {
     pub scale: ProbeScale,
     /// How the figures were asked for, written into the profile.
     pub command: &'a str,
+    /// Measured too, after everything else.
+    pub gpu: Option<GpuProbe>,
     /// Hears of each stage in a line.
     pub progress: &'a mut dyn FnMut(&str),
     /// Set from a signal handler: ends the probe within a sample.
@@ -111,15 +116,21 @@ pub fn probe(options: ProbeOptions) -> Result<HardwareProfile, ProbeError> {
         compute: ComputeArea::new(extent),
         contention: ContentionArea::default(),
     };
-    areas.tell_what_is_there(&bench, options.progress);
+    areas.tell_what_is_there(&bench, options.gpu.is_some(), options.progress);
     areas.measure(&mut bench, options.progress)?;
-    let key = ProfileKey::of_this_machine(options.offload_dir, options.threads, options.isa.name());
+    let gpu = options.gpu.as_ref();
+    let key = ProfileKey::of_this_machine(options.offload_dir, options.threads, options.isa.name())
+        .with_gpu(gpu.map(|gpu| gpu.facts.name.as_str()));
     let mut profile = areas.profile(key, options.command)?;
     // Arenas and buffers of the measurements are gone before another machine is opened.
     drop((bench, areas));
     let mut launches = LaunchBench::new(&profile, options.threads, options.offload_dir)?;
     (profile.cpu.launch_s, profile.cpu.handover_s) = launches.measure()?;
     drop(launches);
+    if let Some(gpu) = gpu {
+        let talk = (options.progress, options.stop);
+        gpu::measure(&mut profile, gpu, options.threads, talk)?;
+    }
     // What is handed out is what a saved file would give back: checked by the same reader.
     Ok(HardwareProfile::from_toml(&profile.to_toml())?)
 }
@@ -163,7 +174,7 @@ struct Areas {
 }
 
 impl Areas {
-    fn tell_what_is_there(&self, bench: &Bench, progress: &mut dyn FnMut(&str)) {
+    fn tell_what_is_there(&self, bench: &Bench, gpu: bool, progress: &mut dyn FnMut(&str)) {
         if self.provenance != "measured" {
             progress(&format!(
                 "{}: probe again when it is quiet",
@@ -185,7 +196,11 @@ impl Areas {
                 "the processor's cache is as large as the probe's memory: raise its budget for figures of DRAM",
             );
         }
-        for gpu in nvml::gpus().unwrap_or_default() {
+        for gpu in nvml::gpus()
+            .unwrap_or_default()
+            .into_iter()
+            .filter(|_| !gpu)
+        {
             let (name, total) = (gpu.name, show_bytes(gpu.total_bytes));
             progress(&format!(
                 "GPU {name} ({total}) is there; this profile is of the CPU and the disk"
@@ -286,6 +301,21 @@ pub fn summary(profile: &HardwareProfile) -> Vec<String> {
             best / 1e9
         ));
     }
+    lines.extend(profile.gpu.iter().map(|gpu| {
+        let link = |link: &Option<crate::profile::GpuLink>| {
+            let points = link.iter().flat_map(|l| &l.pinned);
+            show_rate(points.map(|p| p.1).fold(0.0, f64::max))
+        };
+        format!(
+            "{} ({}; context and libraries {}): memory {}, up {}, down {}",
+            gpu.name,
+            show_bytes(gpu.total_bytes),
+            show_bytes(gpu.context_bytes),
+            show_rate(gpu.copy_bytes_per_s),
+            link(&links.cpu_to_gpu),
+            link(&links.gpu_to_cpu)
+        )
+    }));
     lines
 }
 

@@ -15,6 +15,8 @@ pub struct ProfileKey {
     pub threads: usize,
     pub kernels: String,
     pub disk: String,
+    /// A GPU that the profile must have been taken of as well.
+    pub gpu: Option<String>,
 }
 
 impl ProfileKey {
@@ -25,7 +27,21 @@ impl ProfileKey {
             threads,
             kernels: format!("{} {isa}", crate::machine::cpu::kernels::KERNEL_REVISION),
             disk: disk::filesystem_of(offload_dir).describe(),
+            gpu: None,
         }
+    }
+
+    pub fn with_gpu(self, name: Option<&str>) -> ProfileKey {
+        ProfileKey {
+            gpu: name.map(str::to_owned),
+            ..self
+        }
+    }
+
+    /// A profile with a GPU serves the CPU alone as well.
+    pub fn fits_profile(&self, profile: &HardwareProfile) -> bool {
+        let gpu = profile.gpu.as_ref().map(|gpu| &gpu.name);
+        self.fits(&profile.machine) && (self.gpu.is_none() || self.gpu.as_ref() == gpu)
     }
 
     pub fn fits(&self, machine: &MachineKey) -> bool {
@@ -47,10 +63,11 @@ impl ProfileKey {
         };
         let words: String = model.chars().map(plain).collect();
         let words: Vec<&str> = words.split_whitespace().take(6).collect();
-        let whole = format!(
+        let mut whole = format!(
             "{}|{}|{}|{}",
             self.cpu, self.threads, self.kernels, self.disk
         );
+        whole.extend(self.gpu.iter().map(|gpu| format!("|{gpu}")));
         let digest = Sha256::digest(whole.as_bytes());
         let tail: String = digest.iter().take(4).map(|b| format!("{b:02x}")).collect();
         format!("{}-{}-threads-{tail}", words.join("-"), self.threads)
@@ -74,7 +91,7 @@ pub fn find_profile(offload_dir: &Path, key: &ProfileKey) -> Option<HardwareProf
     };
     let fitting = files
         .filter_map(read)
-        .filter(|(_, profile)| key.fits(&profile.machine));
+        .filter(|(_, profile)| key.fits_profile(profile));
     let newest = fitting.max_by_key(|(modified, _)| *modified);
     newest.map(|(_, profile)| profile)
 }
@@ -147,6 +164,7 @@ mod tests {
             threads,
             kernels: "1".to_owned(),
             disk: "ext4 on /dev/vda".to_owned(),
+            gpu: None,
         };
         assert!(
             key(2).name().starts_with("amd-epyc-tm-7-8-2-threads-"),

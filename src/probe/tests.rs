@@ -14,6 +14,7 @@ fn quick(dir: &Path, stop: &AtomicBool, budget_bytes: u64) -> Result<HardwarePro
         isa: Isa::detect(),
         scale: ProbeScale::Quick,
         command: "loadmaster probe",
+        gpu: None,
         progress: &mut |_| {},
         stop,
     })
@@ -70,6 +71,7 @@ fn a_stopped_probe_leaves_nothing() {
         isa: Isa::detect(),
         scale: ProbeScale::Quick,
         command: "loadmaster probe",
+        gpu: None,
         progress: &mut |_| {
             heard += 1;
             stop.store(true, Ordering::Relaxed);

@@ -6,8 +6,6 @@ use crate::model::{MatrixKind, ModelSpec, SmallKind};
 use crate::units::{PAGE_BYTES, round_up};
 use serde::{Deserialize, Serialize};
 
-/// Panels of 64 output rows, one after the other, as the CPU kernels read them.
-pub const LAYOUT_NAME: &str = "cpu-panel64";
 /// Changes whenever the bytes inside a panel change their order or meaning.
 pub const LAYOUT_REVISION: u32 = 2;
 /// A cache line: what vector loads of small tensors are aligned to.

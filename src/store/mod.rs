@@ -6,12 +6,12 @@ mod pack;
 mod shelf;
 pub mod stream;
 
-pub use layout::{LAYOUT_NAME, LAYOUT_REVISION, StoreLayout};
+pub use layout::{LAYOUT_REVISION, StoreLayout};
 pub use pack::{PackJob, pack};
 pub use shelf::{Removed, StoreInfo, find, list, prune, remove, store_dir, store_name};
 
 use crate::checkpoint::CheckpointError;
-use crate::dtype::Dtype;
+use crate::dtype::{Dtype, WeightLayout};
 use crate::machine::disk::{DiskError, DiskFile};
 use crate::model::ModelSpec;
 use crate::model::families::check_spec;
@@ -72,6 +72,24 @@ pub struct Manifest {
     pub places: StoreLayout,
 }
 
+/// How weights are packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packing {
+    /// 4-bit where a matrix may be.
+    pub compress: bool,
+    pub layout: WeightLayout,
+}
+
+impl From<bool> for Packing {
+    /// As the CPU reads them.
+    fn from(compress: bool) -> Packing {
+        Packing {
+            compress,
+            layout: WeightLayout::CpuPanel64,
+        }
+    }
+}
+
 const SCHEMA: u32 = 1;
 const MANIFEST: &str = "manifest.json";
 const WEIGHTS: &str = "weights.bin";
@@ -94,9 +112,11 @@ impl Manifest {
     }
 
     fn check(&self, dir: &Path) -> Result<(), StoreError> {
-        let ours = (SCHEMA, LAYOUT_NAME, LAYOUT_REVISION);
-        let theirs = (self.schema, self.layout.as_str(), self.layout_revision);
-        if theirs != ours {
+        let layouts = [WeightLayout::CpuPanel64, WeightLayout::GpuRowMajor].map(WeightLayout::name);
+        let ours = (SCHEMA, LAYOUT_REVISION);
+        let theirs = (self.schema, self.layout_revision);
+        if theirs != ours || !layouts.contains(&self.layout.as_str()) {
+            let (ours, theirs) = ((ours, layouts), (theirs, &self.layout));
             let why = format!("layout {theirs:?} where this version has {ours:?}");
             return Err(StoreError::unusable(dir, why));
         }

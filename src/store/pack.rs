@@ -3,11 +3,11 @@
 
 use super::shelf::{find, is_of, lock_path, open_lock, store_dir, store_name};
 use super::stream::{Sink, StreamJob, write_stream};
-use super::{LAYOUT_NAME, LAYOUT_REVISION, MANIFEST, Manifest, SCHEMA, Store, StoreError};
+use super::{LAYOUT_REVISION, MANIFEST, Manifest, Packing, SCHEMA, Store, StoreError};
 use super::{StoreLayout, WEIGHTS};
 use crate::checkpoint::{CheckpointError, WeightSource};
-use crate::dtype::{Dtype, PANEL_ROWS};
-use crate::machine::cpu::kernels::{Isa, PackSource, pack_panels};
+use crate::dtype::{Dtype, PANEL_ROWS, WeightLayout};
+use crate::machine::cpu::kernels::{Isa, PackSource, pack_panels, pack_rows};
 use crate::machine::cpu::pool::Pool;
 use crate::machine::disk::{check_disk_tier, write_atomically};
 use crate::model::{Matrix, ModelSpec};
@@ -29,8 +29,7 @@ const MOST_PIECE_BYTES: u64 = 16 << 20;
 pub struct PackJob<'a> {
     pub source: &'a dyn WeightSource,
     pub offload_dir: &'a Path,
-    /// 4-bit where a matrix may be.
-    pub compress: bool,
+    pub packing: Packing,
     pub pool: &'a Pool,
     /// Buffers stay within this, but a panel each must fit; small tensors come one at a time.
     pub memory_bytes: u64,
@@ -43,16 +42,16 @@ pub struct PackJob<'a> {
 pub fn pack(job: PackJob) -> Result<Store, StoreError> {
     let spec = job.source.spec();
     let fingerprint = job.source.fingerprint();
-    if let Some(store) = find(job.offload_dir, spec, &fingerprint, job.compress) {
+    if let Some(store) = find(job.offload_dir, spec, &fingerprint, job.packing) {
         return Ok(store);
     }
     let root = store_dir(job.offload_dir);
     std::fs::create_dir_all(&root).map_err(|e| StoreError::io(&root, e))?;
     check_disk_tier(&root)?;
-    let dir = root.join(store_name(spec, &fingerprint, job.compress));
+    let dir = root.join(store_name(spec, &fingerprint, job.packing));
     let lock = lock_exclusive(&dir, job.stop)?;
     // Another process may have packed the same weights while this one waited for the lock.
-    let there = Manifest::read(&dir).is_ok_and(|m| is_of(&m, spec, &fingerprint, job.compress));
+    let there = Manifest::read(&dir).is_ok_and(|m| is_of(&m, spec, &fingerprint, job.packing));
     if !there {
         write_beside(job, &dir, fingerprint)?;
     }
@@ -103,7 +102,7 @@ fn remove_if_there(dir: &Path) -> Result<(), StoreError> {
 
 fn write_store(job: PackJob, dir: &Path, fingerprint: String) -> Result<(), StoreError> {
     let spec = job.source.spec().clone();
-    let compress = job.compress;
+    let Packing { compress, layout } = job.packing;
     let places = StoreLayout::of(&spec, compress);
     let pieces = pieces(&spec, compress, job.memory_bytes);
     let most_bytes = pieces.iter().map(|p| p.packed_bytes(&spec)).max();
@@ -118,6 +117,7 @@ fn write_store(job: PackJob, dir: &Path, fingerprint: String) -> Result<(), Stor
         places: &places,
         pool: job.pool,
         isa: Isa::detect(),
+        layout,
         progress: job.progress,
         stop: job.stop,
     };
@@ -130,7 +130,7 @@ fn write_store(job: PackJob, dir: &Path, fingerprint: String) -> Result<(), Stor
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let manifest = Manifest {
         schema: SCHEMA,
-        layout: LAYOUT_NAME.to_owned(),
+        layout: layout.name().to_owned(),
         layout_revision: LAYOUT_REVISION,
         fingerprint,
         compress,
@@ -194,6 +194,7 @@ struct Packer<'a> {
     places: &'a StoreLayout,
     pool: &'a Pool,
     isa: Isa,
+    layout: WeightLayout,
     progress: &'a mut dyn FnMut(u64, u64),
     stop: &'a AtomicBool,
 }
@@ -258,7 +259,12 @@ impl Packer<'_> {
             inputs: piece.matrix.inputs,
         };
         let room = sink.room((panels * panel_bytes) as usize);
-        pack_panels(self.pool, self.isa, source, piece.format, room);
+        match self.layout {
+            WeightLayout::CpuPanel64 => {
+                pack_panels(self.pool, self.isa, source, piece.format, room)
+            }
+            WeightLayout::GpuRowMajor => pack_rows(self.pool, self.isa, source, piece.format, room),
+        }
     }
 
     fn advance(&mut self, sink: &Sink) -> Result<(), StoreError> {

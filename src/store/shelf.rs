@@ -1,7 +1,8 @@
 //! The directory that stores stand in: their names, locks, listing and removal.
 //! What is inside a store is not looked at beyond its manifest.
 
-use super::{Manifest, Store, StoreError};
+use super::{Manifest, Packing, Store, StoreError};
+use crate::dtype::WeightLayout;
 use crate::model::ModelSpec;
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions, TryLockError};
@@ -14,7 +15,8 @@ pub fn store_dir(offload_dir: &Path) -> PathBuf {
 }
 
 /// A store's name: readable, and different for different weights.
-pub fn store_name(spec: &ModelSpec, fingerprint: &str, compress: bool) -> String {
+pub fn store_name(spec: &ModelSpec, fingerprint: &str, packing: impl Into<Packing>) -> String {
+    let packing = packing.into();
     let plain = |c: char| {
         if c.is_ascii_alphanumeric() || ".-_".contains(c) {
             c
@@ -24,10 +26,18 @@ pub fn store_name(spec: &ModelSpec, fingerprint: &str, compress: bool) -> String
     };
     let model: String = spec.name.chars().take(80).map(plain).collect();
     let model = model.trim_start_matches('.');
-    let format = if compress { "q4" } else { spec.dtype.name() };
+    let format = if packing.compress {
+        "q4"
+    } else {
+        spec.dtype.name()
+    };
     let hash = Sha256::digest(fingerprint);
     let hash: String = hash.iter().take(4).map(|b| format!("{b:02x}")).collect();
-    format!("{model}-{format}-{hash}")
+    let device = match packing.layout {
+        WeightLayout::CpuPanel64 => "",
+        WeightLayout::GpuRowMajor => "-gpu",
+    };
+    format!("{model}-{format}{device}-{hash}")
 }
 
 /// The store of these weights in this format, where it is there and whole.
@@ -35,11 +45,12 @@ pub fn find(
     offload_dir: &Path,
     spec: &ModelSpec,
     fingerprint: &str,
-    compress: bool,
+    packing: impl Into<Packing>,
 ) -> Option<Store> {
-    let dir = store_dir(offload_dir).join(store_name(spec, fingerprint, compress));
+    let packing = packing.into();
+    let dir = store_dir(offload_dir).join(store_name(spec, fingerprint, packing));
     let store = dir.is_dir().then(|| Store::open(&dir))?.ok()?;
-    is_of(store.manifest(), spec, fingerprint, compress).then_some(store)
+    is_of(store.manifest(), spec, fingerprint, packing).then_some(store)
 }
 
 /// Sizes, format and switches are part of the fingerprint; comparing the model is a second belt.
@@ -47,9 +58,11 @@ pub(super) fn is_of(
     manifest: &Manifest,
     spec: &ModelSpec,
     fingerprint: &str,
-    compress: bool,
+    packing: Packing,
 ) -> bool {
-    let same = manifest.fingerprint == fingerprint && manifest.compress == compress;
+    let same = manifest.fingerprint == fingerprint
+        && manifest.compress == packing.compress
+        && manifest.layout == packing.layout.name();
     same && manifest.model
         == ModelSpec {
             name: manifest.model.name.clone(),

@@ -241,6 +241,7 @@ pub fn run_with(
         packed: &packed,
         spill,
         pricer,
+        gpu: Default::default(),
     };
     let (mut machine, facts) = open(&job).expect("the run opens");
     let mut collected = Collected::default();

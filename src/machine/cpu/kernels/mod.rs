@@ -16,6 +16,7 @@ mod pack_q4;
 mod panel;
 mod prefill;
 mod q4;
+pub mod rowmajor;
 pub mod rows;
 mod shared;
 mod simd;
@@ -31,6 +32,7 @@ pub use gemm::{Activation, GemmArgs, gemm};
 pub use kv::{AppendArgs, KvView, Slots, append_kv};
 pub use norm::{NormArgs, NormInPlace, layer_norm, layer_norm_in_place};
 pub use pack::{PackSource, pack_panels, unpack_panel};
+pub use rowmajor::{pack_rows, rows_to_panels};
 pub use rows::{EmbedArgs, Table, add_rows, add_rows_typed, copy_rows, embed_rows};
 pub use simd::Isa;
 

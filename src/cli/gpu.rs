@@ -1,0 +1,69 @@
+//! The GPU of this machine as commands see it: which one, whether it can be used, what is free on it.
+//! Nothing is opened on it here.
+
+use super::failure::Failure;
+use super::values::DeviceChoice;
+use crate::machine::cuda::presence::{GpuError, find_gpu};
+use crate::machine::cuda::{DeviceFacts, GpuChoice};
+use crate::machine::nvml;
+use std::path::Path;
+
+/// A GPU that can be computed on.
+#[derive(Clone, Debug)]
+pub struct LocalGpu {
+    pub index: usize,
+    pub facts: DeviceFacts,
+}
+
+impl LocalGpu {
+    /// GPU number `index`, or why not.
+    pub fn find(index: usize) -> Result<LocalGpu, Failure> {
+        match find_gpu(index) {
+            Ok(facts) => Ok(LocalGpu { index, facts }),
+            Err(GpuError::Absent(why)) => Err(Failure::failed(format!(
+                "--device cuda:{index}: {why}"
+            ))
+            .with_hint(
+                "give --device cpu; a GPU of another machine can be planned for with --profile",
+            )),
+            Err(GpuError::Unusable { cause, remedy }) => Err(unusable(&cause, &remedy)),
+        }
+    }
+
+    /// What `--device` asks for: `auto` takes the first GPU, and no GPU where there is none. One that is
+    /// there and cannot be used is an error: nobody should find out from a slow run.
+    pub fn asked(device: &DeviceChoice) -> Result<Option<LocalGpu>, Failure> {
+        match device {
+            DeviceChoice::Cpu | DeviceChoice::Host { .. } => Ok(None),
+            DeviceChoice::Cuda { index } => LocalGpu::find(*index).map(Some),
+            DeviceChoice::Auto => match find_gpu(0) {
+                Ok(facts) => Ok(Some(LocalGpu { index: 0, facts })),
+                Err(GpuError::Absent(_)) => Ok(None),
+                Err(GpuError::Unusable { cause, remedy }) => Err(unusable(&cause, &remedy)),
+            },
+        }
+    }
+
+    pub fn choice(&self, offload_dir: &Path) -> GpuChoice {
+        GpuChoice {
+            index: self.index,
+            kernel_cache: offload_dir.join("kernels"),
+        }
+    }
+
+    /// Device memory that is free now; None where nobody tells.
+    pub fn free_bytes(&self) -> Option<u64> {
+        nvml::gpu(Some(&self.facts.bus_id)).map(|gpu| gpu.free_bytes)
+    }
+}
+
+fn unusable(cause: &str, remedy: &str) -> Failure {
+    Failure::failed(format!("the GPU cannot be used: {cause}"))
+        .with_hint(format!("{remedy}; or give --device cpu"))
+}
+
+/// The number in "cuda:1".
+pub fn gpu_index(device: &str) -> usize {
+    let number = device.strip_prefix("cuda:").and_then(|n| n.parse().ok());
+    number.unwrap_or(0)
+}

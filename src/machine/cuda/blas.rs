@@ -1,0 +1,136 @@
+//! Large products through cuBLAS: fp16 or bf16 operands with fp32 sums and results, fp32 without TF32.
+//! Row-major matrices here, column-major words there.
+
+use super::api::{Context, Stream};
+use crate::dtype::Dtype;
+use cudarc::cublas::sys::{self, cublasOperation_t as Operation, cublasStatus_t as Status};
+use std::ffi::c_void;
+use std::sync::Arc;
+
+/// A handle on one stream, with a workspace of ours.
+pub struct Blas {
+    raw: sys::cublasHandle_t,
+    _context: Arc<Context>,
+}
+
+// SAFETY: used by one thread at a time: the compute lane's.
+unsafe impl Send for Blas {}
+
+/// out (m × rows, f32) = x (m × inputs) · w (rows × inputs)ᵀ; strides in elements, addresses on the device.
+#[derive(Clone, Copy, Debug)]
+pub struct LargeProduct {
+    /// Of both `x` and `w`: F32, F16 or BF16.
+    pub format: Dtype,
+    pub x: u64,
+    pub x_stride: usize,
+    pub w: u64,
+    pub m: usize,
+    pub rows: usize,
+    pub inputs: usize,
+    pub out: u64,
+    pub out_stride: usize,
+}
+
+fn check(call: &str, status: Status) -> Result<(), String> {
+    match status {
+        Status::CUBLAS_STATUS_SUCCESS => Ok(()),
+        other => Err(format!("{call} failed: {other:?}")),
+    }
+}
+
+impl Blas {
+    pub fn new(
+        context: &Arc<Context>,
+        stream: &Stream,
+        (workspace, bytes): (u64, u64),
+    ) -> Result<Blas, String> {
+        context.use_here().map_err(|e| e.to_string())?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the context is current; the handle is written to a live pointer.
+        check("cublasCreate", unsafe { sys::cublasCreate_v2(&mut raw) })?;
+        let blas = Blas {
+            raw,
+            _context: context.clone(),
+        };
+        // SAFETY: handle and stream are alive; the workspace is device memory of that length, used by
+        // this stream alone.
+        unsafe {
+            check(
+                "cublasSetStream",
+                sys::cublasSetStream_v2(raw, stream.raw().cast()),
+            )?;
+            check(
+                "cublasSetWorkspace",
+                sys::cublasSetWorkspace_v2(raw, workspace as *mut c_void, bytes as usize),
+            )?;
+        }
+        Ok(blas)
+    }
+
+    /// Queues one product.
+    /// # Safety
+    /// The addresses are device memory as large as the shapes say, until the stream has passed this.
+    pub unsafe fn multiply(&self, p: &LargeProduct) -> Result<(), String> {
+        let (one, zero) = (1.0f32, 0.0f32);
+        let size = |n: usize| n as i32;
+        let data = match p.format {
+            Dtype::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+            _ => sys::cudaDataType_t::CUDA_R_16F,
+        };
+        let (t, n) = (Operation::CUBLAS_OP_T, Operation::CUBLAS_OP_N);
+        if p.format == Dtype::F32 {
+            // SAFETY: the caller's; scalars are read on the host before the call returns.
+            let status = unsafe {
+                sys::cublasSgemm_v2(
+                    self.raw,
+                    t,
+                    n,
+                    size(p.rows),
+                    size(p.m),
+                    size(p.inputs),
+                    &one,
+                    p.w as *const f32,
+                    size(p.inputs),
+                    p.x as *const f32,
+                    size(p.x_stride),
+                    &zero,
+                    p.out as *mut f32,
+                    size(p.out_stride),
+                )
+            };
+            return check("cublasSgemm", status);
+        }
+        // SAFETY: as above.
+        let status = unsafe {
+            sys::cublasGemmEx(
+                self.raw,
+                t,
+                n,
+                size(p.rows),
+                size(p.m),
+                size(p.inputs),
+                std::ptr::from_ref(&one).cast(),
+                p.w as *const c_void,
+                data,
+                size(p.inputs),
+                p.x as *const c_void,
+                data,
+                size(p.x_stride),
+                std::ptr::from_ref(&zero).cast(),
+                p.out as *mut c_void,
+                sys::cudaDataType_t::CUDA_R_32F,
+                size(p.out_stride),
+                sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                sys::cublasGemmAlgo_t::CUBLAS_GEMM_DFALT,
+            )
+        };
+        check("cublasGemmEx", status)
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        // SAFETY: created by `new`; its stream is idle.
+        let _ = unsafe { sys::cublasDestroy_v2(self.raw) };
+    }
+}

@@ -1,0 +1,210 @@
+//! The CUDA machine: a real GPU behind the same lanes. Three streams (compute, up, down) tied by events,
+//! one allocation of device memory, kernels of our own and cuBLAS. Opening it is all that lives here.
+
+mod api;
+mod attend;
+mod blas;
+mod compute;
+mod copies;
+mod issue;
+mod modules;
+pub mod presence;
+mod product;
+mod tables;
+mod timeline;
+
+pub use api::DeviceFacts;
+
+use super::MachineError;
+use super::arena::Region;
+use super::lanes::Worker;
+use super::memory::{Memory, RemoteArena};
+use crate::tier::Lane;
+use crate::units::show_bytes;
+use api::{Context, CudaError, DeviceBuffer, PinnedRange};
+use blas::Blas;
+use compute::ComputeWork;
+use copies::{Copies, Pinned, Relay};
+use issue::{Timelines, worker};
+use modules::{Kernels, Target};
+use std::path::PathBuf;
+use std::sync::Arc;
+use tables::{TablePlaces, Tables};
+use timeline::Timeline;
+
+fn gpu_error(error: CudaError) -> MachineError {
+    MachineError::Gpu(error.to_string())
+}
+
+/// Where things of the machine itself lie in the two arenas; everything else is the engine's.
+#[derive(Clone, Debug, Default)]
+pub struct GpuPlaces {
+    pub arena_bytes: u64,
+    /// Of the device: narrowed activations, widened weights, attention's parts.
+    pub scratch: Region,
+    /// Of the device: cuBLAS's workspace.
+    pub blas: Region,
+    /// Small tables on the device, and page-locked in DRAM before that.
+    pub tables: Region,
+    pub host_tables: Region,
+    /// Of DRAM: what other memory travels through.
+    pub relay: Region,
+    /// Of DRAM: to be page-locked in place.
+    pub pinned: Vec<Region>,
+}
+
+/// Which GPU, and where its kernels are kept.
+#[derive(Clone, Debug, Default)]
+pub struct GpuChoice {
+    pub index: usize,
+    pub kernel_cache: PathBuf,
+}
+
+/// An opened GPU, before its lanes start.
+pub struct Gpu {
+    context: Arc<Context>,
+    arena: Arc<DeviceBuffer>,
+    kernels: Arc<Kernels>,
+    timelines: Timelines,
+    blas: Blas,
+    places: GpuPlaces,
+}
+
+impl RemoteArena for DeviceBuffer {
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MachineError> {
+        DeviceBuffer::write(self, offset, bytes).map_err(gpu_error)
+    }
+}
+
+impl Gpu {
+    /// Context, kernels, cuBLAS and the device's arena: everything that can be missing is missing now.
+    pub fn open(choice: &GpuChoice, places: GpuPlaces) -> Result<Gpu, MachineError> {
+        let facts = presence::find_gpu(choice.index)
+            .map_err(|error| MachineError::Gpu(error.to_string()))?;
+        let context = Context::new(choice.index).map_err(gpu_error)?;
+        let target = Target {
+            capability: facts.capability,
+            driver: api::driver_version().map_err(gpu_error)?,
+            cache: &choice.kernel_cache,
+        };
+        let kernels = Kernels::load(&context, &target).map_err(MachineError::Gpu)?;
+        let arena = DeviceBuffer::new(&context, places.arena_bytes)
+            .map_err(|error| no_room(&context, places.arena_bytes, error))?;
+        let timeline = || Timeline::new(&context).map(|t| Some(Arc::new(t)));
+        let mut timelines = Timelines::default();
+        for lane in issue::GPU_LANES {
+            timelines[lane] = timeline().map_err(gpu_error)?;
+        }
+        let compute = timelines[Lane::GpuCompute].clone();
+        let stream = compute.as_ref().expect("just made").stream();
+        let workspace = arena.at(places.blas.offset, places.blas.bytes);
+        let blas = Blas::new(&context, stream, (workspace, places.blas.bytes))
+            .map_err(MachineError::Gpu)?;
+        Ok(Gpu {
+            context,
+            arena: Arc::new(arena),
+            kernels: Arc::new(kernels),
+            timelines,
+            blas,
+            places,
+        })
+    }
+
+    /// The device's memory, for the two arenas of a machine.
+    pub fn remote(&self) -> Arc<dyn RemoteArena> {
+        self.arena.clone()
+    }
+
+    /// The three lanes, and what must live as long as they do.
+    pub fn lanes(self, memory: &Arc<Memory>) -> Result<(Vec<(Lane, Worker)>, Held), MachineError> {
+        let (pinned, refused) = pin(&self.context, memory, &self.places.pinned);
+        let pinned = Arc::new(pinned);
+        let relay = Relay::new(&self.context, memory.clone(), self.places.relay);
+        let mut relay = Some(relay.map_err(gpu_error)?);
+        let mut lanes = Vec::new();
+        for lane in [Lane::CpuToGpu, Lane::GpuToCpu] {
+            let up = lane == Lane::CpuToGpu;
+            let work = Copies {
+                memory: memory.clone(),
+                device: self.arena.clone(),
+                timeline: self.timeline(lane),
+                pinned: pinned.clone(),
+                up,
+                relay: if up { relay.take() } else { None },
+            };
+            lanes.push((lane, worker(&self.context, lane, &self.timelines, work)));
+        }
+        let lane = Lane::GpuCompute;
+        let places = TablePlaces {
+            host: self.places.host_tables,
+            device_offset: self.places.tables.offset,
+        };
+        let timeline = self.timeline(lane);
+        let work = ComputeWork {
+            device: self.arena.clone(),
+            kernels: self.kernels.clone(),
+            tables: Tables::new(memory.clone(), self.arena.clone(), timeline.clone(), places),
+            timeline,
+            blas: self.blas,
+            scratch: self.places.scratch,
+        };
+        lanes.push((lane, worker(&self.context, lane, &self.timelines, work)));
+        let held = Held {
+            refused,
+            _pinned: pinned,
+            _kernels: self.kernels,
+            _memory: memory.clone(),
+        };
+        Ok((lanes, held))
+    }
+
+    fn timeline(&self, lane: Lane) -> Arc<Timeline> {
+        let timeline = self.timelines[lane].clone();
+        timeline.expect("every lane of the GPU has a stream")
+    }
+}
+
+/// What outlives the lanes: page locks go before the memory that they lock.
+pub struct Held {
+    /// Why part of the DRAM could not be page-locked; it travels through the relay.
+    pub refused: Option<String>,
+    _pinned: Arc<Pinned>,
+    _kernels: Arc<Kernels>,
+    _memory: Arc<Memory>,
+}
+
+fn no_room(context: &Context, bytes: u64, error: CudaError) -> MachineError {
+    if !error.is_out_of_memory() {
+        return gpu_error(error);
+    }
+    let free = context.memory().map_or(0, |(free, _)| free);
+    MachineError::Gpu(format!(
+        "{} of GPU memory are needed in one piece and {} are free: end other programs on the GPU or lower --gpu-mem",
+        show_bytes(bytes),
+        show_bytes(free)
+    ))
+}
+
+/// Page-locks what can be; says what could not.
+fn pin(context: &Arc<Context>, memory: &Memory, wanted: &[Region]) -> (Pinned, Option<String>) {
+    let mut pinned = Pinned::default();
+    let (mut refused_bytes, mut why) = (0, None);
+    for region in wanted.iter().filter(|r| r.bytes > 0) {
+        let address = memory.cpu_address(region.offset, region.bytes);
+        // SAFETY: the arena outlives the range: both are held together, the range is dropped first.
+        match unsafe { PinnedRange::new(context, address, region.bytes) } {
+            Ok(range) => pinned.ranges.push(range),
+            Err(error) => {
+                refused_bytes += region.bytes;
+                why.get_or_insert(error);
+            }
+        }
+    }
+    let refused = why.map(|error| {
+        format!(
+            "{} of DRAM could not be page-locked ({error}): copies of it go through a relay and are slower; raise `ulimit -l` or give --pin-weight 0",
+            show_bytes(refused_bytes)
+        )
+    });
+    (pinned, refused)
+}
