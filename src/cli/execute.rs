@@ -8,6 +8,7 @@ use super::prompt_lines::{Line, LineError};
 use super::prompts;
 use super::results::{ResultSink, Results, check_place};
 use super::settle::Model;
+use crate::cost::footprint::HostBytes;
 use crate::cost::rates::Rates;
 use crate::engine::open::{Packed, RunJob, footprint, open};
 use crate::engine::{Engine, EngineError, Outcome, Request, RunOptions};
@@ -68,22 +69,16 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
         policy: &policy,
         device,
         lengths: planned_lengths(job.plan),
-        host: job
-            .model
-            .host_bytes(job.plan.workload.prompt_tokens, policy.threads)
-            .with_gpu(device, job.profile.gpu.as_ref()),
+        host: host_bytes(&job, device, policy.threads),
         packed: &Packed::default(),
         spill: &spill_dir(job.offload_dir)?,
         pricer: Pricer::new(rates.clone()),
-        gpu: gpu
-            .as_ref()
-            .map_or_else(Default::default, |gpu| gpu.choice(job.offload_dir)),
+        gpu: LocalGpu::choice_of(gpu.as_ref(), job.offload_dir),
     };
     // Before the packing, so that no time is spent on what cannot run; and after it, because it takes
     // disk and others may have taken memory meanwhile.
     os::release_free_heap();
-    check_room(&run, job.offload_dir)?;
-    check_gpu_room(&run, gpu.as_ref())?;
+    check_room(&run, job.offload_dir).and_then(|()| check_gpu_room(&run, gpu.as_ref()))?;
     let store = packed_store(&job, &policy, (&mut setup, talk), stop)?;
     let packed = packed(&store);
     let run = RunJob {
@@ -126,6 +121,12 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
         write_atomically(path, report.to_json().as_bytes()).map_err(Failure::failed)?;
     }
     Ok(Executed { report, failure })
+}
+
+fn host_bytes(job: &Execution, device: DeviceKind, threads: usize) -> HostBytes {
+    let prompt_tokens = job.plan.workload.prompt_tokens;
+    let own = job.model.host_bytes(prompt_tokens, threads);
+    own.with_gpu(device, job.profile.gpu.as_ref())
 }
 
 /// Whether results and report can be written, before there is anything to write.

@@ -51,6 +51,11 @@ impl LocalGpu {
         }
     }
 
+    /// What the engine opens; of no GPU nothing.
+    pub fn choice_of(gpu: Option<&LocalGpu>, offload_dir: &Path) -> GpuChoice {
+        gpu.map_or_else(GpuChoice::default, |gpu| gpu.choice(offload_dir))
+    }
+
     /// Device memory that is free now; None where nobody tells.
     pub fn free_bytes(&self) -> Option<u64> {
         nvml::gpu(Some(&self.facts.bus_id)).map(|gpu| gpu.free_bytes)

@@ -161,7 +161,7 @@ impl Target {
         } else {
             threads
         };
-        let gpu_bytes = gpu_budget(limits, device, gpu.as_ref(), &profile);
+        let gpu_bytes = gpu_budget(limits, device, gpu.as_ref(), &profile)?;
         let budget = budgets(limits, (gpu_bytes, foreign), &profile, &offload_dir)?;
         Ok(Target {
             profile,
@@ -290,9 +290,9 @@ fn gpu_budget(
     device: DeviceKind,
     local: Option<&LocalGpu>,
     profile: &HardwareProfile,
-) -> Option<u64> {
+) -> Result<Option<u64>, Failure> {
     let spare = |bytes: u64| bytes.saturating_sub((512 * MIB).min(bytes / 8));
-    let own = || match (&limits.device, device) {
+    let own = match (&limits.device, device) {
         (DeviceChoice::Host { gpu_bytes }, _) => Some(*gpu_bytes),
         (_, DeviceKind::Cuda) => {
             let total = profile.gpu.as_ref().map_or(0, |g| g.total_bytes);
@@ -307,7 +307,7 @@ fn gpu_budget(
         }
         _ => None,
     };
-    own().map(|own| limits.gpu_mem_bytes.unwrap_or(own))
+    Ok(own.map(|own| limits.gpu_mem_bytes.unwrap_or(own)))
 }
 
 fn budgets(

@@ -1,19 +1,15 @@
 //! Keys and values into the cache, and attention over it: the operations' items as the kernels read them,
 //! cut into parts, decode and prompt rows apart.
 
-use super::api::Arg;
 use super::compute::{ComputeWork, LaunchError};
-use crate::dtype::Dtype;
+use super::launch::Arg;
 use crate::machine::ops::{Attention, KvItem, KvSlots};
 use bytemuck::{Pod, Zeroable};
 
 /// Cached tokens in one part of a decode row's attention.
 const PART_TOKENS: usize = 256;
-/// Query rows of one tile: plain, and on tensor cores.
-const PLAIN_TILE: usize = 16;
-const TENSOR_TILE: usize = 64;
-/// Head sizes that the tensor-core kernels are made for.
-const TENSOR_HEADS: [usize; 4] = [32, 64, 80, 128];
+/// Query rows of one tile of a prompt.
+const TILE_ROWS: usize = 16;
 const THREADS: u32 = 128;
 
 /// kernels/README.md, KvItem.
@@ -83,16 +79,8 @@ impl ComputeWork {
         if items.is_empty() {
             return Ok(());
         }
-        let head_size = a.hidden / a.heads;
-        let tensor = TENSOR_HEADS.into_iter().find(|&d| d >= head_size);
-        let (name, tile) = match (a.format, tensor) {
-            (Dtype::F16 | Dtype::Q4, Some(d)) => (
-                format!("attend_prefill_mma_{}_{d}", a.format.name()),
-                TENSOR_TILE,
-            ),
-            _ => (format!("attend_prefill_{}", a.format.name()), PLAIN_TILE),
-        };
-        let (at, tiles) = self.items(a, items, |item| item.rows.div_ceil(tile));
+        let name = format!("attend_prefill_{}", a.format.name());
+        let (at, tiles) = self.items(a, items, |item| item.rows.div_ceil(TILE_ROWS));
         self.tables.copy()?;
         let args = self.attention_args(a, (at, items.len()));
         self.launch(&name, ((tiles as u32, a.heads as u32), THREADS), &args)

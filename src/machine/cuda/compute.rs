@@ -1,10 +1,11 @@
 //! The compute lane of the GPU: operations become kernel launches on its stream (kernels/README.md has
 //! every kernel's arguments and shape). Products are in product.rs, attention in attend.rs.
 
-use super::api::{Arg, CudaError, DeviceBuffer};
+use super::api::{CudaError, DeviceBuffer};
 use super::blas::Blas;
 use super::gpu_error;
 use super::issue::Work;
+use super::launch::Arg;
 use super::modules::Kernels;
 use super::tables::Tables;
 use super::timeline::Timeline;

@@ -70,20 +70,22 @@ impl Copies {
         let length = (piece.rows - 1) * host_stride + piece.row_bytes;
         let flat =
             piece.rows == 1 || (host_stride == piece.row_bytes && device_stride == piece.row_bytes);
-        let stream = self.timeline.stream();
-        // SAFETY (all four): the ranges were checked by `ends`; the fences of a copy come after its source
-        // was written and its target was last used, and whoever comes next waits for the copy.
-        match (self.up, flat) {
-            (true, true) if !self.pinned.contains(host, length) => match &mut self.relay {
-                Some(relay) => unsafe { relay.upload(&self.timeline, device, (host, length)) },
-                None => unsafe { stream.upload(device, host, length) },
+        let timeline = self.timeline.clone();
+        let stream = timeline.stream();
+        let rows = self.rows(piece, (host, host_stride), (device, device_stride));
+        let through_relay = self.up && flat && !self.pinned.contains(host, length);
+        match &mut self.relay {
+            // SAFETY: the ranges were checked by `ends`; the fences of a copy come after its source was
+            // written and its target was last used, and whoever comes next waits for the copy.
+            Some(relay) if through_relay => unsafe {
+                relay.upload(&timeline, device, (host, length))
             },
-            (true, true) => unsafe { stream.upload(device, host, length) },
-            (false, true) => unsafe { stream.download(host, device, length) },
-            (_, false) => {
-                let rows = self.rows(piece, (host, host_stride), (device, device_stride));
-                unsafe { stream.copy_rows(&rows) }
-            }
+            // SAFETY: as above.
+            _ if flat && self.up => unsafe { stream.upload(device, host, length) },
+            // SAFETY: as above.
+            _ if flat => unsafe { stream.download(host, device, length) },
+            // SAFETY: as above, for every row.
+            _ => unsafe { stream.copy_rows(&rows) },
         }
     }
 

@@ -7,6 +7,7 @@ mod blas;
 mod compute;
 mod copies;
 mod issue;
+mod launch;
 mod modules;
 pub mod presence;
 mod product;
@@ -99,7 +100,7 @@ impl Gpu {
         let stream = compute.as_ref().expect("just made").stream();
         let workspace = arena.at(places.blas.offset, places.blas.bytes);
         let blas = Blas::new(&context, stream, (workspace, places.blas.bytes))
-            .map_err(MachineError::Gpu)?;
+            .map_err(|why| blas_error(&why))?;
         Ok(Gpu {
             context,
             arena: Arc::new(arena),
@@ -171,6 +172,16 @@ pub struct Held {
     _pinned: Arc<Pinned>,
     _kernels: Arc<Kernels>,
     _memory: Arc<Memory>,
+}
+
+fn blas_error(why: &str) -> MachineError {
+    let remedy = match why.contains("ALLOC_FAILED") {
+        true => {
+            ": the GPU has no memory left for cuBLAS; end other programs on it or lower --gpu-mem"
+        }
+        false => "",
+    };
+    MachineError::Gpu(format!("{why}{remedy}"))
 }
 
 fn no_room(context: &Context, bytes: u64, error: CudaError) -> MachineError {

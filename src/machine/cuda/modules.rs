@@ -1,7 +1,8 @@
 //! The kernels' sources, compiled for one GPU and kept as cubins under the offload directory: found
 //! again while source, architecture, compiler and driver stay. Launching them is not done here.
 
-use super::api::{Context, CudaError, Kernel, Module};
+use super::api::{Context, CudaError};
+use super::launch::{Kernel, Module};
 use crate::machine::disk::write_atomically;
 use cudarc::nvrtc::sys as nvrtc;
 use sha2::{Digest, Sha256};
@@ -28,20 +29,19 @@ macro_rules! source {
 const HEADER: &str = include_str!("../../../kernels/device.cuh");
 const INCLUDE: &str = "#include \"device.cuh\"";
 
-const SOURCES: [Source; 9] = [
+const SOURCES: [Source; 8] = [
     source!("rows.cu"),
     source!("norm.cu"),
     source!("epilogue.cu"),
     source!("gemm_small.cu"),
     source!("append.cu"),
     source!("prefill.cu"),
-    source!("prefill_mma.cu"),
     source!("decode.cu"),
     source!("probe.cu"),
 ];
 
 /// Entry points by file; `{}` stands for each of the words behind.
-const ENTRIES: [(&str, &[&str], &[&str]); 13] = [
+const ENTRIES: [(&str, &[&str], &[&str]); 12] = [
     (
         "rows.cu",
         &["embed_{}", "add_positions_{}"],
@@ -72,11 +72,6 @@ const ENTRIES: [(&str, &[&str], &[&str]); 13] = [
     ),
     ("append.cu", &["append_{}"], &["f32", "f16", "q4"]),
     ("prefill.cu", &["attend_prefill_{}"], &["f32", "f16", "q4"]),
-    (
-        "prefill_mma.cu",
-        &["attend_prefill_mma_f16_{}", "attend_prefill_mma_q4_{}"],
-        &["32", "64", "80", "128"],
-    ),
     ("decode.cu", &["attend_decode_{}"], &["f32", "f16", "q4"]),
     ("decode.cu", &["attend_combine"], &[""]),
     ("probe.cu", &["probe_read"], &[""]),

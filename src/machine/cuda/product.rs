@@ -1,9 +1,9 @@
 //! x · Wᵀ on the GPU: few rows of activations by our own kernels, which read the weights once as they
 //! are; many rows by cuBLAS on operands of the weights' format, then bias and activation.
 
-use super::api::Arg;
 use super::blas::LargeProduct;
 use super::compute::{ComputeWork, LaunchError, row_grid};
+use super::launch::Arg;
 use crate::dtype::{Dtype, PANEL_ROWS, panels};
 use crate::machine::ops::Gemm;
 use crate::model::Activation;

@@ -180,7 +180,7 @@ mod tests {
         pack_rows(&pool, isa, source, Dtype::Q4, &mut there);
         pack_panels(&pool, isa, source, Dtype::Q4, &mut here);
         let mut expected = vec![0.0f32; rows * inputs];
-        unpack_panel(&here, Dtype::Q4, inputs, &mut expected);
+        unpack_panel(Dtype::Q4, &here, inputs, &mut expected);
         for row in [0, 1, 17, 63] {
             for k in 0..inputs {
                 let place = row * 2 + k / 64;

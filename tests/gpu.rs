@@ -1,0 +1,143 @@
+//! The program on a GPU that is not there: the whole CUDA machine over stand-in libraries (tests/cuda), as a
+//! user starts it. Tokens are those of the host machine; what is missing is told, with the way out.
+
+#[path = "gpu/stand_in.rs"]
+mod stand_in;
+
+mod running;
+
+use stand_in::{Gpu, HOST};
+
+/// Prompts of four lengths: products of few rows, so that both machines add up in fp32.
+const SPLIT: &str = "--percent 30 30 40 30 50 50 --gpu-batch-size 2 --num-gpu-batches 2";
+
+#[test]
+fn the_gpu_gives_the_hosts_tokens() {
+    let Some(gpu) = Gpu::new() else { return };
+    let on_host = gpu.tokens(HOST, SPLIT);
+    assert_eq!(on_host.len(), 5);
+    assert_eq!(gpu.tokens("cuda:0", SPLIT), on_host);
+    let report = gpu.home.json("report.json");
+    assert_eq!(report["host"]["gpu"], "Emulated GPU");
+    let lanes = &report["measured"]["lanes"];
+    for lane in ["cpu_to_gpu", "gpu_to_cpu", "gpu_compute", "disk_to_cpu"] {
+        let busy = lanes[lane]["prefill_s"].as_f64().expect("seconds");
+        assert!(busy > 0.0, "{lane} was never busy: {lanes}");
+    }
+    assert!(report["measured"]["tiers"]["gpu"]["peak_bytes"].as_u64() > Some(0));
+}
+
+#[test]
+fn every_share_and_switch_gives_the_hosts_tokens() {
+    let Some(gpu) = Gpu::new() else { return };
+    for words in [
+        "--percent 100 0 100 0 100 0 --gpu-batch-size 4 --num-gpu-batches 1",
+        "--percent 0 0 0 0 0 0 --gpu-batch-size 2 --num-gpu-batches 2",
+        "--percent 0 100 0 100 0 100 --gpu-batch-size 3 --num-gpu-batches 2 --pin-weight 0",
+        "--percent 0 100 0 100 0 100 --gpu-batch-size 2 --num-gpu-batches 2 --cpu-cache-compute 1",
+        "--percent 40 60 50 50 50 50 --gpu-batch-size 2 --num-gpu-batches 2 --cpu-compute-share 50",
+        "--percent 30 30 40 30 50 50 --gpu-batch-size 2 --num-gpu-batches 2 --compress-weight 1 --compress-cache 1",
+        "--percent 30 30 40 30 50 50 --gpu-batch-size 1 --num-gpu-batches 3 --overlap 0 --kv f32",
+    ] {
+        assert_eq!(
+            gpu.tokens("cuda:0", words),
+            gpu.tokens(HOST, words),
+            "{words}"
+        );
+    }
+}
+
+#[test]
+fn delays_change_nothing() {
+    let Some(gpu) = Gpu::new() else { return };
+    let words = "--percent 0 50 50 50 50 50 --gpu-batch-size 1 --num-gpu-batches 3";
+    let on_host = gpu.tokens(HOST, words);
+    for seed in ["1", "2", "3"] {
+        let slow = gpu.with(&[("FAKE_CUDA_DELAY_US", "200"), ("FAKE_CUDA_SEED", seed)]);
+        assert_eq!(slow.tokens("cuda:0", words), on_host, "seed {seed}");
+    }
+}
+
+#[test]
+fn what_cannot_be_page_locked_travels_through_the_relay() {
+    let Some(gpu) = Gpu::new() else { return };
+    let on_host = gpu.tokens(HOST, SPLIT);
+    let refusing = gpu.with(&[("FAKE_CUDA_PINNED", "0")]);
+    let ended = refusing.run("cuda:0", SPLIT).good();
+    assert!(
+        ended.stderr.contains("could not be page-locked"),
+        "{}",
+        ended.stderr
+    );
+    assert_eq!(stand_in::tokens(&ended), on_host);
+}
+
+#[test]
+fn a_gpu_that_is_too_small_is_told_before_anything_runs() {
+    let Some(gpu) = Gpu::new() else { return };
+    let small = gpu.with(&[("FAKE_CUDA_VRAM", "100000000")]);
+    let text = small.run("cuda:0", SPLIT).fails(1, &["GPU"]);
+    assert!(text.contains("--gpu-mem"), "{text}");
+}
+
+#[test]
+fn a_gpu_that_cannot_be_used_is_an_error_with_the_way_out() {
+    let Some(gpu) = Gpu::new() else { return };
+    let pip = "pip install nvidia-cublas nvidia-cuda-nvrtc";
+    for (libraries, cause) in [
+        ("no-cublas", "libcublas was not found"),
+        ("no-nvrtc", "libnvrtc was not found"),
+        ("no-gemm-ex", "has no cublasGemmEx"),
+    ] {
+        for device in ["cuda:0", "auto"] {
+            let ended = gpu.over(libraries).run(device, SPLIT);
+            ended.fails(1, &[cause, pip, "--device cpu"]);
+        }
+    }
+    let old = [("FAKE_CUDA_DRIVER", "11080")];
+    gpu.with(&old)
+        .run("auto", SPLIT)
+        .fails(1, &["CUDA 11.8", "--device cpu"]);
+    let none = gpu.over("no-host-register").run("auto", SPLIT);
+    none.fails(1, &["cuMemHostRegister_v2", "too old"]);
+    let broken = gpu.with(&[("FAKE_NVRTC_FAIL", "1")]);
+    broken
+        .run("cuda:0", SPLIT)
+        .fails(1, &["cannot be compiled"]);
+}
+
+#[test]
+fn without_a_gpu_the_cpu_runs_and_asking_for_one_fails() {
+    let Some(gpu) = Gpu::new() else { return };
+    let absent = gpu.with(&[("FAKE_CUDA_DEVICES", "0")]);
+    let cpu = "--percent 0 50 0 50 0 50 --gpu-batch-size 2";
+    let ended = absent.run("auto", cpu).good();
+    assert_eq!(absent.home.json("report.json")["plan"]["device"], "cpu");
+    assert_eq!(stand_in::tokens(&ended).len(), 5);
+    absent
+        .run("cuda:0", SPLIT)
+        .fails(1, &["no GPU", "--device cpu"]);
+    gpu.run("cuda:1", SPLIT).fails(1, &["no GPU number 1"]);
+}
+
+#[test]
+fn kernels_are_compiled_once_and_a_torn_one_is_made_anew() {
+    let Some(gpu) = Gpu::new() else { return };
+    let first = gpu.tokens("cuda:0", SPLIT);
+    let kept = || -> Vec<_> {
+        let entries = std::fs::read_dir(gpu.home.path("kernels")).expect("kept");
+        let mut files: Vec<_> = entries.map(|e| e.expect("an entry").path()).collect();
+        files.sort();
+        files
+    };
+    let files = kept();
+    assert!(files.len() >= 8, "{files:?}");
+    let whole = std::fs::read(&files[0]).expect("a cubin");
+    std::fs::write(&files[0], &whole[..whole.len() / 2]).expect("torn");
+    assert_eq!(gpu.tokens("cuda:0", SPLIT), first);
+    assert_eq!(std::fs::read(&files[0]).expect("a cubin"), whole);
+    assert_eq!(kept(), files);
+    // What is kept is what runs: the compiler is not asked again.
+    let broken = gpu.with(&[("FAKE_NVRTC_FAIL", "1")]);
+    assert_eq!(broken.tokens("cuda:0", SPLIT), first);
+}
