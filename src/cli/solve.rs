@@ -198,7 +198,11 @@ pub fn plan_fixed(
     offload_dir: &Path,
 ) -> Result<Plan, Failure> {
     let fingerprint = model.fingerprint();
-    let stored = |compress| stored_bytes(offload_dir, model, fingerprint.as_deref(), compress);
+    let layout = target.device.weight_layout();
+    let stored = |compress| {
+        let packing = Packing { compress, layout };
+        stored_bytes(offload_dir, model, fingerprint.as_deref(), packing)
+    };
     let request = PlanRequest {
         model: &model.spec,
         fingerprint: fingerprint.as_deref(),
@@ -214,7 +218,9 @@ pub fn plan_fixed(
         compress,
         kv: kv_format(Kv::Auto, model.spec.dtype),
         threads: target.threads,
-        host: model.host_bytes(workload.prompt_tokens(), target.threads),
+        host: model
+            .host_bytes(workload.prompt_tokens(), target.threads)
+            .with_gpu(target.device, target.profile.gpu.as_ref()),
         stored_bytes: [stored(false), stored(true)],
         repricer: Some(&ScheduleRepricer),
     };
