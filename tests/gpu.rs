@@ -116,8 +116,8 @@ fn without_a_gpu_the_cpu_runs_and_asking_for_one_fails() {
     assert_eq!(stand_in::tokens(&ended).len(), 5);
     absent
         .run("cuda:0", SPLIT)
-        .fails(1, &["no GPU", "--device cpu"]);
-    gpu.run("cuda:1", SPLIT).fails(1, &["no GPU number 1"]);
+        .fails(2, &["no GPU", "--device cpu"]);
+    gpu.run("cuda:1", SPLIT).fails(2, &["no GPU number 1"]);
 }
 
 #[test]
