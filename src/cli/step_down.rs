@@ -14,7 +14,7 @@ use crate::machine::price::Pricer;
 use crate::plan::{Plan, PlanBudget};
 use crate::planner::changes::Changes;
 use crate::planner::{self, CompressMode, Fixed, Job, PlanRequest};
-use crate::policy::{Policy, show_percent};
+use crate::policy::{DeviceKind, Policy, show_percent};
 use crate::profile::HardwareProfile;
 use crate::tier::Tier;
 use crate::units::show_bytes;
@@ -49,12 +49,18 @@ fn needed_bytes(shrunk: &Shrunk, policy: &Policy) -> Result<u64, Failure> {
         lengths: planned_lengths(shrunk.plan),
         host: shrunk
             .model
-            .host_bytes(shrunk.plan.workload.prompt_tokens, policy.threads),
+            .host_bytes(shrunk.plan.workload.prompt_tokens, policy.threads)
+            .with_gpu(device, shrunk.profile.gpu.as_ref()),
         packed: &Packed::default(),
         spill: Path::new(""),
         pricer: Pricer::new(rates),
+        gpu: Default::default(),
     });
-    Ok(needed.total(Tier::Cpu) + needed.arena_bytes(Tier::Gpu))
+    Ok(match device {
+        DeviceKind::Cuda => needed.total(Tier::Cpu),
+        // DRAM plays the GPU of the host machine.
+        _ => needed.total(Tier::Cpu) + needed.arena_bytes(Tier::Gpu),
+    })
 }
 
 /// The plan to run instead, where memory has shrunk: lossless as the plan, or as lossy as it permits.
@@ -131,7 +137,11 @@ fn solve_again(
         threads: policy.threads,
         host: shrunk
             .model
-            .host_bytes(workload.prompt_tokens(), policy.threads),
+            .host_bytes(workload.prompt_tokens(), policy.threads)
+            .with_gpu(
+                plan.device_kind().map_err(Failure::failed)?,
+                shrunk.profile.gpu.as_ref(),
+            ),
         stored_bytes: [stored(false), stored(true)],
         repricer: Some(&ScheduleRepricer),
     };
