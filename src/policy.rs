@@ -242,7 +242,9 @@ pub enum PolicyError {
         "weights on disk are shipped to the GPU, not multiplied on the CPU beside it: give --cpu-compute-share 0, or no weights to the disk"
     )]
     DiskComputeBesideGpu,
-    #[error("--compute bf16 is the CPU's: a GPU multiplies weights as they are stored; leave it out")]
+    #[error(
+        "--compute bf16 is the CPU's: a GPU multiplies weights as they are stored; leave it out"
+    )]
     Bf16OnGpu,
     #[error("without a GPU nothing can be shipped to one: --cpu-compute-share is 100 here")]
     NothingToShipTo,

@@ -36,7 +36,7 @@ fn every_share_and_switch_gives_the_hosts_tokens() {
         "--percent 0 100 0 100 0 100 --gpu-batch-size 3 --num-gpu-batches 2 --pin-weight 0",
         "--percent 0 100 0 100 0 100 --gpu-batch-size 2 --num-gpu-batches 2 --cpu-cache-compute 1",
         "--percent 40 60 50 50 50 50 --gpu-batch-size 2 --num-gpu-batches 2 --cpu-compute-share 50",
-        "--percent 30 30 40 30 50 50 --gpu-batch-size 2 --num-gpu-batches 2 --compress-weight 1 --compress-cache 1",
+        "--percent 30 30 40 30 50 50 --gpu-batch-size 2 --num-gpu-batches 2 --compress-weight 1 --compress-cache 1 --compute fp32",
         "--percent 30 30 40 30 50 50 --gpu-batch-size 1 --num-gpu-batches 3 --overlap 0 --kv f32",
     ] {
         assert_eq!(

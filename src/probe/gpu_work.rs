@@ -1,7 +1,7 @@
 //! The operations that a GPU is measured with, over one arena on each side. What is done with their
 //! seconds is gpu.rs.
 
-use crate::dtype::{Dtype, panels};
+use crate::dtype::{Arithmetic, Dtype, panels};
 use crate::machine::arena::Region;
 use crate::machine::cuda::GpuPlaces;
 use crate::machine::ops::{
@@ -174,6 +174,7 @@ pub fn product(
         inputs,
         weights: 0,
         format,
+        arithmetic: Arithmetic::Fp32,
         rows: outputs,
         bias: None,
         activation: None,
@@ -193,6 +194,7 @@ pub fn cpu_product(room: &Room) -> Task {
         inputs,
         weights: room.unpinned(),
         format: Dtype::F16,
+        arithmetic: Arithmetic::Fp32,
         rows: outputs,
         bias: None,
         activation: None,
