@@ -1,0 +1,102 @@
+//! What rates.rs prices, tried on profiles of known figures.
+
+use super::*;
+use crate::profile::compiled_in;
+
+const F16: (Dtype, Arithmetic) = (Dtype::F16, Arithmetic::Fp32);
+
+fn t4() -> HardwareProfile {
+    HardwareProfile::from_toml(compiled_in("t4-gcp").unwrap()).unwrap()
+}
+
+#[test]
+fn gemm_passes_through_its_points_and_rises_with_rows() {
+    let rates = Rates::new(&t4(), DeviceKind::Cuda, 16).unwrap();
+    let at = |m| rates.gemm_s(Tier::Gpu, F16, m, 7168, 28672);
+    assert!((at(1) - 1.6056e-3).abs() < 1e-9);
+    assert!((at(512) - 6.4756e-3).abs() < 1e-9);
+    assert!((at(1024) - 2.0 * at(512)).abs() < 1e-9);
+    for m in 1..2000 {
+        assert!(at(m) <= at(m + 1));
+    }
+    let half = rates.gemm_s(Tier::Gpu, F16, 8, 7168, 14336);
+    assert!(
+        (2.0 * half - at(8)).abs() < 1e-12,
+        "bytes and FLOPs halve with the outputs"
+    );
+}
+
+#[test]
+fn a_single_large_point_has_a_floor_of_reading_the_weights() {
+    let mut profile = t4();
+    let gpu = profile.gpu.as_mut().unwrap();
+    gpu.gemm.get_mut("f16").unwrap().points = vec![(512, 7168, 28672, 6.4756e-3)];
+    let rates = Rates::new(&profile, DeviceKind::Cuda, 16).unwrap();
+    let bytes = 7168.0 * 28672.0 * 2.0;
+    let one = rates.gemm_s(Tier::Gpu, F16, 1, 7168, 28672);
+    assert!((one - bytes / 256e9).abs() < 1e-9);
+}
+
+#[test]
+fn a_missing_format_is_never_faster_than_what_stands_in() {
+    let mut profile = t4();
+    profile.cpu.gemm.remove("q4");
+    profile.cpu.attention.remove("q4");
+    let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
+    let gemm = |format| rates.gemm_s(Tier::Cpu, (format, Arithmetic::Fp32), 1, 7168, 28672);
+    let narrow = (Dtype::F16, Arithmetic::Bf16);
+    let narrow_s = rates.gemm_s(Tier::Cpu, narrow, 1, 7168, 28672);
+    assert_eq!(narrow_s, gemm(Dtype::F16));
+    assert_eq!(gemm(Dtype::Q4), gemm(Dtype::F16));
+    assert_eq!(gemm(Dtype::Bf16), gemm(Dtype::F16));
+    assert!((gemm(Dtype::F32) - 2.0 * gemm(Dtype::F16)).abs() < 1e-12);
+    let attention = |format, bytes| rates.attention_s(Tier::Cpu, format, bytes, 0.0, true);
+    assert!((attention(Dtype::Q4, 0.5625e9) - attention(Dtype::F16, 2e9)).abs() < 1e-9);
+    profile.cpu.gemm.clear();
+    let error = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap_err();
+    assert!(error.to_string().contains("cpu.gemm"));
+}
+
+#[test]
+fn copies_and_requests_follow_their_curves() {
+    let rates = Rates::new(&t4(), DeviceKind::Cuda, 16).unwrap();
+    let big = rates.link_s(Lane::CpuToGpu, 1.2e9, true);
+    assert!((big - 0.1).abs() < 1e-9);
+    assert!((rates.link_s(Lane::CpuToGpu, 1.2e9, false) - 0.2).abs() < 1e-9);
+    let tiny = rates.link_s(Lane::CpuToGpu, 4.0, true);
+    assert!((1e-5..1.01e-5).contains(&tiny), "latency first: {tiny}");
+    assert_eq!(rates.link_s(Lane::DiskToCpu, 4.0, true), 0.0);
+    assert!((rates.disk_read_s(1.6e9, 16e6) - 1.0).abs() < 1e-9);
+    assert!(
+        rates.disk_read_s(1.6e9, 4096.0) > 20.0,
+        "small requests are slow"
+    );
+    assert!((rates.disk_write_s(1.3e9, 16e6, true) - 1.0).abs() < 1e-9);
+    let host = Rates::new(&t4(), DeviceKind::Host, 16).unwrap();
+    assert!((host.link_s(Lane::GpuToCpu, 25e9, false) - 1.0).abs() < 1e-9);
+    let on = |tier| host.gemm_s(tier, F16, 4, 4096, 4096);
+    assert_eq!(on(Tier::Gpu), on(Tier::Cpu), "the CPU plays the GPU");
+}
+
+#[test]
+fn fewer_threads_calibration_and_contention() {
+    let mut profile = t4();
+    let seconds = |profile: &HardwareProfile, threads| {
+        let rates = Rates::new(profile, DeviceKind::Cpu, threads).unwrap();
+        rates.gemm_s(Tier::Cpu, F16, 64, 4096, 4096)
+    };
+    let all = seconds(&profile, 16);
+    assert!((seconds(&profile, 4) - 4.0 * all).abs() < 1e-12);
+    assert_eq!(seconds(&profile, 64), all);
+    profile.calibration.terms.insert("gemm".into(), 1.5);
+    assert!((seconds(&profile, 16) - 1.5 * all).abs() < 1e-12);
+    profile.calibration.terms.insert("gemm.cpu".into(), 2.0);
+    assert!((seconds(&profile, 16) - 2.0 * all).abs() < 1e-12);
+    let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
+    let keep = rates.keep(Lane::CpuCompute, &[Lane::DiskToCpu, Lane::CpuToGpu]);
+    assert!((keep - 0.95 * 0.85).abs() < 1e-12);
+    assert_eq!(rates.keep(Lane::CpuCompute, &[Lane::CpuCompute]), 1.0);
+    profile.contention.insert("disk".into(), [0.5, 0.5]);
+    let error = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap_err();
+    assert!(error.to_string().contains("\"disk\""));
+}
