@@ -2,7 +2,7 @@
 //! which measured format stands in for a missing one. Which curve an operation uses is rates.rs.
 
 use crate::dtype::{Arithmetic, Dtype};
-use crate::profile::{AttentionRates, DiskPoint, GemmCurve};
+use crate::profile::{AttentionRates, DiskPoint, GemmCurve, QuantiseRates};
 use std::collections::BTreeMap;
 
 /// Seconds per weight over M, for one measured shape.
@@ -144,4 +144,12 @@ pub fn attention_rates(tables: &BTreeMap<String, AttentionRates>) -> Option<[Att
         });
     }
     all.try_into().ok()
+}
+
+/// Where (de)quantising was not measured, it takes four times as long as a row-wise pass.
+pub fn slow_quantise(rowwise_bytes_per_s: f64) -> QuantiseRates {
+    QuantiseRates {
+        pack_bytes_per_s: rowwise_bytes_per_s / 4.0,
+        append_bytes_per_s: rowwise_bytes_per_s / 4.0,
+    }
 }

@@ -9,7 +9,7 @@
 
 use crate::cost::curves::{
     ShapeCurve, attention_rates, disk_curve, disk_s, element_bytes, gemm_curves, per_weight_s,
-    rate_at,
+    rate_at, slow_quantise,
 };
 use crate::cost::footprint::STREAM_CHUNK_BYTES;
 use crate::dtype::{Arithmetic, Dtype};
@@ -329,14 +329,6 @@ fn gpu_rates(profile: &HardwareProfile) -> Result<ComputeRates, RatesError> {
         quantise: gpu.quantise.unwrap_or(slow_quantise(gpu.copy_bytes_per_s)),
         launch_s: gpu.launch_s,
     })
-}
-
-/// Where (de)quantising was not measured, it takes four times as long as a row-wise pass.
-fn slow_quantise(rowwise_bytes_per_s: f64) -> QuantiseRates {
-    QuantiseRates {
-        pack_bytes_per_s: rowwise_bytes_per_s / 4.0,
-        append_bytes_per_s: rowwise_bytes_per_s / 4.0,
-    }
 }
 
 fn links(
