@@ -76,8 +76,13 @@ fn what_cannot_be_page_locked_travels_through_the_relay() {
 fn a_gpu_that_is_too_small_is_told_before_anything_runs() {
     let Some(gpu) = Gpu::new() else { return };
     let small = gpu.with(&[("FAKE_CUDA_VRAM", "100000000")]);
-    let text = small.run("cuda:0", SPLIT).fails(1, &["GPU"]);
-    assert!(text.contains("--gpu-mem"), "{text}");
+    let planned = small.run("cuda:0", SPLIT);
+    planned.fails(1, &["gpu memory missing", "--gpu-mem"]);
+    // A budget that says otherwise than the GPU does is found out before the weights are loaded.
+    let told = format!("{SPLIT} --gpu-mem 900MiB");
+    let started = small.run("cuda:0", &told);
+    started.fails(1, &["of GPU memory", "are free", "--gpu-mem"]);
+    assert!(!started.stderr.contains("loading"), "{}", started.stderr);
 }
 
 #[test]

@@ -20,7 +20,7 @@ impl LocalGpu {
     pub fn find(index: usize) -> Result<LocalGpu, Failure> {
         match find_gpu(index) {
             Ok(facts) => Ok(LocalGpu { index, facts }),
-            Err(GpuError::Absent(why)) => Err(Failure::failed(format!(
+            Err(GpuError::Absent(why)) => Err(Failure::usage(format!(
                 "--device cuda:{index}: {why}"
             ))
             .with_hint(
