@@ -1,22 +1,9 @@
 //! What a run takes is what its plan says at most, seen from outside as well as by itself.
 
 use crate::harness::Home;
+use loadmaster::machine::os::wait_for_peak;
 use serde_json::Value;
-use std::process::{Child, Stdio};
-
-/// Peak resident bytes of a child and its exit code, from the kernel's own account.
-fn wait_for(child: &Child) -> (u64, i32) {
-    let pid = child.id() as libc::pid_t;
-    let mut status = 0;
-    // SAFETY: zeroes are a valid rusage; wait4 fills both places, which outlive the call, and the
-    // child is waited for nowhere else.
-    let usage = unsafe {
-        let mut usage: libc::rusage = std::mem::zeroed();
-        assert_eq!(libc::wait4(pid, &mut status, 0, &mut usage), pid);
-        usage
-    };
-    (usage.ru_maxrss as u64 * 1024, status)
-}
+use std::process::Stdio;
 
 /// (planned peak, measured peak, the kernel's peak) in bytes.
 fn peaks(home: &Home, flags: &str) -> (u64, u64, u64) {
@@ -24,8 +11,9 @@ fn peaks(home: &Home, flags: &str) -> (u64, u64, u64) {
         "run --model synth:opt-125m {flags} --report report.json --output out.jsonl --overwrite"
     );
     let child = home.command(&words).stderr(Stdio::null()).spawn();
-    let (outside, status) = wait_for(&child.expect("started"));
-    assert_eq!(status, 0, "{flags}");
+    // Not what `wait4` accounts: that begins with the pages of the process that started the child.
+    let (outside, good) = wait_for_peak(&mut child.expect("started")).expect("waited for");
+    assert!(good, "{flags}");
     let report = home.json("report.json");
     let peak = |figures: &Value| {
         figures["tiers"]["cpu"]["peak_bytes"]
