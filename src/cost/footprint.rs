@@ -174,7 +174,7 @@ impl Footprint {
                 .for_each(|(tier, buffer, bytes)| footprint.put(tier, buffer, bytes));
         }
         let arenas: u64 = footprint.buffers.cpu.values().sum();
-        footprint.process.cpu += arenas / 512; // page tables: 8 bytes for each 4 KiB page
+        footprint.process.cpu += arenas / super::ARENA_BYTES_PER_KERNEL_BYTE;
         footprint
     }
 
