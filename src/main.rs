@@ -3,9 +3,11 @@
 use loadmaster::cli::args::Cli;
 use loadmaster::cli::commands::dispatch;
 use loadmaster::cli::failure::{Failure, is_request, stop_on_signals};
+use loadmaster::machine::os;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    os::keep_heap_small();
     let json = std::env::args_os().any(|word| word == "--json");
     let cli = match Cli::read(std::env::args_os()) {
         Ok(cli) => cli,

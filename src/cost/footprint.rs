@@ -174,7 +174,7 @@ impl Footprint {
                 .for_each(|(tier, buffer, bytes)| footprint.put(tier, buffer, bytes));
         }
         let arenas: u64 = footprint.buffers.cpu.values().sum();
-        footprint.process.cpu += arenas / super::ARENA_BYTES_PER_KERNEL_BYTE;
+        footprint.process.cpu += super::kernel_bytes(arenas);
         footprint
     }
 

@@ -12,7 +12,9 @@ pub mod rates;
 pub mod steps;
 pub mod terms;
 
-/// Page tables take 8 bytes for each 4 KiB page, a 512th of the arenas. A memory cgroup charges more as
-/// arenas grow (pages in flight to and from disks, pages in the processors' own lists), and the heap of
-/// planning and packing grows with the model: with a 512th, opt-13b was killed in a cgroup of its 8 GiB.
-pub const ARENA_BYTES_PER_KERNEL_BYTE: u64 = 128;
+/// What the kernel holds for arenas of so many bytes. Page tables take 8 bytes for each 4 KiB page, a 512th;
+/// a memory cgroup charges more as arenas grow (pages in flight to and from disks, pages in the processors'
+/// own lists). With a 512th alone opt-13b was killed in a cgroup of its 8 GiB.
+pub fn kernel_bytes(arena_bytes: u64) -> u64 {
+    arena_bytes / 128
+}

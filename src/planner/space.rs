@@ -396,8 +396,7 @@ impl<'a> Space<'a> {
         placement.smalls_bytes = self.model.smalls().iter().map(|s| s.bytes()).sum();
         let block = BlockShape::from_lengths(lengths, policy, &placement);
         let footprint = self.footprint((policy, &placement, &block));
-        let tables =
-            (footprint.arena_bytes(Tier::Cpu) / crate::cost::ARENA_BYTES_PER_KERNEL_BYTE) as f64;
+        let tables = crate::cost::kernel_bytes(footprint.arena_bytes(Tier::Cpu)) as f64;
         PerTier {
             gpu: overhead(&footprint, Tier::Gpu),
             cpu: overhead(&footprint, Tier::Cpu) - tables,

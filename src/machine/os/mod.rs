@@ -12,7 +12,7 @@ pub use confine::{ConfineError, GroupAccount, MemoryGroup, wait_for_peak};
 pub use cores::{CpuInfo, cpu_info, cpu_info_at, default_threads, default_threads_at};
 pub use cores::{last_level_cache_bytes, pin_current_thread};
 pub use process::{ProcessMemory, page_locked_limit_bytes, process_memory, process_memory_at};
-pub use process::{busy_cores, kernel_version, release_free_heap, reset_peak};
+pub use process::{busy_cores, keep_heap_small, kernel_version, release_free_heap, reset_peak};
 
 use crate::units::GIB;
 use std::path::{Path, PathBuf};

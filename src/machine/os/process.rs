@@ -51,6 +51,25 @@ pub fn process_memory_at(root: &Path) -> Result<ProcessMemory, OsError> {
     })
 }
 
+/// Largest free block that the heap keeps for later.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+const HEAP_KEEPS_BYTES: libc::c_int = 256 << 10;
+
+/// Large blocks come from the system and go back to it when they are freed. Left to itself, glibc raises
+/// both limits to the largest block freed so far, and a thread's heap then keeps tens of MiB that
+/// `release_free_heap` cannot reach.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub fn keep_heap_small() {
+    // SAFETY: mallopt takes no pointer and may be called at any time.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, HEAP_KEEPS_BYTES);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, HEAP_KEEPS_BYTES);
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn keep_heap_small() {}
+
 /// Gives heap that planning and packing have freed back to the system, so that a run begins with what
 /// it needs alone.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
