@@ -59,8 +59,9 @@ impl<'a> IoRequest<'a> {
     }
 }
 
-/// Threads that read and write; as many transfers are in flight as there are threads. Several
-/// callers may `run` at the same time: their pieces take turns.
+/// Who calls `run` works on his own transfers, and these threads help: a small one costs no wake-up, and of
+/// a large one as many pieces are in flight as the pool has threads, the caller's among them. Several callers
+/// may `run` at the same time: their pieces take turns.
 pub struct IoPool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
@@ -121,8 +122,8 @@ impl IoPool {
         };
         // Room for more callers than there are lanes: running takes no memory later.
         pool.shared.lock().jobs.reserve(16);
-        let threads = threads.max(1);
-        for _ in 0..threads {
+        // The caller is the first one.
+        for _ in 1..threads {
             let shared = pool.shared.clone();
             let worker = std::thread::Builder::new()
                 .name("disk".to_owned())
@@ -134,8 +135,9 @@ impl IoPool {
         Ok(pool)
     }
 
+    /// Pieces of one call that are in flight together.
     pub fn threads(&self) -> usize {
-        self.workers.len()
+        self.workers.len() + 1
     }
 
     /// Carries out all requests and waits for them. The first error is returned after everything
@@ -150,17 +152,26 @@ impl IoPool {
             return Ok(());
         }
         let id = self.submit(requests, self.piece_for(total_bytes));
+        while let Some(piece) = self.shared.next_piece_of(id) {
+            let result = transfer(&piece);
+            self.shared.finish(piece.job, result);
+        }
         self.wait(id)
     }
 
     /// Every thread gets several pieces even of a small job, so that all end at about the same time, but
     /// no piece is smaller than a disk likes.
     fn piece_for(&self, total_bytes: u64) -> u64 {
-        let share = total_bytes.div_ceil(PIECES_A_THREAD * self.workers.len() as u64);
+        let share = total_bytes.div_ceil(PIECES_A_THREAD * self.threads() as u64);
         round_up(share, PAGE_BYTES).clamp(SMALLEST_PIECE_BYTES, self.piece_bytes)
     }
 
     fn submit(&self, requests: &mut [IoRequest<'_>], piece_bytes: u64) -> u64 {
+        let pieces = requests.iter().map(|r| r.bytes().div_ceil(piece_bytes));
+        let helpers = pieces
+            .sum::<u64>()
+            .saturating_sub(1)
+            .min(self.workers.len() as u64);
         let mut state = self.shared.lock();
         let id = state.next_id;
         state.next_id += 1;
@@ -175,7 +186,7 @@ impl IoPool {
             error: None,
         });
         drop(state);
-        self.shared.work.notify_all();
+        (0..helpers).for_each(|_| self.shared.work.notify_one());
         id
     }
 
@@ -230,6 +241,13 @@ impl Shared {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// A piece of this job, if there is one left.
+    fn next_piece_of(&self, id: u64) -> Option<Piece> {
+        let mut state = self.lock();
+        let job = state.jobs.iter_mut().find(|job| job.id == id)?;
+        (!job.handed_out()).then(|| job.take_piece())
     }
 
     fn finish(&self, id: u64, result: Result<(), DiskError>) {
