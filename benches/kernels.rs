@@ -81,6 +81,28 @@ fn option(name: &str) -> Option<usize> {
     std::env::args().find_map(|word| word.strip_prefix(name)?.parse().ok())
 }
 
+/// `rows=96,349`: rows of x instead of the usual ones.
+fn row_counts() -> Vec<usize> {
+    let asked = std::env::args().find_map(|word| Some(word.strip_prefix("rows=")?.to_owned()));
+    match asked {
+        Some(list) => list.split(',').filter_map(|m| m.parse().ok()).collect(),
+        None => vec![1, 4, 8, 16, 32, 64, 128, 512],
+    }
+}
+
+/// `shapes=1024x4096,4096x1024`: inputs and outputs to be measured instead of the usual ones.
+fn shapes() -> Vec<(usize, usize)> {
+    let of = |pair: &str| {
+        let (inputs, outputs) = pair.split_once('x')?;
+        Some((inputs.parse().ok()?, outputs.parse().ok()?))
+    };
+    let asked = std::env::args().find_map(|word| Some(word.strip_prefix("shapes=")?.to_owned()));
+    match asked {
+        Some(list) => list.split(',').filter_map(of).collect(),
+        None => vec![(2048, 2048), (2048, 8192), (8192, 2048), (7168, 7168)],
+    }
+}
+
 impl Bench {
     fn new() -> Bench {
         let all = std::thread::available_parallelism().map_or(1, |n| n.get());
@@ -179,8 +201,8 @@ impl Bench {
 
     fn gemms(&self, format: Dtype, compute: Compute) {
         let arithmetic = compute.arithmetic(format);
-        for shape in [(2048, 2048), (2048, 8192), (8192, 2048), (7168, 7168)] {
-            for m in [1, 4, 8, 16, 32, 64, 128, 512] {
+        for shape in shapes() {
+            for m in row_counts() {
                 self.gemm((format, arithmetic), shape, m);
             }
         }
@@ -393,7 +415,7 @@ impl Bench {
 fn main() {
     let words: Vec<String> = std::env::args()
         .skip(1)
-        .filter(|word| !word.starts_with('-'))
+        .filter(|word| !word.starts_with('-') && !word.contains('='))
         .collect();
     let bench = Bench::new();
     let sections: [(&str, Section); 9] = [

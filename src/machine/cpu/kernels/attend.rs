@@ -121,10 +121,16 @@ fn check_records(item: &AttendItem, record_bytes: usize) {
     assert!(inside, "attention: a record lies outside the cache");
 }
 
-/// Heads that one decode part streams: long runs of memory, but work for every thread.
+/// Heads that one decode part streams: as long runs of memory as leave every thread the same to do.
 fn heads_together(args: &AttendArgs, threads: usize) -> usize {
     let items = args.items.iter().filter(|item| item.decode).count().max(1);
-    let groups = (2 * threads).div_ceil(items);
+    // Of few sequences, the fewest groups of heads that make whole rounds of all threads.
+    let whole = |groups: &usize| (items * groups).is_multiple_of(threads);
+    let groups = if items < 4 * threads {
+        (1..=threads).find(whole).unwrap_or(1)
+    } else {
+        1
+    };
     args.heads
         .div_ceil(groups)
         .clamp(1, decode::heads_that_fit(args.head_size))

@@ -10,6 +10,12 @@ pub(super) const BLOCK_ROWS: usize = 240;
 const CUT_ROWS: usize = 24;
 /// Panels that one part multiplies with one copy of x, at most.
 const PART_PANELS: usize = 16;
+/// What copying its rows of x costs a part, in panels.
+const COPY_PANELS: f64 = 0.7;
+/// What converting the weights of a panel for the part's tiles costs, in rows.
+const WIDEN_ROWS: f64 = 3.0;
+/// How much of one part the threads end apart, on average: neighbours and interrupts hold single ones up.
+const UNEVEN_END: f64 = 0.125;
 
 /// How rows of x and panels are cut into parts. It decides speed only.
 pub(super) struct Cut {
@@ -31,19 +37,32 @@ impl Cut {
                 part_panels: if copies { some } else { 1 },
             };
         }
-        let wanted = (2 * threads)
-            .div_ceil(panels)
-            .min(m / CUT_ROWS)
-            .max(m.div_ceil(BLOCK_ROWS));
-        let part_rows = m.div_ceil(wanted).next_multiple_of(TILE_ROWS);
-        let row_parts = m.div_ceil(part_rows);
-        let part_panels = (panels * row_parts / (2 * threads)).clamp(1, PART_PANELS);
-        Cut {
+        Cut::quickest(m, panels, threads)
+    }
+
+    /// Of the ways to cut both rows and panels, the one whose busiest thread has least to do.
+    fn quickest(m: usize, panels: usize, threads: usize) -> Cut {
+        let (least_down, least_across) = (m.div_ceil(BLOCK_ROWS), panels.div_ceil(PART_PANELS));
+        let most_down = (least_down + 2 * threads).min(m / CUT_ROWS).max(least_down);
+        let most_across = (least_across + 2 * threads).min(panels);
+        let ways = (least_down..=most_down)
+            .flat_map(|down| (least_across..=most_across).map(move |across| (down, across)));
+        let cut = |(down, across): (usize, usize)| Cut {
             m,
-            part_rows,
+            part_rows: m.div_ceil(down).next_multiple_of(TILE_ROWS),
             panels,
-            part_panels,
-        }
+            part_panels: panels.div_ceil(across),
+        };
+        ways.map(cut)
+            .min_by(|a, b| a.span(threads).total_cmp(&b.span(threads)))
+            .expect("there is one way at least")
+    }
+
+    /// What the busiest thread has to do, in rows times panels.
+    fn span(&self, threads: usize) -> f64 {
+        let (rows, panels) = (self.part_rows as f64, self.part_panels as f64);
+        let part = rows * (panels + COPY_PANELS) + WIDEN_ROWS * panels;
+        part * (self.parts().div_ceil(threads) as f64 + UNEVEN_END)
     }
 
     pub(super) fn parts(&self) -> usize {
@@ -60,5 +79,49 @@ impl Cut {
             row..(row + self.part_rows).min(self.m),
             panel..(panel + self.part_panels).min(self.panels),
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_everything_once() {
+        for (m, panels, threads) in [
+            (25, 1, 1),
+            (171, 12, 2),
+            (512, 16, 2),
+            (512, 48, 16),
+            (1000, 785, 3),
+        ] {
+            let cut = Cut::new(m, panels, threads, true);
+            let mut seen = vec![0; m * panels];
+            for (rows, across) in (0..cut.parts()).map(|part| cut.part(part)) {
+                assert!(rows.len() <= BLOCK_ROWS && across.len() <= PART_PANELS);
+                rows.for_each(|r| across.clone().for_each(|p| seen[r * panels + p] += 1));
+            }
+            assert!(
+                seen.iter().all(|&times| times == 1),
+                "{m} {panels} {threads}"
+            );
+        }
+    }
+
+    #[test]
+    fn threads_have_nearly_the_same_to_do() {
+        for (m, panels, threads) in [
+            (512, 16, 2),
+            (512, 12, 2),
+            (512, 48, 2),
+            (442, 16, 2),
+            (512, 64, 8),
+        ] {
+            let cut = Cut::new(m, panels, threads, true);
+            let even = (m * panels) as f64 / threads as f64;
+            let part = (cut.part_rows * cut.part_panels) as f64;
+            let busiest = part * cut.parts().div_ceil(threads) as f64;
+            assert!(busiest < 1.1 * even, "{m} {panels}: {busiest} of {even}");
+        }
     }
 }
