@@ -56,7 +56,8 @@ pub enum Compute {
 }
 
 /// What one product works on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Arithmetic {
     Fp32,
     Bf16,

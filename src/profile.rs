@@ -21,6 +21,12 @@ pub enum ProfileError {
     },
 }
 
+/// Requests of a disk lane that count as large and as small in [contention]; between them, figures follow the
+/// logarithm of the size.
+pub const LARGE_REQUEST_BYTES: f64 = 8.0 * 1024.0 * 1024.0;
+pub const SMALL_REQUEST_BYTES: f64 = 32.0 * 1024.0;
+pub const SMALL_SUFFIX: &str = "_small";
+
 /// The rates and totals of one machine (schema.md, profiles/NAME.toml).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -32,7 +38,8 @@ pub struct HardwareProfile {
     pub gpu: Option<GpuFacts>,
     pub links: Links,
     pub cpu: CpuFacts,
-    /// What a lane keeps of its rate while another runs: "cpu_compute+disk_to_cpu" = [first, second].
+    /// What a lane keeps of its rate while another runs: "cpu_compute+disk_to_cpu" = [first, second], and
+    /// "cpu_compute+disk_to_cpu_small" where the disk lane's requests are small: they cost the processor more.
     #[serde(default)]
     pub contention: BTreeMap<String, [f64; 2]>,
     /// Written only by `calibrate`.
@@ -183,13 +190,31 @@ pub struct GemmCurve {
     pub points: Vec<(usize, usize, usize, f64)>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct AttentionRates {
-    /// KV bytes read per second by one-token attention.
+    /// KV bytes read per second by one-token attention over long contexts.
     pub decode_bytes_per_s: f64,
-    /// FLOP per second of prompt attention (4 · queries · keys · hidden, causal half counted).
+    /// FLOP per second of long prompts' attention (4 · queries · keys · hidden, causal half counted).
     pub prefill_flop_per_s: f64,
+    /// The same over the tokens looked at: (tokens, bytes or FLOP per second). Short contexts are slower.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub decode_by_tokens: Vec<(usize, f64)>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prefill_by_tokens: Vec<(usize, f64)>,
+}
+
+impl AttentionRates {
+    /// Every rate, to be checked or multiplied.
+    pub fn all_mut(&mut self) -> impl Iterator<Item = &mut f64> {
+        let curves = self
+            .decode_by_tokens
+            .iter_mut()
+            .chain(&mut self.prefill_by_tokens);
+        [&mut self.decode_bytes_per_s, &mut self.prefill_flop_per_s]
+            .into_iter()
+            .chain(curves.map(|point| &mut point.1))
+    }
 }
 
 /// Source bytes quantised or KV bytes appended per second.
@@ -305,8 +330,7 @@ fn collect_compute(
     }
     for (format, a) in attention {
         let key = format!("{device}.attention.{format}");
-        rates.push((key.clone(), a.decode_bytes_per_s));
-        rates.push((key, a.prefill_flop_per_s));
+        rates.extend(a.clone().all_mut().map(|rate| (key.clone(), *rate)));
     }
     Ok(())
 }

@@ -131,19 +131,74 @@ fn shape_curves(table: &GemmCurve, factor: f64) -> Vec<ShapeCurve> {
     shapes.into_iter().map(curve).collect()
 }
 
-pub fn attention_rates(tables: &BTreeMap<String, AttentionRates>) -> Option<[AttentionRates; 4]> {
+/// What attention takes over the tokens that it looks at: (tokens, seconds per byte or FLOP), rising
+/// tokens.
+#[derive(Clone, Debug)]
+pub struct AttentionCurves {
+    decode: Vec<(f64, f64)>,
+    prefill: Vec<(f64, f64)>,
+}
+
+impl AttentionCurves {
+    pub fn decode_s_per_byte(&self, tokens: f64) -> f64 {
+        over_tokens(&self.decode, tokens)
+    }
+
+    pub fn prefill_s_per_flop(&self, tokens: f64) -> f64 {
+        over_tokens(&self.prefill, tokens)
+    }
+}
+
+/// A sequence costs a + b · tokens, so that seconds per token are linear in 1 ÷ tokens; constant above
+/// the last point, and below the first never less than there.
+fn over_tokens(points: &[(f64, f64)], tokens: f64) -> f64 {
+    let (first, last) = (points[0], points[points.len() - 1]);
+    if points.len() == 1 || tokens >= last.0 {
+        return last.1;
+    }
+    let above = points.partition_point(|p| p.0 < tokens).max(1);
+    let (a, b) = (points[above - 1], points[above]);
+    let part = (1.0 / tokens.max(1.0) - 1.0 / a.0) / (1.0 / b.0 - 1.0 / a.0);
+    let seconds = a.1 + (b.1 - a.1) * part;
+    if tokens < first.0 {
+        seconds.max(first.1)
+    } else {
+        seconds
+    }
+}
+
+/// Curves by format on a machine that is `slow` times slower than the measured one.
+pub fn attention_curves(
+    tables: &BTreeMap<String, AttentionRates>,
+    slow: f64,
+) -> Option<[AttentionCurves; 4]> {
     let mut all = Vec::with_capacity(4);
     for format in Dtype::ALL {
-        let found = stand_ins(format)
+        let (found, rates) = stand_ins(format)
             .into_iter()
-            .find_map(|f| tables.get(f.name()).map(|t| (f, *t)))?;
-        let smaller = (element_bytes(format) / element_bytes(found.0)).min(1.0);
-        all.push(AttentionRates {
-            decode_bytes_per_s: found.1.decode_bytes_per_s * smaller,
-            prefill_flop_per_s: found.1.prefill_flop_per_s,
+            .find_map(|f| tables.get(f.name()).map(|t| (f, t)))?;
+        let smaller = (element_bytes(format) / element_bytes(found)).min(1.0);
+        all.push(AttentionCurves {
+            decode: token_curve(
+                &rates.decode_by_tokens,
+                rates.decode_bytes_per_s,
+                slow / smaller,
+            ),
+            prefill: token_curve(&rates.prefill_by_tokens, rates.prefill_flop_per_s, slow),
         });
     }
     all.try_into().ok()
+}
+
+fn token_curve(points: &[(usize, f64)], rate: f64, slow: f64) -> Vec<(f64, f64)> {
+    if points.is_empty() {
+        return vec![(1.0, slow / rate)];
+    }
+    let sorted: BTreeMap<usize, f64> = points.iter().map(|&(t, r)| (t.max(1), r)).collect();
+    sorted
+        .into_iter()
+        .map(|(t, r)| (t as f64, slow / r))
+        .collect()
 }
 
 /// Where (de)quantising was not measured, it takes four times as long as a row-wise pass.

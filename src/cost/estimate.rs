@@ -82,7 +82,7 @@ pub fn figures(terms: &Terms, moments: &Moments, rates: &Rates, shares: &ShareVe
         };
         *phase += total;
         let own = segment.lanes_at(shares);
-        let busy = busy_lanes(&own, rates, (terms.overlap, seconds));
+        let busy = busy_lanes(segment, &own, rates, (terms.overlap, seconds));
         for lane in Lane::ALL {
             let entry = &mut figures.lanes[lane];
             let phase = if prefill {
@@ -162,14 +162,21 @@ impl Segment {
 }
 
 /// In-flight seconds: a lane's own work, longer by what it loses while others run beside it.
-fn busy_lanes(own: &PerLane<f64>, rates: &Rates, (overlap, most_s): (bool, f64)) -> PerLane<f64> {
+fn busy_lanes(
+    segment: &Segment,
+    own: &PerLane<f64>,
+    rates: &Rates,
+    (overlap, most_s): (bool, f64),
+) -> PerLane<f64> {
     let mut busy = *own;
     if !overlap {
         return busy;
     }
+    let small = |lane: Lane| (lane, segment.smallness[lane]);
     for lane in Lane::ALL {
         for other in Lane::ALL.into_iter().filter(|&o| o != lane) {
-            let (keep, others) = (rates.keep(lane, &[other]), rates.keep(other, &[lane]));
+            let keep = rates.keep(small(lane), &[small(other)]);
+            let others = rates.keep(small(other), &[small(lane)]);
             let together_s = (own[lane] / keep).min(own[other] / others);
             busy[lane] += together_s * (1.0 - keep);
         }

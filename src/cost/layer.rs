@@ -3,7 +3,7 @@
 
 use crate::cost::affine::{Affine, CACHE, HIDDEN};
 use crate::cost::footprint::{HIDDEN_VALUE_BYTES, STREAM_CHUNK_BYTES, embedding_piece_bytes};
-use crate::cost::rates::Rates;
+use crate::cost::rates::{AttentionWork, Rates, smallness};
 use crate::cost::steps::Step;
 use crate::cost::terms::{TermInput, Work};
 use crate::dtype::Dtype;
@@ -125,6 +125,7 @@ impl<'a> LayerBuilder<'a> {
         // The head comes once, for the whole block: no batch waits for another.
         Work {
             lanes: work.lanes,
+            small: work.small,
             bytes: work.bytes,
             dram_bytes: work.dram_bytes,
             ..Work::default()
@@ -213,6 +214,7 @@ impl<'a> LayerBuilder<'a> {
         let read_s = self.rates.disk_read_s(bytes, chunk);
         for home in [WeightHome::DiskShip, WeightHome::DiskCompute] {
             work.lanes.disk_to_cpu.coef[home as usize] += read_s;
+            work.small.disk_to_cpu.coef[home as usize] += read_s * smallness(chunk);
             work.streams.disk_to_cpu.coef[home as usize] += read_s;
             work.bytes.disk_to_cpu.coef[home as usize] += bytes;
             work.dram_bytes.coef[home as usize] += bytes;
@@ -268,7 +270,16 @@ impl<'a> LayerBuilder<'a> {
         let record = self.model.kv_record_bytes(format) as f64;
         let kv_bytes = step.sequences() * step.context * record;
         let flop = 4.0 * self.model.hidden as f64 * step.sequences() * step.keys;
-        let decode = step.phase == Phase::Decode;
+        let attended = match step.phase {
+            Phase::Decode => AttentionWork::Decode {
+                kv_bytes,
+                tokens: step.context,
+            },
+            Phase::Prefill => AttentionWork::Prefill {
+                flop,
+                tokens: step.context,
+            },
+        };
         let (tier, lane) = self.computer();
         for home in Tier::ALL {
             let index = CACHE + home as usize;
@@ -278,7 +289,7 @@ impl<'a> LayerBuilder<'a> {
             } else {
                 (tier, lane)
             };
-            let seconds = self.rates.attention_s(tier, format, kv_bytes, flop, decode);
+            let seconds = self.rates.attention_s(tier, format, attended);
             work.lanes[lane].coef[index] += seconds;
             work.serial[lane].coef[index] += seconds;
             if away || self.on_dram() {
@@ -320,12 +331,14 @@ impl<'a> LayerBuilder<'a> {
         let write = round_up(fresh.ceil() as u64, PAGE_BYTES) as f64;
         let read_s = self.rates.disk_read_s(sequences * old, old);
         work.lanes.disk_to_cpu.coef[disk] += read_s;
+        work.small.disk_to_cpu.coef[disk] += read_s * smallness(old);
         if self.gpu && !self.policy.cpu_cache_compute {
             work.cache_reads.coef[disk] += read_s;
         }
         work.bytes.disk_to_cpu.coef[disk] += sequences * old;
-        work.lanes.cpu_to_disk.coef[disk] +=
-            self.rates.disk_write_s(sequences * write, write, true);
+        let write_s = self.rates.disk_write_s(sequences * write, write, true);
+        work.lanes.cpu_to_disk.coef[disk] += write_s;
+        work.small.cpu_to_disk.coef[disk] += write_s * smallness(write);
         work.bytes.cpu_to_disk.coef[disk] += sequences * write;
         work.dram_bytes.coef[disk] += sequences * (old + write);
         if !self.gpu || self.policy.cpu_cache_compute {
@@ -361,6 +374,7 @@ impl<'a> LayerBuilder<'a> {
         let write_s = self.rates.disk_write_s(bytes, block, false);
         for (lane, seconds) in [(Lane::DiskToCpu, read_s), (Lane::CpuToDisk, write_s)] {
             work.lanes[lane].coef[disk] += seconds;
+            work.small[lane].coef[disk] += seconds * smallness(block);
             work.serial[lane].coef[disk] += seconds;
             work.bytes[lane].coef[disk] += bytes;
             work.dram_bytes.coef[disk] += bytes;
@@ -406,6 +420,7 @@ impl<'a> LayerBuilder<'a> {
         let read_s = self.rates.disk_read_s(bytes, run);
         for home in [WeightHome::DiskShip, WeightHome::DiskCompute] {
             work.lanes.disk_to_cpu.coef[home as usize] += read_s;
+            work.small.disk_to_cpu.coef[home as usize] += read_s * smallness(run);
             work.bytes.disk_to_cpu.coef[home as usize] += bytes;
             work.dram_bytes.coef[home as usize] += bytes;
         }

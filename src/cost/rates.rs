@@ -8,13 +8,15 @@
 //! fast as fp32.
 
 use crate::cost::curves::{
-    ShapeCurve, attention_rates, disk_curve, disk_s, element_bytes, gemm_curves, per_weight_s,
-    rate_at, slow_quantise,
+    AttentionCurves, ShapeCurve, attention_curves, disk_curve, disk_s, element_bytes, gemm_curves,
+    per_weight_s, rate_at, slow_quantise,
 };
 use crate::cost::footprint::STREAM_CHUNK_BYTES;
 use crate::dtype::{Arithmetic, Dtype};
 use crate::policy::DeviceKind;
-use crate::profile::{AttentionRates, GpuLink, HardwareProfile, QuantiseRates};
+use crate::profile::{
+    GpuLink, HardwareProfile, LARGE_REQUEST_BYTES, QuantiseRates, SMALL_REQUEST_BYTES, SMALL_SUFFIX,
+};
 use crate::tier::{Lane, Tier};
 use std::collections::BTreeMap;
 use thiserror::Error;
@@ -30,12 +32,21 @@ pub enum RatesError {
     Contention { profile: String, pair: String },
 }
 
+/// Attention of sequences that each look at so many tokens.
+#[derive(Clone, Copy, Debug)]
+pub enum AttentionWork {
+    /// One new token each: the KV bytes that are read.
+    Decode { kv_bytes: f64, tokens: f64 },
+    /// Prompts: 4 · hidden · keys seen, summed over the queries.
+    Prefill { flop: f64, tokens: f64 },
+}
+
 /// What one computing tier does.
 #[derive(Clone, Debug)]
 struct ComputeRates {
     /// By arithmetic and format.
     gemm: [[Vec<ShapeCurve>; 4]; 3],
-    attention: [AttentionRates; 4],
+    attention: [AttentionCurves; 4],
     memory_bytes_per_s: f64,
     rowwise_bytes_per_s: f64,
     quantise: QuantiseRates,
@@ -48,6 +59,15 @@ struct LinkRates {
     /// (block bytes, bytes per second)
     pinned: Vec<(f64, f64)>,
     unpinned: Vec<(f64, f64)>,
+}
+
+type Keeps = [[f64; 6]; 6];
+
+/// How small requests of so many bytes are: 0 as large as [contention]'s large ones or larger, 1 as its small
+/// ones or smaller.
+pub fn smallness(request_bytes: f64) -> f64 {
+    let span = (LARGE_REQUEST_BYTES / SMALL_REQUEST_BYTES).ln();
+    ((LARGE_REQUEST_BYTES / request_bytes.max(1.0)).ln() / span).clamp(0.0, 1.0)
 }
 
 /// All rates of one machine and device. Seconds of an operation are its own, with nothing else running.
@@ -63,8 +83,8 @@ pub struct Rates {
     read: (f64, Vec<(f64, f64)>),
     write_fresh: (f64, Vec<(f64, f64)>),
     write_over: (f64, Vec<(f64, f64)>),
-    /// keeps[a][b]: what lane a keeps of its rate while lane b runs.
-    keeps: [[f64; 6]; 6],
+    /// keeps[small][a][b]: what lane a keeps of its rate while lane b runs, where requests are large or small.
+    keeps: [Keeps; 2],
     calibration: BTreeMap<String, f64>,
     /// Seconds until an idle lane begins what it waited for.
     pub handover_s: f64,
@@ -176,21 +196,14 @@ impl Rates {
         self.calibrated("gemm", on.name(), seconds)
     }
 
-    /// Seconds of attention without its launch: one-token steps by the KV bytes they read, prompts by
-    /// their FLOP (4 · hidden · keys seen, summed over the queries).
-    pub fn attention_s(
-        &self,
-        on: Tier,
-        format: Dtype,
-        kv_bytes: f64,
-        flop: f64,
-        decode: bool,
-    ) -> f64 {
-        let rates = &self.on(on).attention[format as usize];
-        let seconds = if decode {
-            kv_bytes / rates.decode_bytes_per_s
-        } else {
-            flop / rates.prefill_flop_per_s
+    /// Seconds of attention without its launch.
+    pub fn attention_s(&self, on: Tier, format: Dtype, work: AttentionWork) -> f64 {
+        let curves = &self.on(on).attention[format as usize];
+        let seconds = match work {
+            AttentionWork::Decode { kv_bytes, tokens } => {
+                kv_bytes * curves.decode_s_per_byte(tokens)
+            }
+            AttentionWork::Prefill { flop, tokens } => flop * curves.prefill_s_per_flop(tokens),
         };
         self.calibrated("attention", on.name(), seconds)
     }
@@ -270,12 +283,16 @@ impl Rates {
         self.calibrated("disk_write", "disk", disk_s(curve, bytes, block_bytes))
     }
 
-    /// Part of its rate that `lane` keeps while all of `other_active` run.
-    pub fn keep(&self, lane: Lane, other_active: &[Lane]) -> f64 {
-        let others = other_active.iter().filter(|&&other| other != lane);
-        others
-            .map(|&other| self.keeps[lane as usize][other as usize])
-            .product()
+    /// Part of its rate that `lane` keeps while all of `others` run; each with the smallness of its requests.
+    pub fn keep(&self, (lane, small): (Lane, f64), others: &[(Lane, f64)]) -> f64 {
+        let beside = others.iter().filter(|other| other.0 != lane);
+        let kept = |&(other, others_small): &(Lane, f64)| {
+            let part = small.max(others_small);
+            let [large, small] = &self.keeps;
+            let of = |keeps: &Keeps| keeps[lane as usize][other as usize];
+            of(large) * (1.0 - part) + of(small) * part
+        };
+        beside.map(kept).product()
     }
 
     /// Fresh 4-bit (or copied native) weight bytes packed per second, by one CPU.
@@ -299,15 +316,10 @@ fn cpu_rates(profile: &HardwareProfile, slow: f64) -> Result<ComputeRates, Rates
     let cpu = &profile.cpu;
     let rowwise = cpu.rowwise_bytes_per_s.unwrap_or(cpu.dram_copy_bytes_per_s);
     let quantise = cpu.quantise.unwrap_or(slow_quantise(rowwise));
-    let attention = attention_rates(&cpu.attention);
+    let attention = attention_curves(&cpu.attention, slow);
     Ok(ComputeRates {
         gemm: gemm_curves(&cpu.gemm, slow).ok_or_else(|| missing(profile, "cpu.gemm table"))?,
-        attention: attention
-            .ok_or_else(|| missing(profile, "cpu.attention table"))?
-            .map(|a| AttentionRates {
-                decode_bytes_per_s: a.decode_bytes_per_s / slow,
-                prefill_flop_per_s: a.prefill_flop_per_s / slow,
-            }),
+        attention: attention.ok_or_else(|| missing(profile, "cpu.attention table"))?,
         memory_bytes_per_s: cpu.dram_read_bytes_per_s,
         rowwise_bytes_per_s: rowwise / slow,
         quantise,
@@ -320,7 +332,7 @@ fn gpu_rates(profile: &HardwareProfile) -> Result<ComputeRates, RatesError> {
         .gpu
         .as_ref()
         .ok_or_else(|| missing(profile, "[gpu]"))?;
-    let attention = attention_rates(&gpu.attention);
+    let attention = attention_curves(&gpu.attention, 1.0);
     Ok(ComputeRates {
         gemm: gemm_curves(&gpu.gemm, 1.0).ok_or_else(|| missing(profile, "gpu.gemm table"))?,
         attention: attention.ok_or_else(|| missing(profile, "gpu.attention table"))?,
@@ -367,32 +379,48 @@ fn links(
     Ok((up, link(&profile.links.gpu_to_cpu, "gpu_to_cpu")?))
 }
 
-fn contention(profile: &HardwareProfile) -> Result<[[f64; 6]; 6], RatesError> {
+fn contention(profile: &HardwareProfile) -> Result<[Keeps; 2], RatesError> {
+    let (is_small, large): (Vec<_>, Vec<_>) = (profile.contention.iter())
+        .map(|(pair, &kept)| (pair.as_str(), kept))
+        .partition(|(pair, _)| pair.ends_with(SMALL_SUFFIX));
     let mut keeps = [[1.0; 6]; 6];
     // One device: where nobody measured more, reads and writes share its time.
     let (read, write) = (Lane::DiskToCpu as usize, Lane::CpuToDisk as usize);
     keeps[read][write] = 0.5;
     keeps[write][read] = 0.5;
-    let lane = |name: &str| Lane::ALL.into_iter().find(|l| l.name() == name);
-    for (pair, &[first, second]) in &profile.contention {
-        let lanes = pair
-            .split_once('+')
-            .and_then(|(a, b)| Some((lane(a)?, lane(b)?)));
-        let Some((a, b)) = lanes else {
-            return Err(RatesError::Contention {
-                profile: profile.machine.name.clone(),
-                pair: pair.clone(),
-            });
-        };
-        keeps[a as usize][b as usize] = first.min(1.0);
-        keeps[b as usize][a as usize] = second.min(1.0);
-    }
+    enter_pairs(&mut keeps, &large, &profile.machine.name)?;
     if let (Some(up), Some(down)) = (&profile.links.cpu_to_gpu, &profile.links.gpu_to_cpu) {
         let (u, d) = (Lane::CpuToGpu as usize, Lane::GpuToCpu as usize);
         keeps[u][d] = (up.both_directions_pct / 100.0).clamp(0.05, 1.0);
         keeps[d][u] = (down.both_directions_pct / 100.0).clamp(0.05, 1.0);
     }
-    Ok(keeps)
+    let mut small = keeps;
+    enter_pairs(&mut small, &is_small, &profile.machine.name)?;
+    Ok([keeps, small])
+}
+
+/// Enters what was measured of pairs of lanes.
+fn enter_pairs(
+    keeps: &mut Keeps,
+    pairs: &[(&str, [f64; 2])],
+    profile: &str,
+) -> Result<(), RatesError> {
+    let lane = |name: &str| Lane::ALL.into_iter().find(|l| l.name() == name);
+    for &(pair, [first, second]) in pairs {
+        let lanes = pair
+            .trim_end_matches(SMALL_SUFFIX)
+            .split_once('+')
+            .and_then(|(a, b)| Some((lane(a)?, lane(b)?)));
+        let Some((a, b)) = lanes else {
+            return Err(RatesError::Contention {
+                profile: profile.to_owned(),
+                pair: pair.to_owned(),
+            });
+        };
+        keeps[a as usize][b as usize] = first.min(1.0);
+        keeps[b as usize][a as usize] = second.min(1.0);
+    }
+    Ok(())
 }
 
 #[cfg(test)]

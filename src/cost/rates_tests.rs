@@ -50,7 +50,13 @@ fn a_missing_format_is_never_faster_than_what_stands_in() {
     assert_eq!(gemm(Dtype::Q4), gemm(Dtype::F16));
     assert_eq!(gemm(Dtype::Bf16), gemm(Dtype::F16));
     assert!((gemm(Dtype::F32) - 2.0 * gemm(Dtype::F16)).abs() < 1e-12);
-    let attention = |format, bytes| rates.attention_s(Tier::Cpu, format, bytes, 0.0, true);
+    let attention = |format, kv_bytes| {
+        let work = AttentionWork::Decode {
+            kv_bytes,
+            tokens: 1024.0,
+        };
+        rates.attention_s(Tier::Cpu, format, work)
+    };
     assert!((attention(Dtype::Q4, 0.5625e9) - attention(Dtype::F16, 2e9)).abs() < 1e-9);
     profile.cpu.gemm.clear();
     let error = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap_err();
@@ -93,10 +99,43 @@ fn fewer_threads_calibration_and_contention() {
     profile.calibration.terms.insert("gemm.cpu".into(), 2.0);
     assert!((seconds(&profile, 16) - 2.0 * all).abs() < 1e-12);
     let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
-    let keep = rates.keep(Lane::CpuCompute, &[Lane::DiskToCpu, Lane::CpuToGpu]);
+    let compute = (Lane::CpuCompute, 0.0);
+    let others = [(Lane::DiskToCpu, 0.0), (Lane::CpuToGpu, 0.0)];
+    let keep = rates.keep(compute, &others);
     assert!((keep - 0.95 * 0.85).abs() < 1e-12);
-    assert_eq!(rates.keep(Lane::CpuCompute, &[Lane::CpuCompute]), 1.0);
+    assert_eq!(rates.keep(compute, &[compute]), 1.0);
+    let small = "cpu_compute+disk_to_cpu_small".to_owned();
+    profile.contention.insert(small, [0.55, 0.9]);
+    let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
+    let beside = |bytes: f64| rates.keep(compute, &[(Lane::DiskToCpu, smallness(bytes))]);
+    assert!((beside(64e6) - 0.95).abs() < 1e-12);
+    assert!((beside(4096.0) - 0.55).abs() < 1e-12);
+    let middle = (LARGE_REQUEST_BYTES * SMALL_REQUEST_BYTES).sqrt();
+    assert!((beside(middle) - 0.75).abs() < 1e-12);
     profile.contention.insert("disk".into(), [0.5, 0.5]);
     let error = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap_err();
     assert!(error.to_string().contains("\"disk\""));
+}
+
+#[test]
+fn short_contexts_cost_what_was_measured_for_them() {
+    let mut profile = t4();
+    let table = profile.cpu.attention.get_mut("f16").unwrap();
+    // A sequence takes 10 units and one a token.
+    table.decode_by_tokens = vec![(1000, 1000.0 / 1010.0), (10, 0.5)];
+    let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
+    let seconds = |tokens: f64| {
+        let work = AttentionWork::Decode {
+            kv_bytes: tokens,
+            tokens,
+        };
+        rates.attention_s(Tier::Cpu, Dtype::F16, work)
+    };
+    for tokens in [5.0, 10.0, 40.0, 1000.0] {
+        assert!((seconds(tokens) - (10.0 + tokens)).abs() < 1e-9, "{tokens}");
+    }
+    assert!(
+        (seconds(2000.0) - 2020.0).abs() < 1e-9,
+        "by the last point's rate"
+    );
 }

@@ -90,21 +90,14 @@ impl Step {
         self.batches.iter().map(|b| b.1).sum()
     }
 
-    /// (rows of a chunk, chunks of that many) over all batches.
+    /// (rows of a chunk, chunks of that many) over all batches: a batch is cut evenly.
     pub fn chunks(&self) -> Vec<(f64, f64)> {
-        let most = CHUNK_ROWS_MAX as f64;
-        let mut chunks = Vec::with_capacity(4);
-        for &(sequences, count) in &self.batches {
+        let cut = |&(sequences, count): &(f64, f64)| {
             let rows = sequences * self.rows;
-            let full = (rows / most).floor();
-            if full > 0.0 {
-                chunks.push((most, full * count));
-            }
-            if rows - full * most > 1e-9 {
-                chunks.push((rows - full * most, count));
-            }
-        }
-        chunks
+            let pieces = (rows / CHUNK_ROWS_MAX as f64 - 1e-9).ceil().max(1.0);
+            (rows / pieces, pieces * count)
+        };
+        self.batches.iter().map(cut).collect()
     }
 }
 

@@ -81,6 +81,8 @@ pub struct Segment {
     pub times: f64,
     pub lanes: PerLane<Affine>,
     pub bytes: PerLane<Affine>,
+    /// How small each lane's requests are on average.
+    pub smallness: PerLane<f64>,
     /// The time of the segment is the largest of these.
     pub rows: Vec<Row>,
 }
@@ -114,6 +116,21 @@ pub struct Work {
     pub streams: PerLane<Affine>,
     /// Cache on its way up from disk.
     pub cache_reads: Affine,
+    /// The lanes' seconds times how small their requests are.
+    pub small: PerLane<Affine>,
+}
+
+impl Work {
+    /// How small a lane's requests are on average, at equal shares.
+    fn smallness(&self, lane: Lane) -> f64 {
+        let sum = |affine: &Affine| affine.constant + affine.coef.iter().sum::<f64>();
+        let all = sum(&self.lanes[lane]);
+        if all > 0.0 {
+            sum(&self.small[lane]) / all
+        } else {
+            0.0
+        }
+    }
 }
 
 impl Terms {
@@ -192,10 +209,15 @@ fn segment(input: &TermInput, step: &Step, (part, times): (Part, f64), work: Wor
     } else {
         parallel_rows(input, step, &work)
     };
+    let mut smallness = PerLane::default();
+    Lane::ALL
+        .iter()
+        .for_each(|&lane| smallness[lane] = work.smallness(lane));
     Segment {
         phase: step.phase,
         part,
         times,
+        smallness,
         lanes: work.lanes,
         bytes: work.bytes,
         rows: undominated(rows),
@@ -255,7 +277,9 @@ fn pair_rows(rates: &Rates, work: &Work) -> Vec<Row> {
     let mut rows = Vec::new();
     for a in Lane::ALL {
         for b in Lane::ALL {
-            let (keep_a, keep_b) = (rates.keep(a, &[b]), rates.keep(b, &[a]));
+            let with_small = |lane| (lane, work.smallness(lane));
+            let (first, second) = (with_small(a), with_small(b));
+            let (keep_a, keep_b) = (rates.keep(first, &[second]), rates.keep(second, &[first]));
             if a == b || keep_b >= 1.0 || work.lanes[a].is_zero() || work.lanes[b].is_zero() {
                 continue;
             }

@@ -1,8 +1,8 @@
 //! Seconds of single operations, from the same rates that price whole plans (cost/rates). The
 //! virtual-time machine runs on these prices, and real machines log them as each lane's work.
 
-use super::ops::{Attention, Compute, FileId, Op, tier_of};
-use crate::cost::rates::Rates;
+use super::ops::{Attention, Compute, FileId, KvItem, Op, tier_of};
+use crate::cost::rates::{AttentionWork, Rates, smallness};
 use crate::tier::{Lane, Tier};
 
 /// fp32 activations.
@@ -76,21 +76,23 @@ impl Pricer {
     /// One-token rows by the bytes of keys and values they read, prompt rows by their FLOP.
     fn attend_s(&self, on: Tier, attention: &Attention) -> f64 {
         let record = 2.0 * attention.format.row_bytes(attention.hidden) as f64;
-        let (mut decode_bytes, mut prefill_flop) = (0.0, 0.0);
-        for item in attention.items.iter() {
-            if item.decode {
-                decode_bytes += (item.past + 1) as f64 * record;
+        let item_s = |item: &KvItem| {
+            let (rows, tokens) = (item.rows as f64, (item.past + item.rows) as f64);
+            let work = if item.decode {
+                AttentionWork::Decode {
+                    kv_bytes: tokens * record,
+                    tokens,
+                }
             } else {
-                let rows = item.rows as f64;
                 let keys_seen = rows * item.past as f64 + rows * (rows + 1.0) / 2.0;
-                prefill_flop += 4.0 * attention.hidden as f64 * keys_seen;
-            }
-        }
-        self.rates
-            .attention_s(on, attention.format, decode_bytes, 0.0, true)
-            + self
-                .rates
-                .attention_s(on, attention.format, 0.0, prefill_flop, false)
+                AttentionWork::Prefill {
+                    flop: 4.0 * attention.hidden as f64 * keys_seen,
+                    tokens,
+                }
+            };
+            self.rates.attention_s(on, attention.format, work)
+        };
+        attention.items.iter().map(item_s).sum()
     }
 
     /// Seconds until an idle lane begins what it waited for.
@@ -103,13 +105,18 @@ impl Pricer {
         self.rates.sampling_s(VALUE_BYTES * logits as f64)
     }
 
-    /// What `lane` keeps of its rate while the other `active` lanes run.
-    pub fn keep(&self, lane: Lane, active: &[Lane]) -> f64 {
-        let others: Vec<Lane> = active
-            .iter()
-            .copied()
-            .filter(|&other| other != lane)
-            .collect();
-        self.rates.keep(lane, &others)
+    /// How small the requests of a disk lane's operation are (rates.rs); 0 on other lanes.
+    pub fn smallness(&self, op: &Op) -> f64 {
+        match op {
+            Op::Read(spans) | Op::Write(spans) => {
+                smallness(op.bytes() as f64 / spans.len().max(1) as f64)
+            }
+            _ => 0.0,
+        }
+    }
+
+    /// What `lane` keeps of its rate while the `active` lanes run; each with its smallness.
+    pub fn keep(&self, lane: (Lane, f64), active: &[(Lane, f64)]) -> f64 {
+        self.rates.keep(lane, active)
     }
 }

@@ -20,6 +20,8 @@ struct Task {
     work_s: f64,
     busy_s: f64,
     bytes: u64,
+    /// How small its requests are.
+    smallness: f64,
     after: Fences,
     phase: Phase,
 }
@@ -82,12 +84,14 @@ impl VirtualMachine {
         let ready = self.ready();
         let now_s = self.now_s;
         let runs = |(_, begins_s): &&(Lane, f64)| *begins_s <= now_s;
-        let active: Vec<Lane> = ready.iter().filter(runs).map(|(lane, _)| *lane).collect();
+        let small = |lane| self.queues[lane].front().map_or(0.0, |task| task.smallness);
+        let with_small = |&(lane, _): &(Lane, f64)| (lane, small(lane));
+        let active: Vec<(Lane, f64)> = ready.iter().filter(runs).map(with_small).collect();
         let rates: Vec<f64> = active
             .iter()
             .map(|&lane| self.pricer.keep(lane, &active))
             .collect();
-        let time_left = |(lane, rate): (&Lane, &f64)| {
+        let time_left = |((lane, _), rate): (&(Lane, f64), &f64)| {
             self.queues[*lane].front().map_or(0.0, |t| t.left_s / rate)
         };
         let ends = active.iter().zip(&rates).map(time_left);
@@ -97,7 +101,7 @@ impl VirtualMachine {
             return false;
         };
         self.now_s += dt_s;
-        for (&lane, &rate) in active.iter().zip(&rates) {
+        for (&(lane, _), &rate) in active.iter().zip(&rates) {
             self.progress(lane, (dt_s, rate));
         }
         true
@@ -126,12 +130,14 @@ impl Machine for VirtualMachine {
     fn submit(&mut self, lane: Lane, op: Op, after: &Fences) -> Fence {
         let work_s = self.pricer.seconds(lane, &op);
         let (after, phase, bytes) = (*after, self.phase, op.bytes());
+        let smallness = self.pricer.smallness(&op);
         self.queues[lane].push_back(Task {
             begins_s: None,
             left_s: work_s,
             work_s,
             busy_s: 0.0,
             bytes,
+            smallness,
             after,
             phase,
         });

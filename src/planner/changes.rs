@@ -98,8 +98,7 @@ fn faster_cpu(profile: &mut HardwareProfile, factor: f64) {
     cpu.dram_copy_bytes_per_s *= factor;
     cpu.rowwise_bytes_per_s = cpu.rowwise_bytes_per_s.map(|r| r * factor);
     for rates in cpu.attention.values_mut() {
-        rates.decode_bytes_per_s *= factor;
-        rates.prefill_flop_per_s *= factor;
+        rates.all_mut().for_each(|rate| *rate *= factor);
     }
 }
 
@@ -108,8 +107,7 @@ fn faster_gpu(profile: &mut HardwareProfile, factor: f64) -> Option<()> {
     faster_gemm(&mut gpu.gemm, factor);
     gpu.copy_bytes_per_s *= factor;
     for rates in gpu.attention.values_mut() {
-        rates.decode_bytes_per_s *= factor;
-        rates.prefill_flop_per_s *= factor;
+        rates.all_mut().for_each(|rate| *rate *= factor);
     }
     Some(())
 }

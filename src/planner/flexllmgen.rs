@@ -1,7 +1,7 @@
 //! FlexLLMGen as its runtime behaves: where its whole tensors go, what it holds beside them, how long its
 //! schedule takes on a machine's rates. Nothing here is fitted to its published results (flexllmgen_rows.rs); assumptions say that they are.
 
-use crate::cost::rates::Rates;
+use crate::cost::rates::{AttentionWork, Rates};
 use crate::dtype::{Arithmetic, Dtype};
 use crate::model::ModelSpec;
 use crate::tier::{Lane, PerTier, Tier};
@@ -252,9 +252,8 @@ impl Setup<'_> {
         let size = self.flags.gpu_batch_size as f64;
         if rows > 1.0 {
             let flop = 4.0 * self.model.hidden as f64 * size * rows * rows;
-            return self
-                .rates
-                .attention_s(Tier::Gpu, Dtype::F16, 0.0, flop, false);
+            let work = AttentionWork::Prefill { flop, tokens: rows };
+            return self.rates.attention_s(Tier::Gpu, Dtype::F16, work);
         }
         let share = self.flags.share(2);
         let on_cpu = if self.flags.cpu_cache_compute {
@@ -270,11 +269,13 @@ impl Setup<'_> {
             0.0
         };
         let gpu_bytes = 2.0 * values * (1.0 - on_cpu);
+        let on_gpu = AttentionWork::Decode {
+            kv_bytes: gpu_bytes,
+            tokens: context,
+        };
         cpu_bytes / self.rates.dram_read_bytes_per_s
             + self.dequantise_s(packed)
-            + self
-                .rates
-                .attention_s(Tier::Gpu, Dtype::F16, gpu_bytes, 0.0, true)
+            + self.rates.attention_s(Tier::Gpu, Dtype::F16, on_gpu)
     }
 
     /// One attention and one feed-forward layer for all batches, each step ending with a synchronisation.

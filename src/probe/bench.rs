@@ -122,7 +122,7 @@ fn input_floats(extent: &Extent) -> usize {
 
 /// Rows of a prompt, or one of each sequence.
 fn attention_rows(extent: &Extent) -> usize {
-    extent.prompt_tokens.max(MAX_SEQUENCES)
+    extent.rows().max(MAX_SEQUENCES)
 }
 
 fn output_floats(extent: &Extent) -> usize {

@@ -4,6 +4,7 @@
 use super::ProbeError;
 use super::bench::Bench;
 use super::compute::product_s;
+use super::samples::Series;
 use super::scale::{DiskStep, Extent};
 use crate::cost::rates::Rates;
 use crate::dtype::{Arithmetic, Dtype};
@@ -16,11 +17,13 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-/// Inputs and outputs of a burst's product: a shape of the probe's own grid.
-const SIDE: usize = 4096;
-/// Bytes of one read or write of a burst, and how many there are.
+/// Inputs and outputs of a burst's product, for few rows and for many: shapes of the probe's own grid. A
+/// call must be short, so that its median over a burst is one of many.
+const SHAPES: [(usize, usize); 2] = [(4096, 4096), (1024, 4096)];
+const MANY_ROWS: usize = 64;
+/// Bytes of one read or write of a burst, and how many there are; the median counts.
 const READ_BYTES: u64 = 16 * MIB;
-const READS: u64 = 8;
+const READS: u64 = 24;
 const WRITE_BYTES: u64 = 4 * MIB;
 const WRITES: u64 = 8;
 
@@ -31,8 +34,8 @@ static EXTENT: Extent = Extent {
     arena_bytes: 192 * MIB,
     cache_multiple: 0,
     gemm_rows: &[512],
-    gemm_shapes: &[(SIDE, SIDE)],
-    sample_s: 0.04,
+    gemm_shapes: &SHAPES,
+    sample_s: 0.2,
     reads: &[],
     writes: &[DiskStep {
         block_bytes: WRITE_BYTES,
@@ -41,8 +44,8 @@ static EXTENT: Extent = Extent {
     }],
     window_s: 0.0,
     window_write_bytes: 0,
-    past_tokens: 1,
-    prompt_tokens: 1,
+    decode_tokens: &[],
+    prompt_tokens: &[],
 };
 
 /// One lane's work in small.
@@ -52,6 +55,7 @@ pub enum Burst {
     /// A product of `rows` rows with weights in DRAM.
     Product {
         format: Dtype,
+        arithmetic: Arithmetic,
         rows: usize,
     },
     Read,
@@ -88,12 +92,18 @@ pub fn slowdowns(bursts: &[Burst], place: &BurstPlace) -> Result<Vec<f64>, Probe
 
 fn slowdown(burst: Burst, bench: &mut Bench, place: &BurstPlace) -> Result<f64, ProbeError> {
     let (took_s, priced_s) = match burst {
-        Burst::Product { format, rows } => (
-            product_s(bench, (format, Arithmetic::Fp32, rows), (SIDE, SIDE))?,
-            place
-                .rates
-                .gemm_s(Tier::Cpu, (format, Arithmetic::Fp32), rows, SIDE, SIDE),
-        ),
+        Burst::Product {
+            format,
+            arithmetic,
+            rows,
+        } => {
+            let (inputs, outputs) = SHAPES[usize::from(rows >= MANY_ROWS)];
+            let stored = (format, arithmetic);
+            (
+                product_s(bench, (format, arithmetic, rows), (inputs, outputs))?,
+                place.rates.gemm_s(Tier::Cpu, stored, rows, inputs, outputs),
+            )
+        }
         Burst::Read => read(bench, place)?,
         Burst::Write => write(bench, place)?,
     };
@@ -106,35 +116,34 @@ fn read(bench: &mut Bench, place: &BurstPlace) -> Result<(f64, f64), ProbeError>
     let pool = IoPool::new(4)?;
     let block = READ_BYTES.min(file.len_bytes()? / MIB * MIB).max(MIB);
     let last = file.len_bytes()?.saturating_sub(block) / MIB;
-    let begin = Instant::now();
+    let mut took_s = Series::default();
     for number in 0..READS {
         // Far apart, so that nothing that looks ahead gets it right.
         let offset = (number * 7919 * 16) % (last + 1) * MIB;
         let target = &mut bench.arena[..block as usize];
+        let begin = Instant::now();
         pool.run(&mut [IoRequest::read(&file, offset, target)])?;
+        took_s.push(begin.elapsed().as_secs_f64());
     }
-    let priced = READS as f64 * place.rates.disk_read_s(block as f64, block as f64);
-    Ok((begin.elapsed().as_secs_f64(), priced))
+    let priced_s = place.rates.disk_read_s(block as f64, block as f64);
+    Ok((took_s.median().unwrap_or(priced_s), priced_s))
 }
 
 fn write(bench: &mut Bench, place: &BurstPlace) -> Result<(f64, f64), ProbeError> {
     let file = DiskFile::create_unlinked(place.spill, WRITES * WRITE_BYTES)?;
     let pool = IoPool::new(4)?;
-    let mut took_s = 0.0;
-    for pass in 0..2 {
+    let mut took_s = Series::default();
+    // The first pass makes the file's blocks.
+    for number in 0..4 * WRITES {
+        let source = &bench.arena[..WRITE_BYTES as usize];
+        let offset = number % WRITES * WRITE_BYTES;
         let begin = Instant::now();
-        for number in 0..WRITES {
-            let source = &bench.arena[..WRITE_BYTES as usize];
-            let offset = number * WRITE_BYTES;
-            pool.run(&mut [IoRequest::write(&file, offset, source)])?;
+        pool.run(&mut [IoRequest::write(&file, offset, source)])?;
+        if number >= WRITES {
+            took_s.push(begin.elapsed().as_secs_f64());
         }
-        // The first pass makes the file's blocks.
-        took_s = if pass == 1 {
-            begin.elapsed().as_secs_f64()
-        } else {
-            0.0
-        };
     }
-    let (all, each) = ((WRITES * WRITE_BYTES) as f64, WRITE_BYTES as f64);
-    Ok((took_s, place.rates.disk_write_s(all, each, false)))
+    let each = WRITE_BYTES as f64;
+    let priced_s = place.rates.disk_write_s(each, each, false);
+    Ok((took_s.median().unwrap_or(priced_s), priced_s))
 }

@@ -47,11 +47,13 @@ struct GemmPoint {
     seconds: Series,
 }
 
-/// Attention over one format.
+/// Attention over one format and so many tokens.
 struct KvPoint {
     format: Dtype,
-    decode_bytes_per_s: Series,
-    prefill_flop_per_s: Series,
+    decode: bool,
+    tokens: usize,
+    /// Bytes or FLOP per second.
+    rate: Series,
 }
 
 /// The CPU's measurements.
@@ -81,14 +83,24 @@ impl ComputeArea {
                 }));
             }
         }
-        let kv = |format| KvPoint {
+        let kv = |(format, decode, tokens): (Dtype, bool, usize)| KvPoint {
             format,
-            decode_bytes_per_s: Series::default(),
-            prefill_flop_per_s: Series::default(),
+            decode,
+            tokens,
+            rate: Series::default(),
+        };
+        let contexts = |format| {
+            let decode = extent.decode_tokens.iter().map(move |&t| (format, true, t));
+            decode.chain(
+                extent
+                    .prompt_tokens
+                    .iter()
+                    .map(move |&t| (format, false, t)),
+            )
         };
         ComputeArea {
             gemm: grid,
-            attention: KV_FORMATS.into_iter().map(kv).collect(),
+            attention: KV_FORMATS.into_iter().flat_map(contexts).map(kv).collect(),
             read_bytes_per_s: Series::default(),
             copy_bytes_per_s: Series::default(),
             rowwise_bytes_per_s: Series::default(),
@@ -103,8 +115,11 @@ impl ComputeArea {
         self.memory(bench)?;
         self.products(bench)?;
         for point in &mut self.attention {
-            point.decode_bytes_per_s.push(decode(bench, point.format)?);
-            point.prefill_flop_per_s.push(prefill(bench, point.format)?);
+            point.rate.push(if point.decode {
+                decode(bench, point.format, point.tokens)?
+            } else {
+                prefill(bench, point.format, point.tokens)?
+            });
         }
         self.small_work(bench)
     }
@@ -150,13 +165,7 @@ impl ComputeArea {
     /// What a profile says of the CPU.
     pub fn facts(&self) -> CpuFacts {
         let median = |series: &Series| tidy(series.median().unwrap_or(0.0));
-        let attention = self.attention.iter().map(|point| {
-            let rates = AttentionRates {
-                decode_bytes_per_s: median(&point.decode_bytes_per_s),
-                prefill_flop_per_s: median(&point.prefill_flop_per_s),
-            };
-            (point.format.name().to_owned(), rates)
-        });
+        let attention = KV_FORMATS.map(|f| (f.name().to_owned(), self.attention_rates(f)));
         CpuFacts {
             dram_read_bytes_per_s: median(&self.read_bytes_per_s),
             dram_copy_bytes_per_s: median(&self.copy_bytes_per_s),
@@ -166,11 +175,31 @@ impl ComputeArea {
             sampling_bytes_per_s: self.sampling_bytes_per_s.median().map(tidy),
             rowwise_bytes_per_s: self.rowwise_bytes_per_s.median().map(tidy),
             gemm: self.curves(),
-            attention: attention.collect(),
+            attention: attention.into(),
             quantise: Some(QuantiseRates {
                 pack_bytes_per_s: median(&self.pack_bytes_per_s),
                 append_bytes_per_s: median(&self.append_bytes_per_s),
             }),
+        }
+    }
+
+    fn attention_rates(&self, format: Dtype) -> AttentionRates {
+        let curve = |decode| -> Vec<(usize, f64)> {
+            let of_kind = |p: &&KvPoint| p.format == format && p.decode == decode;
+            let rate = |p: &KvPoint| Some((p.tokens, tidy(p.rate.median()?)));
+            self.attention
+                .iter()
+                .filter(of_kind)
+                .filter_map(rate)
+                .collect()
+        };
+        let (decode, prefill) = (curve(true), curve(false));
+        let long = |points: &[(usize, f64)]| points.last().map_or(0.0, |p| p.1);
+        AttentionRates {
+            decode_bytes_per_s: long(&decode),
+            prefill_flop_per_s: long(&prefill),
+            decode_by_tokens: decode,
+            prefill_by_tokens: prefill,
         }
     }
 
@@ -192,20 +221,23 @@ fn product(bench: &mut Bench, point: &GemmPoint) -> Result<f64, ProbeError> {
     product_s(bench, (point.format, point.arithmetic, point.rows), shape)
 }
 
-/// Seconds of one product of so many rows with a weight matrix (inputs, outputs) that no cache holds.
+/// Seconds of one product of so many rows with a weight matrix (inputs, outputs). Neither the weights nor
+/// the rows are in a cache: in a layer, other products and their weights come between.
 pub fn product_s(
     bench: &mut Bench,
     (format, arithmetic, rows): (Dtype, Arithmetic, usize),
     (inputs, outputs): (usize, usize),
 ) -> Result<f64, ProbeError> {
     let bytes = panels(outputs) * format.panel_bytes(inputs) as usize;
+    let x_bytes = 4 * rows * inputs;
     bench.time(|b| {
+        let x = b.rotate(x_bytes);
         let begin = b.rotate(bytes);
         gemm(
             &b.pool,
             b.isa,
             GemmArgs {
-                x: b.inputs.as_slice_of(),
+                x: bytemuck::cast_slice(&b.arena[x..x + x_bytes]),
                 ldx: inputs,
                 m: rows,
                 inputs,
@@ -222,9 +254,8 @@ pub fn product_s(
     })
 }
 
-/// KV bytes per second of one new token for many sequences.
-fn decode(bench: &mut Bench, format: Dtype) -> Result<f64, ProbeError> {
-    let tokens = bench.extent.past_tokens;
+/// KV bytes per second of one new token for many sequences of so many tokens.
+fn decode(bench: &mut Bench, format: Dtype, tokens: usize) -> Result<f64, ProbeError> {
     let sequence_bytes = tokens * 2 * format.row_bytes(HIDDEN) as usize;
     let sequences = (bench.arena.len() / 2 / sequence_bytes).clamp(1, MAX_SEQUENCES);
     let bytes = sequences * sequence_bytes;
@@ -245,13 +276,16 @@ fn decode(bench: &mut Bench, format: Dtype) -> Result<f64, ProbeError> {
     Ok(bytes as f64 / seconds)
 }
 
-/// FLOP per second of the attention of one prompt.
-fn prefill(bench: &mut Bench, format: Dtype) -> Result<f64, ProbeError> {
-    let tokens = bench.extent.prompt_tokens;
-    let bytes = tokens * 2 * format.row_bytes(HIDDEN) as usize;
+/// FLOP per second of the attention of as many prompts as make a chunk of rows.
+fn prefill(bench: &mut Bench, format: Dtype, tokens: usize) -> Result<f64, ProbeError> {
+    let prompts = (bench.extent.rows() / tokens).max(1);
+    let prompt_bytes = tokens * 2 * format.row_bytes(HIDDEN) as usize;
+    let bytes = prompts * prompt_bytes;
     let seconds = bench.time(|b| {
         let begin = b.rotate(bytes);
-        let items = [item(0, (tokens, 0), &b.arena[begin..begin + bytes])];
+        let cache = b.arena[begin..begin + bytes].chunks_exact(prompt_bytes);
+        let prompt = |(place, bytes)| item(place * tokens, (tokens, 0), bytes);
+        let items: Vec<AttendItem> = cache.enumerate().map(prompt).collect();
         run_attention(
             (&b.pool, b.isa),
             format,
@@ -259,7 +293,7 @@ fn prefill(bench: &mut Bench, format: Dtype) -> Result<f64, ProbeError> {
             (&b.inputs, &mut b.outputs),
         );
     })?;
-    let pairs = tokens * (tokens + 1) / 2;
+    let pairs = prompts * tokens * (tokens + 1) / 2;
     Ok(4.0 * (pairs * HIDDEN) as f64 / seconds)
 }
 
@@ -320,7 +354,7 @@ fn pack(bench: &mut Bench) -> Result<f64, ProbeError> {
 
 /// Bytes of fp32 keys and values turned into 4 bits per second.
 fn append(bench: &mut Bench) -> Result<f64, ProbeError> {
-    let count = bench.extent.prompt_tokens;
+    let count = bench.extent.rows();
     let bytes = count * 2 * Dtype::Q4.row_bytes(HIDDEN) as usize;
     let seconds = bench.time(|b| {
         append_kv(
@@ -357,26 +391,35 @@ fn sampling(bench: &mut Bench) -> Result<f64, ProbeError> {
     Ok(bytes as f64 / seconds)
 }
 
-/// Bytes of activations normalised per second, read and written together.
+/// Bytes of activations normalised per second, read and written together. Between two such passes a layer's
+/// products go through the caches: the rows come from memory.
 fn rowwise(bench: &mut Bench) -> Result<f64, ProbeError> {
-    let rows = bench.extent.prompt_tokens;
+    let rows = bench.extent.rows();
+    let bytes = rows * HIDDEN * 4;
+    let mut out = 0;
     let seconds = bench.time(|b| {
+        let begin = b.rotate(bytes);
+        out = if out + 2 * bytes <= b.outputs.len() {
+            out + bytes
+        } else {
+            0
+        };
         layer_norm(
             &b.pool,
             b.isa,
             NormArgs {
-                x: b.inputs.as_slice_of(),
+                x: bytemuck::cast_slice(&b.arena[begin..begin + bytes]),
                 rows: None,
                 m: rows,
                 width: HIDDEN,
                 weight: None,
                 bias: None,
                 eps: 1e-5,
-                out: b.outputs.as_mut_slice_of(),
+                out: bytemuck::cast_slice_mut(&mut b.outputs[out..out + bytes]),
             },
         );
     })?;
-    Ok((2 * rows * HIDDEN * 4) as f64 / seconds)
+    Ok((2 * bytes) as f64 / seconds)
 }
 
 /// A step of the compute lane for races with the disk: a decode of 32 sequences over fp16 weights,

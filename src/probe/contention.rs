@@ -7,19 +7,29 @@ use super::compute::product_step;
 use super::disk::DiskArea;
 use super::samples::Series;
 use crate::machine::disk::{DiskError, IoRequest};
+use crate::profile::{LARGE_REQUEST_BYTES, SMALL_REQUEST_BYTES, SMALL_SUFFIX};
 use crate::tier::Lane;
 use crate::units::MIB;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Bytes of one request of a disk lane while it shares the machine.
-const REQUEST_BYTES: u64 = 8 * MIB;
+/// Bytes of one request of a disk lane while it shares the machine, where requests are large …
+const REQUEST_BYTES: u64 = LARGE_REQUEST_BYTES as u64;
+/// … and where they are small: then so many go together, as a batch's caches do.
+const SMALL_BYTES: u64 = SMALL_REQUEST_BYTES as u64;
+const SMALL_TOGETHER: usize = 4;
 
-const PAIRS: [(Lane, Lane); 3] = [
-    (Lane::CpuCompute, Lane::DiskToCpu),
-    (Lane::CpuCompute, Lane::CpuToDisk),
-    (Lane::DiskToCpu, Lane::CpuToDisk),
+/// A lane, and whether its requests are small.
+type Kind = (Lane, bool);
+
+const COMPUTE: Kind = (Lane::CpuCompute, false);
+const PAIRS: [(Kind, Kind); 5] = [
+    (COMPUTE, (Lane::DiskToCpu, false)),
+    (COMPUTE, (Lane::CpuToDisk, false)),
+    ((Lane::DiskToCpu, false), (Lane::CpuToDisk, false)),
+    (COMPUTE, (Lane::DiskToCpu, true)),
+    (COMPUTE, (Lane::CpuToDisk, true)),
 ];
 
 /// What is done in one step; returns the work done (bytes or FLOP), `None` when its quota is used up.
@@ -28,14 +38,15 @@ type Step<'a> = Box<dyn FnMut() -> Result<Option<f64>, DiskError> + Send + 'a>;
 /// Rates of lanes alone and together.
 #[derive(Default)]
 pub struct ContentionArea {
-    alone: BTreeMap<Lane, Series>,
+    alone: BTreeMap<Kind, Series>,
     together: [(Series, Series); PAIRS.len()],
 }
 
 impl ContentionArea {
     /// Every lane alone once and every pair once.
     pub fn round(&mut self, bench: &mut Bench, disk: &DiskArea) -> Result<(), ProbeError> {
-        for lane in [Lane::CpuCompute, Lane::DiskToCpu, Lane::CpuToDisk] {
+        let lanes: BTreeSet<Kind> = PAIRS.iter().flat_map(|&(a, b)| [a, b]).collect();
+        for lane in lanes {
             let rate = run_alone(bench, disk, lane)?;
             self.alone.entry(lane).or_default().push(rate);
         }
@@ -47,8 +58,8 @@ impl ContentionArea {
         Ok(())
     }
 
-    /// "cpu_compute+disk_to_cpu" = what each keeps of its rate. A lane gains nothing by company:
-    /// what noise adds is cut off.
+    /// "cpu_compute+disk_to_cpu" = what each keeps of its rate, "cpu_compute+disk_to_cpu_small" the same where
+    /// requests are small. A lane gains nothing by company: what noise adds is cut off.
     pub fn shares(&self) -> BTreeMap<String, [f64; 2]> {
         let mut shares = BTreeMap::new();
         for ((first, second), rates) in PAIRS.iter().zip(&self.together) {
@@ -56,20 +67,22 @@ impl ContentionArea {
                 .kept(*first, &rates.0)
                 .zip(self.kept(*second, &rates.1));
             if let Some((a, b)) = kept {
-                shares.insert(format!("{}+{}", first.name(), second.name()), [a, b]);
+                let small = if second.1 { SMALL_SUFFIX } else { "" };
+                let pair = format!("{}+{}{small}", first.0.name(), second.0.name());
+                shares.insert(pair, [a, b]);
             }
         }
         shares
     }
 
-    fn kept(&self, lane: Lane, together: &Series) -> Option<f64> {
+    fn kept(&self, lane: Kind, together: &Series) -> Option<f64> {
         let alone = self.alone.get(&lane)?.median()?;
         let share = together.median()? / alone;
         Some((share.clamp(0.01, 1.0) * 1000.0).round() / 1000.0)
     }
 }
 
-fn run_alone(bench: &mut Bench, disk: &DiskArea, lane: Lane) -> Result<f64, ProbeError> {
+fn run_alone(bench: &mut Bench, disk: &DiskArea, lane: Kind) -> Result<f64, ProbeError> {
     bench.check_stop()?;
     let window = Window::new(bench);
     let [step, _] = steps(bench, disk, [Some(lane), None]);
@@ -82,7 +95,7 @@ fn run_alone(bench: &mut Bench, disk: &DiskArea, lane: Lane) -> Result<f64, Prob
 fn run_together(
     bench: &mut Bench,
     disk: &DiskArea,
-    pair: (Lane, Lane),
+    pair: (Kind, Kind),
 ) -> Result<(f64, f64), ProbeError> {
     bench.check_stop()?;
     let window = Window::new(bench);
@@ -101,7 +114,7 @@ fn run_together(
 fn steps<'a>(
     bench: &'a mut Bench,
     disk: &'a DiskArea,
-    lanes: [Option<Lane>; 2],
+    lanes: [Option<Kind>; 2],
 ) -> [Option<Step<'a>>; 2] {
     let half = bench.arena.len() / 2 / MIB as usize * MIB as usize;
     let (left, right) = bench.arena.split_at_mut(half);
@@ -113,52 +126,67 @@ fn steps<'a>(
         let memory = halves[place].take();
         place += 1;
         match (lane?, memory?) {
-            (Lane::CpuCompute, memory) => {
+            ((Lane::CpuCompute, _), memory) => {
                 let task = (&bench.pool, bench.isa);
                 Some(product_step(task, memory, (inputs, outputs.take()?)))
             }
-            (Lane::DiskToCpu, memory) => Some(read_step(disk, memory)),
-            (_, memory) => Some(write_step(disk, memory, bench.extent.window_write_bytes)),
+            ((Lane::DiskToCpu, small), memory) => Some(read_step(disk, memory, small)),
+            ((_, small), memory) => {
+                let quota_bytes = bench.extent.window_write_bytes;
+                Some(write_step(disk, memory, (small, quota_bytes)))
+            }
         }
     })
 }
 
-fn read_step<'a>(disk: &'a DiskArea, memory: &'a mut [u8]) -> Step<'a> {
-    let request = REQUEST_BYTES
-        .min(disk.filled_bytes())
-        .min(memory.len() as u64);
+/// Bytes of one call, and of each of its requests.
+fn call(disk: &DiskArea, memory: &[u8], small: bool) -> (u64, usize) {
+    let room = disk.filled_bytes().min(memory.len() as u64);
+    if small {
+        (SMALL_BYTES * SMALL_TOGETHER as u64, SMALL_BYTES as usize)
+    } else {
+        (REQUEST_BYTES.min(room), REQUEST_BYTES as usize)
+    }
+}
+
+fn read_step<'a>(disk: &'a DiskArea, memory: &'a mut [u8], small: bool) -> Step<'a> {
+    let (bytes, each) = call(disk, memory, small);
     let mut offset = 0;
     Box::new(move || {
-        if offset + request > disk.filled_bytes() {
+        if offset + bytes > disk.filled_bytes() {
             offset = 0;
         }
-        let target = &mut memory[..request as usize];
+        let parts = memory[..bytes as usize].chunks_mut(each).enumerate();
+        let request = |(n, part)| IoRequest::read(&disk.file, offset + (n * each) as u64, part);
         disk.pool(4)
-            .run(&mut [IoRequest::read(&disk.file, offset, target)])?;
-        offset += request;
-        Ok(Some(request as f64))
+            .run(&mut parts.map(request).collect::<Vec<_>>())?;
+        offset += bytes;
+        Ok(Some(bytes as f64))
     })
 }
 
 /// Overwrites, because that is what a spill file sees for most of its life.
-fn write_step<'a>(disk: &'a DiskArea, memory: &'a [u8], quota_bytes: u64) -> Step<'a> {
-    let request = REQUEST_BYTES
-        .min(disk.filled_bytes())
-        .min(memory.len() as u64)
-        .min(quota_bytes);
+fn write_step<'a>(
+    disk: &'a DiskArea,
+    memory: &'a [u8],
+    (small, quota_bytes): (bool, u64),
+) -> Step<'a> {
+    let (bytes, each) = call(disk, memory, small);
+    let bytes = bytes.min(quota_bytes);
     let (mut offset, mut written) = (0, 0);
     Box::new(move || {
-        if written + request > quota_bytes {
+        if written + bytes > quota_bytes {
             return Ok(None);
         }
-        if offset + request > disk.filled_bytes() {
+        if offset + bytes > disk.filled_bytes() {
             offset = 0;
         }
-        let source = &memory[..request as usize];
+        let parts = memory[..bytes as usize].chunks(each).enumerate();
+        let request = |(n, part)| IoRequest::write(&disk.file, offset + (n * each) as u64, part);
         disk.write_pool()
-            .run(&mut [IoRequest::write(&disk.file, offset, source)])?;
-        (offset, written) = (offset + request, written + request);
-        Ok(Some(request as f64))
+            .run(&mut parts.map(request).collect::<Vec<_>>())?;
+        (offset, written) = (offset + bytes, written + bytes);
+        Ok(Some(bytes as f64))
     })
 }
 
@@ -211,7 +239,7 @@ mod tests {
     fn a_lane_keeps_a_part_and_never_more_than_all() {
         let mut area = ContentionArea::default();
         for (lane, rate) in [(Lane::CpuCompute, 100.0), (Lane::DiskToCpu, 10.0)] {
-            area.alone.entry(lane).or_default().push(rate);
+            area.alone.entry((lane, false)).or_default().push(rate);
         }
         area.together[0].0.push(80.0);
         area.together[0].1.push(12.0);

@@ -219,6 +219,7 @@ impl Meter<'_> {
             let of_format = AttentionRates {
                 decode_bytes_per_s: tidy(bytes as f64 / decode_s),
                 prefill_flop_per_s: tidy(flop / prefill_s),
+                ..AttentionRates::default()
             };
             rates.insert(format.name().to_owned(), of_format);
         }

@@ -43,9 +43,10 @@ pub struct Extent {
     /// How long two lanes run together, and the most that is written meanwhile.
     pub window_s: f64,
     pub window_write_bytes: u64,
-    /// Tokens already in the cache of each sequence, and rows of a prompt, for attention.
-    pub past_tokens: usize,
-    pub prompt_tokens: usize,
+    /// Tokens that a decoding sequence looks at, and those of a prompt, for attention; the longest prompt
+    /// is as many rows as row-wise work is measured with.
+    pub decode_tokens: &'static [usize],
+    pub prompt_tokens: &'static [usize],
 }
 
 const fn step(block_bytes: u64, depth: u32, repeats: u64) -> DiskStep {
@@ -67,7 +68,7 @@ static FULL: Extent = Extent {
     arena_bytes: 192 * MIB,
     cache_multiple: 6,
     gemm_rows: &[1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
-    gemm_shapes: &[(1024, 4096), (4096, 4096), (8192, 2048)],
+    gemm_shapes: &[(1024, 1024), (1024, 4096), (4096, 4096), (8192, 2048)],
     sample_s: 0.008,
     reads: &[
         step(64 * MIB, 4, 4),
@@ -97,8 +98,8 @@ static FULL: Extent = Extent {
     ],
     window_s: 0.15,
     window_write_bytes: 80 * MIB,
-    past_tokens: 1024,
-    prompt_tokens: 512,
+    decode_tokens: &[16, 64, 256, 1024],
+    prompt_tokens: &[16, 64, 512],
 };
 
 static QUICK: Extent = Extent {
@@ -114,8 +115,8 @@ static QUICK: Extent = Extent {
     writes: &[step(4 * MIB, 4, 1), step(MIB, 1, 2)],
     window_s: 0.01,
     window_write_bytes: 4 * MIB,
-    past_tokens: 128,
-    prompt_tokens: 32,
+    decode_tokens: &[128],
+    prompt_tokens: &[32],
 };
 
 impl ProbeScale {
@@ -128,6 +129,11 @@ impl ProbeScale {
 }
 
 impl Extent {
+    /// Rows of activations in row-wise work and in prompts' attention.
+    pub fn rows(&self) -> usize {
+        self.prompt_tokens.iter().copied().max().unwrap_or(1)
+    }
+
     /// Bytes that the writing steps cover in one round.
     pub fn round_write_bytes(&self) -> u64 {
         self.writes.iter().map(|s| s.block_bytes * s.repeats).sum()

@@ -4,6 +4,7 @@
 use super::record::{Bracket, RunRecord};
 use crate::cost::block::even_chunks;
 use crate::cost::figures::{Figures, LaneFigures};
+use crate::dtype::Dtype;
 use crate::engine::open::{RunJob, open};
 use crate::engine::{Engine, EngineError, Finished, Request, RunOptions, Sink};
 use crate::machine::{Machine, os};
@@ -60,13 +61,14 @@ pub fn burst_of(
                 Phase::Prefill => even_chunks(policy.gpu_batch_size as u64 * prompt.max(1)),
                 Phase::Decode => policy.gpu_batch_size as u64,
             };
-            let format = model.dtype;
+            let format = if policy.compress_weight {
+                Dtype::Q4
+            } else {
+                model.dtype
+            };
             Burst::Product {
-                format: if policy.compress_weight {
-                    crate::dtype::Dtype::Q4
-                } else {
-                    format
-                },
+                format,
+                arithmetic: policy.arithmetic(format),
                 rows: nearest_power_of_two(rows),
             }
         }
