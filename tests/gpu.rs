@@ -3,6 +3,8 @@
 
 #[path = "gpu/stand_in.rs"]
 mod stand_in;
+#[path = "gpu/waits.rs"]
+mod waits;
 
 mod running;
 

@@ -53,8 +53,6 @@ pub struct Core<'m> {
     pub join: Fences,
     /// Newest operation on the compute lane.
     pub last: Fence,
-    /// Last users of the buffers through which the CPU helps a GPU.
-    pub side_done: Fences,
     pub embedding_done: [Fences; 2],
     pub embedding_half: usize,
     pub pass: u64,
@@ -91,7 +89,6 @@ impl<'m> Core<'m> {
             lane,
             join: Fences::none(),
             last: Fence { lane, number: 0 },
-            side_done: Fences::none(),
             embedding_done: [Fences::none(); 2],
             embedding_half: 0,
             pass: 0,

@@ -7,6 +7,7 @@ use super::schedule::Task;
 use super::step::{BatchStep, Step, overlap};
 use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES};
 use crate::machine::ops::{Affine, Attention, Compute, Copy2d, KvItem, Op, Table};
+use crate::machine::{Fence, Fences};
 use crate::model::{Activation, MatrixKind, SmallKind};
 use crate::tier::{Lane, Tier};
 use std::ops::Range;
@@ -172,15 +173,17 @@ impl Core<'_> {
             }
         }
         let ready = self.visits.cache_ready(part.stage, part.batch);
-        if !beside.is_empty() {
-            self.attend_beside(part, beside, ready);
-        }
+        let back = (!beside.is_empty()).then(|| self.attend_beside(part, beside, ready));
         if !here.is_empty() {
             self.join = self.join.join(&ready);
             let attention = self.attention_op(self.compute, here);
             self.submit(Compute::Append(attention.clone()));
             let done = self.submit(Compute::Attend(attention));
             self.visits.cache_used(part.stage, part.batch, done);
+        }
+        // Only now: the GPU attends while the CPU does.
+        if let Some(back) = back {
+            self.join.add(back);
         }
     }
 
@@ -195,8 +198,8 @@ impl Core<'_> {
         }
     }
 
-    /// Attention on the CPU for a GPU: q, k, v rows down, attended rows up. Joined before the next product.
-    fn attend_beside(&mut self, part: &Part, items: Vec<KvItem>, ready: crate::machine::Fences) {
+    /// Attention on the CPU for a GPU: q, k, v rows down, attended rows up: what the next product waits for.
+    fn attend_beside(&mut self, part: &Part, items: Vec<KvItem>, ready: Fences) -> Fence {
         let row = self.facts.model.hidden as u64 * HIDDEN_VALUE_BYTES;
         let attention = self.attention_op(Tier::Cpu, items);
         let rows_of = |width: u64, from: u64, to: u64| -> Vec<Copy2d> {
@@ -216,25 +219,17 @@ impl Core<'_> {
             pinned: true,
             pieces: rows_of(row, attention.out, self.buffer(Buffer::Attended)),
         };
-        let arrived = self
-            .machine
-            .submit(Lane::GpuToCpu, down, &self.made().join(&self.side_done));
+        // The compute lane waits for what the CPU made before, so its buffers are free when this is `made`.
+        let arrived = self.machine.submit(Lane::GpuToCpu, down, &self.made());
         let append = Op::Compute(Compute::Append(attention.clone()));
         self.machine
             .submit(Lane::CpuCompute, append, &ready.with(arrived));
-        let after = self.side_done;
-        let attended = self.machine.submit(
-            Lane::CpuCompute,
-            Op::Compute(Compute::Attend(attention)),
-            &after,
-        );
-        self.visits.cache_used(part.stage, part.batch, attended);
-        let back = self
+        let attend = Op::Compute(Compute::Attend(attention));
+        let attended = self
             .machine
-            .submit(Lane::CpuToGpu, up, &self.made().with(attended));
-        self.side_done.add(attended);
-        self.side_done.add(back);
-        self.join.add(back);
+            .submit(Lane::CpuCompute, attend, &Fences::none());
+        self.visits.cache_used(part.stage, part.batch, attended);
+        self.machine.submit(Lane::CpuToGpu, up, &attended.into())
     }
 
     /// Last rows normalised; after the last batch the logits of all sequences in one product.

@@ -79,7 +79,7 @@ impl Core<'_> {
                 _ => self.visiting(p, (index, home), there),
             }
             if let Some(side) = there {
-                returned.add(self.return_columns(p, (index, panels), (side, &before)));
+                returned.add(self.return_columns(p, (index, panels), side));
             }
         }
         self.join = self.join.join(&returned);
@@ -164,18 +164,17 @@ impl Core<'_> {
             pinned: true,
             pieces: vec![Copy2d::flat(p.x, x, bytes)],
         };
-        let arrived = self
-            .machine
-            .submit(Lane::GpuToCpu, down, &made.join(&self.side_done));
+        // The compute lane waits for what the CPU made before, so its buffers are free when this is `made`.
+        let arrived = self.machine.submit(Lane::GpuToCpu, down, made);
         Beside { x, out, arrived }
     }
 
-    /// The CPU's columns up into the product. Whatever read the output buffer before is in `before`.
+    /// The CPU's columns up into the product. Whatever read the output buffer before came before the rows' way down.
     fn return_columns(
         &mut self,
         p: &Product,
         (index, panels): (usize, Range<usize>),
-        (side, before): (Beside, &Fences),
+        side: Beside,
     ) -> Fence {
         let matrix = self.facts.placement.matrices[index];
         let first = panels.start * PANEL_ROWS;
@@ -199,11 +198,7 @@ impl Core<'_> {
             pinned: true,
             pieces: vec![piece],
         };
-        let back = self
-            .machine
-            .submit(Lane::CpuToGpu, up, &computed.join(before));
-        self.side_done = self.side_done.join(&computed).with(back);
-        back
+        self.machine.submit(Lane::CpuToGpu, up, &computed)
     }
 
     /// Token table rows into `to`: resident panels in place, others fetched in small pieces.

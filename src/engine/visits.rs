@@ -205,21 +205,20 @@ impl Core<'_> {
         self.visits.cache.insert((task.stage, task.batch), visit);
     }
 
+    /// Each comes after the one before, so the last one stands for all.
     fn submit_loads(&mut self, (reads, ups): (Vec<FileSpan>, Vec<Copy2d>), ready: &mut Fences) {
         if !reads.is_empty() {
-            let fence = self.machine.submit(Lane::DiskToCpu, Op::Read(reads), ready);
-            ready.add(fence);
+            *ready = self
+                .machine
+                .submit(Lane::DiskToCpu, Op::Read(reads), ready)
+                .into();
         }
         if !ups.is_empty() {
-            let fence = self.machine.submit(
-                Lane::CpuToGpu,
-                Op::Copy {
-                    pinned: true,
-                    pieces: ups,
-                },
-                ready,
-            );
-            ready.add(fence);
+            let up = Op::Copy {
+                pinned: true,
+                pieces: ups,
+            };
+            *ready = self.machine.submit(Lane::CpuToGpu, up, ready).into();
         }
     }
 
@@ -323,27 +322,22 @@ impl Core<'_> {
         self.visits.cache_stored[step] = done;
     }
 
+    /// As `submit_loads`.
     fn submit_stores(
         &mut self,
         (downs, writes): (Vec<Copy2d>, Vec<FileSpan>),
         mut done: Fences,
     ) -> Fences {
         if !downs.is_empty() {
-            let fence = self.machine.submit(
-                Lane::GpuToCpu,
-                Op::Copy {
-                    pinned: true,
-                    pieces: downs,
-                },
-                &done,
-            );
-            done.add(fence);
+            let down = Op::Copy {
+                pinned: true,
+                pieces: downs,
+            };
+            done = self.machine.submit(Lane::GpuToCpu, down, &done).into();
         }
         if !writes.is_empty() {
-            let fence = self
-                .machine
-                .submit(Lane::CpuToDisk, Op::Write(writes), &done);
-            done.add(fence);
+            let write = Op::Write(writes);
+            done = self.machine.submit(Lane::CpuToDisk, write, &done).into();
         }
         done
     }

@@ -76,7 +76,7 @@ template <class... A> Kernel describe(const char* name, const char* signature, v
 }  // namespace fake
 
 // For libcublas and libnvidia-ml, which stand beside libcuda.
-EXPORTED void fakeCudaEnqueue(void* stream, std::function<void()>* task);
+EXPORTED void fakeCudaEnqueue(void* stream, const char* name, std::function<void()>* task);
 /// Takes device memory (or gives it back, negative); false where there is not enough.
 EXPORTED bool fakeCudaReserve(int64_t bytes);
 EXPORTED uint64_t fakeCudaUsed();

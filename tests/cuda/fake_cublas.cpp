@@ -90,7 +90,7 @@ int enqueue(Handle* handle, const Product& p) {
              inside(p.out, p.columns, p.out_stride, p.rows, 4);
   if (!all) fake::die("a product reaches outside of device memory");
   fakeCudaCount("products", 1);
-  fakeCudaEnqueue(handle->stream, new std::function<void()>([p] { p.run(); }));
+  fakeCudaEnqueue(handle->stream, "product", new std::function<void()>([p] { p.run(); }));
   return SUCCESS;
 }
 

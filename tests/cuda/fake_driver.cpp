@@ -283,6 +283,6 @@ EXPORTED int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned g
   auto* task = new std::function<void()>([=, body = kernel->bind(arguments)] {
     emulator::launch(dim3(gx, gy, gz), dim3(bx, by, bz), body);
   });
-  fakeCudaEnqueue(stream, task);
+  fakeCudaEnqueue(stream, kernel->name.c_str(), task);
   return SUCCESS;
 }

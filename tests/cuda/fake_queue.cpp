@@ -4,7 +4,6 @@
 #include "fake_stream.h"
 
 #include <algorithm>
-#include <atomic>
 #include <map>
 #include <memory>
 #include <vector>
@@ -77,7 +76,7 @@ void require_device(uint64_t at, uint64_t bytes) {
 int copy(void* stream, const char* what, std::function<void()> work, const void* host, uint64_t bytes) {
   fakeCudaCount(what, 1);
   Stream& queue = stream_of(stream);
-  queue.enqueue(std::move(work));
+  queue.enqueue(what, std::move(work));
   if (host && !memory().pinned.holds(host, bytes)) queue.synchronise();
   return SUCCESS;
 }
@@ -106,8 +105,8 @@ void fakeCudaCount(const char* what, uint64_t by) {
   books().counts[what] += by;
 }
 
-void fakeCudaEnqueue(void* stream, std::function<void()>* task) {
-  stream_of(stream).enqueue(std::move(*task));
+void fakeCudaEnqueue(void* stream, const char* name, std::function<void()>* task) {
+  stream_of(stream).enqueue(name, std::move(*task));
   delete task;
 }
 
@@ -140,19 +139,11 @@ EXPORTED int cuCtxSynchronize() {
   return SUCCESS;
 }
 EXPORTED int cuStreamWaitEvent(void* stream, void* handle, unsigned) {
-  static std::atomic<uint64_t> waits{0};
-  static const uint64_t dropped = setting("FAKE_CUDA_DROP_WAIT", UINT64_MAX);
-  static const char* dropped_kind = getenv("FAKE_CUDA_DROP_WAITS");
-  EventHandle event = event_of(handle);
-  std::string kind = std::to_string(stream_of(stream).number()) + ">" + std::to_string(event->stream());
-  fakeCudaCount("waits", 1);
-  fakeCudaCount(("waits " + kind).c_str(), 1);
-  if (waits++ == dropped || (dropped_kind && kind == dropped_kind)) return SUCCESS;
-  stream_of(stream).enqueue([event, number = event->latest()] { event->wait(number); });
+  stream_of(stream).wait(event_of(handle));
   return SUCCESS;
 }
 EXPORTED int cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
-  stream_of(stream).enqueue([=] { function(data); });
+  stream_of(stream).enqueue("host function", [=] { function(data); });
   return SUCCESS;
 }
 EXPORTED int cuLaunchHostFunc_v2(void* stream, void (*function)(void*), void* data, unsigned) {
@@ -168,12 +159,13 @@ EXPORTED int cuEventDestroy_v2(void* event) {
   return SUCCESS;
 }
 EXPORTED int cuEventRecord(void* handle, void* stream) {
-  EventHandle event = event_of(handle);
-  stream_of(stream).enqueue([event, number = event->expect(stream_of(stream).number())] { event->reach(number); });
+  stream_of(stream).record(event_of(handle));
   return SUCCESS;
 }
-EXPORTED int cuEventSynchronize(void* event) {
-  event_of(event)->wait(event_of(event)->latest());
+EXPORTED int cuEventSynchronize(void* handle) {
+  Event& event = *event_of(handle);
+  std::string who = event.recorded_here() ? "its thread" : "another thread";
+  if (!drops_wait(who + " > " + event.place().stream)) event.wait(event.latest());
   return SUCCESS;
 }
 EXPORTED int cuEventQuery(void* event) {
@@ -191,17 +183,17 @@ EXPORTED int cuEventElapsedTime_v2(float* milliseconds, void* from, void* to) {
 
 EXPORTED int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
   require_device(to, bytes);
-  return copy(stream, "copies to the device", [=] { memcpy(reinterpret_cast<void*>(to), from, bytes); }, from, bytes);
+  return copy(stream, "copy up", [=] { memcpy(reinterpret_cast<void*>(to), from, bytes); }, from, bytes);
 }
 EXPORTED int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
   require_device(from, bytes);
-  return copy(stream, "copies to the host", [=] { memcpy(to, reinterpret_cast<void*>(from), bytes); }, to, bytes);
+  return copy(stream, "copy down", [=] { memcpy(to, reinterpret_cast<void*>(from), bytes); }, to, bytes);
 }
 EXPORTED int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* stream) {
   require_device(to, bytes);
   require_device(from, bytes);
   auto work = [=] { memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes); };
-  return copy(stream, "copies in the device", work, nullptr, 0);
+  return copy(stream, "copy inside", work, nullptr, 0);
 }
 EXPORTED int cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void* stream) {
   bool down = is_device(from, bytes), up = is_device(to, bytes);
@@ -235,14 +227,14 @@ EXPORTED int cuMemcpy2DAsync_v2(const Copy2d* asked, void* stream) {
   auto work = [from, to, c] {
     for (size_t row = 0; row < c.height; row++) memcpy(to + row * c.to_pitch, from + row * c.from_pitch, c.width);
   };
-  const char* what = c.to_kind == HOST ? "copies to the host" : "copies to the device";
+  const char* what = c.to_kind == HOST ? "copy down" : "copy up";
   if (c.from_kind == HOST) return copy(stream, what, work, from, from_bytes);
   return copy(stream, what, work, c.to_kind == HOST ? to : nullptr, to_bytes);
 }
 
 EXPORTED int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* stream) {
   require_device(to, bytes);
-  stream_of(stream).enqueue([=] { memset(reinterpret_cast<void*>(to), value, bytes); });
+  stream_of(stream).enqueue("fill", [=] { memset(reinterpret_cast<void*>(to), value, bytes); });
   return SUCCESS;
 }
 EXPORTED int cuMemsetD8_v2(uint64_t to, unsigned char value, size_t bytes) {
@@ -251,6 +243,6 @@ EXPORTED int cuMemsetD8_v2(uint64_t to, unsigned char value, size_t bytes) {
 }
 EXPORTED int cuMemsetD32Async(uint64_t to, unsigned value, size_t count, void* stream) {
   require_device(to, 4 * count);
-  stream_of(stream).enqueue([=] { std::fill_n(reinterpret_cast<unsigned*>(to), count, value); });
+  stream_of(stream).enqueue("fill", [=] { std::fill_n(reinterpret_cast<unsigned*>(to), count, value); });
   return SUCCESS;
 }

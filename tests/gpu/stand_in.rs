@@ -4,13 +4,14 @@
 #[allow(dead_code)] // the program's other tests use the rest
 mod harness;
 
+pub use harness::golden;
 use harness::{Ended, Home, RAGGED};
 use loadmaster::machine::cpu::kernels::Isa;
 use loadmaster::machine::os;
 use loadmaster::probe::{ProfileKey, save_profile};
 use loadmaster::profile::HardwareProfile;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::sync::OnceLock;
 
 /// DRAM plays a GPU of the same size.
@@ -99,15 +100,33 @@ impl Gpu {
 
     /// `run` of the golden checkpoint over ragged lines.
     pub fn run(&self, device: &str, words: &str) -> Ended {
-        self.home.write("in.jsonl", RAGGED);
+        self.run_lines(
+            RAGGED,
+            device,
+            &format!("--model GOLDEN --gen-len 6 {words}"),
+        )
+    }
+
+    pub fn run_lines(&self, lines: &str, device: &str, words: &str) -> Ended {
+        self.home.write("in.jsonl", lines);
         let words = format!(
-            "run --input in.jsonl --report report.json --overwrite --model GOLDEN --gen-len 6 --device {device} {words}"
+            "run --input in.jsonl --report report.json --overwrite --device {device} {words}"
         );
-        let mut command = self.home.command(&words);
+        Ended::new(&words, self.output(&words))
+    }
+
+    /// Whatever becomes of a program with these words.
+    pub fn output(&self, words: &str) -> Output {
+        let mut command = self.home.command(words);
+        self.beside(&mut command);
+        command.output().expect("started")
+    }
+
+    /// Whatever the command starts finds this GPU.
+    pub fn beside(&self, command: &mut Command) {
         command.env("LD_LIBRARY_PATH", &self.libraries);
         command.env_remove("VIRTUAL_ENV").env_remove("CONDA_PREFIX");
         command.envs(self.told.iter().cloned());
-        Ended::new(&words, command.output().expect("started"))
     }
 
     /// Token ids of every line.
