@@ -89,42 +89,41 @@ fn set_nibble(bytes: &mut [u8], at: usize, code: u8) {
     bytes[at / 2] |= code << (4 * (at % 2));
 }
 
-fn codes_to_rows(from: &[u8], to: &mut [u8]) {
-    let groups = from.len() / GROUP_BYTES;
-    to.fill(0);
-    let (codes, values) = to.split_at_mut(PANEL_ROWS * groups * CODE_BYTES);
-    for (g, group) in from.chunks_exact(GROUP_BYTES).enumerate() {
-        for row in 0..PANEL_ROWS {
-            let place = row * groups + g;
-            let codes = &mut codes[place * CODE_BYTES..][..CODE_BYTES];
-            for k in 0..Q4_GROUP {
-                let code = nibble(&group[CODES_AT..], nibble_in_panel(row, k));
-                set_nibble(codes, nibble_in_row(k), code);
-            }
-            let value = &mut values[place * VALUE_BYTES..][..VALUE_BYTES];
-            value[..2].copy_from_slice(&group[2 * row..][..2]);
-            value[2..].copy_from_slice(&group[2 * (PANEL_ROWS + row)..][..2]);
+/// Calls `visit(in the panel, in rows)` with the two places of every nibble of a Q4 panel.
+fn each_nibble(groups: usize, mut visit: impl FnMut(usize, usize)) {
+    let values_at = PANEL_ROWS * groups * CODE_BYTES;
+    for (g, row) in (0..groups).flat_map(|g| (0..PANEL_ROWS).map(move |row| (g, row))) {
+        let (group, place) = (g * GROUP_BYTES, row * groups + g);
+        for k in 0..Q4_GROUP {
+            visit(
+                2 * (group + CODES_AT) + nibble_in_panel(row, k),
+                2 * place * CODE_BYTES + nibble_in_row(k),
+            );
+        }
+        // Scale and minimum, four nibbles each.
+        let value_at = values_at + place * VALUE_BYTES;
+        for i in 0..4 {
+            visit(2 * (group + 2 * row) + i, 2 * value_at + i);
+            visit(
+                2 * (group + 2 * (PANEL_ROWS + row)) + i,
+                2 * (value_at + 2) + i,
+            );
         }
     }
 }
 
-fn rows_to_codes(from: &[u8], to: &mut [u8]) {
-    let groups = to.len() / GROUP_BYTES;
+fn codes_to_rows(from: &[u8], to: &mut [u8]) {
     to.fill(0);
-    let (codes, values) = from.split_at(PANEL_ROWS * groups * CODE_BYTES);
-    for (g, group) in to.chunks_exact_mut(GROUP_BYTES).enumerate() {
-        for row in 0..PANEL_ROWS {
-            let place = row * groups + g;
-            let codes = &codes[place * CODE_BYTES..][..CODE_BYTES];
-            for k in 0..Q4_GROUP {
-                let code = nibble(codes, nibble_in_row(k));
-                set_nibble(&mut group[CODES_AT..], nibble_in_panel(row, k), code);
-            }
-            let value = &values[place * VALUE_BYTES..][..VALUE_BYTES];
-            group[2 * row..][..2].copy_from_slice(&value[..2]);
-            group[2 * (PANEL_ROWS + row)..][..2].copy_from_slice(&value[2..]);
-        }
-    }
+    each_nibble(from.len() / GROUP_BYTES, |panel, row| {
+        set_nibble(to, row, nibble(from, panel));
+    });
+}
+
+fn rows_to_codes(from: &[u8], to: &mut [u8]) {
+    to.fill(0);
+    each_nibble(to.len() / GROUP_BYTES, |panel, row| {
+        set_nibble(to, panel, nibble(from, row));
+    });
 }
 
 #[cfg(test)]
