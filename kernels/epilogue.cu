@@ -20,22 +20,31 @@ KERNEL bias_activate(f32* out, u32 out_stride, u32 m, u32 rows, const f32* bias,
 DEVICE void narrow(f32 value, Half* to) { *to = to_half(value); }
 DEVICE void narrow(f32 value, Bf16* to) { *to = to_bf16(value); }
 
-/// out[i][k] = x[i][k] in T. Launch: grid (m, ceil(width / 1024)), block 256. Twin: kv.rs write_halves.
-template <class T> DEVICE void narrow_rows(const f32* x, u32 x_stride, T* out, u32 out_stride, u32 m, u32 width) {
+/// out[i][k] = r · scale in T, r being what the first `part` roundings of x[i][k] to T left: part 0 is x itself, and
+/// the parts together are x. Launch: grid (m, ceil(width / 1024)), block 256. Twin: kv.rs write_halves.
+template <class T>
+DEVICE void narrow_rows(const f32* x, u32 x_stride, T* out, u32 out_stride, u32 m, u32 width, u32 part, f32 scale) {
   u32 first = (blockIdx.y * blockDim.x + threadIdx.x) * COLUMNS;
   if (blockIdx.x >= m) return;
   const f32* from = x + (u64)blockIdx.x * x_stride;
   T* to = out + (u64)blockIdx.x * out_stride;
   UNROLL
   for (u32 i = 0; i < COLUMNS; i++) {
-    if (first + i < width) narrow(from[first + i], to + first + i);
+    if (first + i >= width) continue;
+    f32 value = from[first + i];
+    for (u32 before = 0; before < part; before++) {
+      T rounded;
+      narrow(value, &rounded);
+      value -= widen(rounded);
+    }
+    narrow(value * scale, to + first + i);
   }
 }
-KERNEL narrow_f16(const f32* x, u32 x_stride, Half* out, u32 out_stride, u32 m, u32 width) {
-  narrow_rows<Half>(x, x_stride, out, out_stride, m, width);
+KERNEL narrow_f16(const f32* x, u32 x_stride, Half* out, u32 out_stride, u32 m, u32 width, u32 part, f32 scale) {
+  narrow_rows<Half>(x, x_stride, out, out_stride, m, width, part, scale);
 }
-KERNEL narrow_bf16(const f32* x, u32 x_stride, Bf16* out, u32 out_stride, u32 m, u32 width) {
-  narrow_rows<Bf16>(x, x_stride, out, out_stride, m, width);
+KERNEL narrow_bf16(const f32* x, u32 x_stride, Bf16* out, u32 out_stride, u32 m, u32 width, u32 part, f32 scale) {
+  narrow_rows<Bf16>(x, x_stride, out, out_stride, m, width, part, scale);
 }
 
 /// out[n][k] = code · scale + minimum in fp16, from q4 panels (README.md) to row-major `[rows][inputs]`.

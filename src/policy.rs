@@ -177,6 +177,11 @@ impl Policy {
         self.compute.arithmetic(format)
     }
 
+    /// Activations stay in fp32 on a GPU, too.
+    pub fn is_wide(&self) -> bool {
+        self.compute == Compute::Fp32
+    }
+
     pub fn kv_format(&self) -> Dtype {
         if self.compress_cache {
             Dtype::Q4
@@ -194,6 +199,8 @@ impl Policy {
         if device == DeviceKind::Cuda && self.compute == Compute::Bf16 {
             return Err(PolicyError::Bf16OnGpu);
         }
+        // Rows on disk lie in the GPU's layout and would have to be turned into the CPU's in every pass; and
+        // where the link binds, rows in DRAM that are multiplied there relieve it as well.
         if device == DeviceKind::Cuda && s.weights.disk_compute > 1e-9 {
             return Err(PolicyError::DiskComputeBesideGpu);
         }

@@ -10,6 +10,7 @@ mod case;
 mod twins;
 
 use case::{Case, Emulation, in_every_order, run};
+use half::{bf16, f16};
 use loadmaster::dtype::{Arithmetic, Dtype, PANEL_ROWS, panels};
 use loadmaster::machine::cpu::kernels as cpu;
 use twins::{Random, Twins, close, encode, floats, to_gpu_rows};
@@ -218,29 +219,42 @@ fn what_stands_around_large_products_is_the_cpus() {
         let mut x = random.values(m * stride, 4.0);
         x[0] = 70000.0;
         x[rows - 1] = -1e9;
-        for format in [Dtype::F16, Dtype::Bf16] {
-            let largest = if format == Dtype::F16 {
-                65504.0
-            } else {
-                f32::MAX
-            };
+        for (format, part, scale) in PARTS {
             let name = format!("narrow_{}", format.name());
             let case = Case::new(&name, row_grid(m, rows), 256)
                 .buffer(&x)
                 .word(stride)
                 .buffer(&vec![0u16; m * rows])
-                .words([rows, m, rows]);
+                .words([rows, m, rows, part])
+                .float(scale);
+            let rest = |v: &f32| (0..part).fold(*v, |v, _| v - rounded(v, format)) * scale;
             let narrow: Vec<f32> = x
                 .chunks(stride)
-                .flat_map(|row| row[..rows].iter().map(|v| v.clamp(-largest, largest)))
+                .flat_map(|row| row[..rows].iter().map(rest).map(|v| rounded(v, format)))
                 .collect();
             let wanted = encode(&narrow, format);
             for found in in_every_order(&[case]) {
-                assert_eq!(found[0][1], wanted, "{name} {m} × {rows}");
+                assert_eq!(found[0][1], wanted, "{name} part {part}, {m} × {rows}");
             }
         }
     }
     check(all);
+}
+
+/// Formats, how many roundings of a value are taken from it before, and what the rest is multiplied by.
+const PARTS: [(Dtype, usize, f32); 5] = [
+    (Dtype::F16, 0, 1.0),
+    (Dtype::F16, 1, 2048.0),
+    (Dtype::Bf16, 0, 1.0),
+    (Dtype::Bf16, 1, 1.0),
+    (Dtype::Bf16, 2, 1.0),
+];
+
+fn rounded(value: f32, format: Dtype) -> f32 {
+    match format {
+        Dtype::F16 => f16::from_f32(value.clamp(-65504.0, 65504.0)).to_f32(),
+        _ => bf16::from_f32(value).to_f32(),
+    }
 }
 
 #[test]

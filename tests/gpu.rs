@@ -1,6 +1,10 @@
 //! The program on a GPU that is not there: the whole CUDA machine over stand-in libraries (tests/cuda), as a
 //! user starts it. Tokens are those of the host machine; what is missing is told, with the way out.
 
+#[path = "gpu/goldens.rs"]
+mod goldens;
+#[path = "gpu/random.rs"]
+mod random;
 #[path = "gpu/stand_in.rs"]
 mod stand_in;
 #[path = "gpu/waits.rs"]

@@ -220,8 +220,8 @@ pub struct PolicyArgs {
         conflicts_with = "compress")]
     pub compress_cache: Option<bool>,
     /// Arithmetic, sums always in fp32: exact = weights as stored times fp32 activations (4-bit weights
-    /// times 8-bit ones), bf16 = weights and activations rounded to bf16 (changes results), fp32 = as
-    /// exact, 4-bit weights too times fp32 activations
+    /// times 8-bit ones; on a GPU, many rows of activations in fp16), bf16 = weights and activations
+    /// rounded to bf16 (changes results), fp32 = as exact, but always times fp32 activations
     #[arg(long, value_name = "HOW", default_value = "exact",
         value_parser = PossibleValuesParser::new(Compute::ALL.map(Compute::name)).map(|name| compute(&name)))]
     pub compute: Compute,

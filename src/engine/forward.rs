@@ -195,6 +195,7 @@ impl Core<'_> {
             format: self.facts.policy.kv_format(),
             items: items.into(),
             out: self.layout.buffer(tier, Buffer::Attended).offset,
+            wide: self.facts.policy.is_wide(),
         }
     }
 

@@ -136,6 +136,7 @@ impl Core<'_> {
             weights,
             format,
             arithmetic: self.facts.policy.arithmetic(format),
+            wide: self.facts.policy.is_wide(),
             rows,
             bias: bias.map(|at| at + first_row as u64 * HIDDEN_VALUE_BYTES),
             activation: p.activation,

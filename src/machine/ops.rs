@@ -118,6 +118,8 @@ pub struct Gemm {
     pub weights: u64,
     pub format: Dtype,
     pub arithmetic: Arithmetic,
+    /// A GPU, too, keeps the activations in fp32.
+    pub wide: bool,
     pub rows: usize,
     pub bias: Option<u64>,
     pub activation: Option<Activation>,
@@ -161,6 +163,8 @@ pub struct Attention {
     pub items: Arc<[KvItem]>,
     /// Attended rows, `hidden` wide, at the same row indices as the queries.
     pub out: u64,
+    /// A GPU, too, keeps queries and weights of the values in fp32.
+    pub wide: bool,
 }
 
 /// Arithmetic on one device.

@@ -175,6 +175,7 @@ pub fn product(
         weights: 0,
         format,
         arithmetic: Arithmetic::Fp32,
+        wide: false,
         rows: outputs,
         bias: None,
         activation: None,
@@ -195,6 +196,7 @@ pub fn cpu_product(room: &Room) -> Task {
         weights: room.unpinned(),
         format: Dtype::F16,
         arithmetic: Arithmetic::Fp32,
+        wide: false,
         rows: outputs,
         bias: None,
         activation: None,
@@ -216,6 +218,7 @@ fn attention(room: &Room, format: Dtype, items: Vec<KvItem>) -> Attention {
         format,
         items: items.into(),
         out: room.values() + (4 * 3 * HIDDEN * last.unwrap_or(0)) as u64,
+        wide: false,
     }
 }
 

@@ -3,13 +3,17 @@
 
 use super::compute::{ComputeWork, LaunchError};
 use super::launch::Arg;
+use crate::dtype::Dtype;
 use crate::machine::ops::{Attention, KvItem, KvSlots};
 use bytemuck::{Pod, Zeroable};
 
 /// Cached tokens in one part of a decode row's attention.
 const PART_TOKENS: usize = 256;
-/// Query rows of one tile of a prompt.
+/// Query rows of one tile of a prompt: of the plain kernel, and of the one for tensor cores.
 const TILE_ROWS: usize = 16;
+const MMA_TILE_ROWS: usize = 64;
+/// Head sizes that the tensor cores' kernel is compiled for; a smaller head takes the next larger one.
+const MMA_HEAD_SIZES: [usize; 4] = [32, 64, 80, 128];
 const THREADS: u32 = 128;
 
 /// kernels/README.md, KvItem.
@@ -79,8 +83,8 @@ impl ComputeWork {
         if items.is_empty() {
             return Ok(());
         }
-        let name = format!("attend_prefill_{}", a.format.name());
-        let (at, tiles) = self.items(a, items, |item| item.rows.div_ceil(TILE_ROWS));
+        let (name, tile_rows) = prompt_kernel(a);
+        let (at, tiles) = self.items(a, items, |item| item.rows.div_ceil(tile_rows));
         self.tables.copy()?;
         let args = self.attention_args(a, (at, items.len()));
         self.launch(&name, ((tiles as u32, a.heads as u32), THREADS), &args)
@@ -165,6 +169,18 @@ impl ComputeWork {
             first_part += parts(item);
         }
         (self.tables.place(bytemuck::cast_slice(&list)), first_part)
+    }
+}
+
+/// Its name and the rows of its tiles. Tensor cores take fp16, so they are left out where the cache is fp32 or
+/// activations must stay so.
+fn prompt_kernel(a: &Attention) -> (String, usize) {
+    let format = a.format.name();
+    let fits = |&size: &usize| size >= a.hidden / a.heads;
+    let wide = a.wide || a.format == Dtype::F32;
+    match MMA_HEAD_SIZES.into_iter().find(fits).filter(|_| !wide) {
+        Some(size) => (format!("attend_prefill_mma_{format}_{size}"), MMA_TILE_ROWS),
+        None => (format!("attend_prefill_{format}"), TILE_ROWS),
     }
 }
 

@@ -29,6 +29,9 @@ pub struct LargeProduct {
     pub inputs: usize,
     pub out: u64,
     pub out_stride: usize,
+    /// out = scale · x wᵀ, added to what is there where `adds` says so; 1 and false for fp32.
+    pub scale: f32,
+    pub adds: bool,
 }
 
 fn check(call: &str, status: Status) -> Result<(), String> {
@@ -72,6 +75,7 @@ impl Blas {
     /// The addresses are device memory as large as the shapes say, until the stream has passed this.
     pub unsafe fn multiply(&self, p: &LargeProduct) -> Result<(), String> {
         let (one, zero) = (1.0f32, 0.0f32);
+        let (scale, kept) = (p.scale, p.adds as u8 as f32);
         let size = |n: usize| n as i32;
         let data = match p.format {
             Dtype::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
@@ -109,14 +113,14 @@ impl Blas {
                 size(p.rows),
                 size(p.m),
                 size(p.inputs),
-                std::ptr::from_ref(&one).cast(),
+                std::ptr::from_ref(&scale).cast(),
                 p.w as *const c_void,
                 data,
                 size(p.inputs),
                 p.x as *const c_void,
                 data,
                 size(p.x_stride),
-                std::ptr::from_ref(&zero).cast(),
+                std::ptr::from_ref(&kept).cast(),
                 p.out as *mut c_void,
                 sys::cudaDataType_t::CUDA_R_32F,
                 size(p.out_stride),

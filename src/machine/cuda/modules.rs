@@ -29,19 +29,20 @@ macro_rules! source {
 const HEADER: &str = include_str!("../../../kernels/device.cuh");
 const INCLUDE: &str = "#include \"device.cuh\"";
 
-const SOURCES: [Source; 8] = [
+const SOURCES: [Source; 9] = [
     source!("rows.cu"),
     source!("norm.cu"),
     source!("epilogue.cu"),
     source!("gemm_small.cu"),
     source!("append.cu"),
     source!("prefill.cu"),
+    source!("prefill_mma.cu"),
     source!("decode.cu"),
     source!("probe.cu"),
 ];
 
 /// Entry points by file; `{}` stands for each of the words behind.
-const ENTRIES: [(&str, &[&str], &[&str]); 12] = [
+const ENTRIES: [(&str, &[&str], &[&str]); 13] = [
     (
         "rows.cu",
         &["embed_{}", "add_positions_{}"],
@@ -72,6 +73,16 @@ const ENTRIES: [(&str, &[&str], &[&str]); 12] = [
     ),
     ("append.cu", &["append_{}"], &["f32", "f16", "q4"]),
     ("prefill.cu", &["attend_prefill_{}"], &["f32", "f16", "q4"]),
+    (
+        "prefill_mma.cu",
+        &[
+            "attend_prefill_mma_{}_32",
+            "attend_prefill_mma_{}_64",
+            "attend_prefill_mma_{}_80",
+            "attend_prefill_mma_{}_128",
+        ],
+        &["f16", "q4"],
+    ),
     ("decode.cu", &["attend_decode_{}"], &["f32", "f16", "q4"]),
     ("decode.cu", &["attend_combine"], &[""]),
     ("probe.cu", &["probe_read"], &[""]),

@@ -9,16 +9,50 @@ use crate::machine::ops::Gemm;
 use crate::model::Activation;
 
 /// Rows of activations that the small kernels take.
-pub const SMALL_ROWS: usize = 16;
+const SMALL_ROWS: usize = 16;
+/// What is left of a value rounded to fp16 is smaller than it by this.
+const F16_REST: f32 = 2048.0;
 /// Widths of the small kernels.
 const SMALL_WIDTHS: [usize; 5] = [1, 2, 4, 8, 16];
 const THREADS: u32 = 256;
+
+/// Into how many rounded parts the activations of a product of many rows are cut: 11 bits each in fp16, 8 in bf16.
+fn parts(g: &Gemm) -> usize {
+    match (g.wide, g.format) {
+        (false, _) | (_, Dtype::F32) => 1,
+        (_, Dtype::Bf16) => 3,
+        _ => 2,
+    }
+}
 
 fn activation_code(activation: Option<Activation>) -> u32 {
     match activation {
         None => 0,
         Some(Activation::Relu) => 1,
         Some(Activation::Gelu) => 2,
+    }
+}
+
+/// Addresses of a product's operands, checked to lie inside the arena; no bias is 0.
+struct Operands {
+    x: u64,
+    weights: u64,
+    bias: u64,
+    out: u64,
+}
+
+impl Operands {
+    /// What is done to the sums.
+    fn finish(&self, g: &Gemm) -> [Arg; 2] {
+        [
+            Arg::Address(self.bias),
+            Arg::U32(activation_code(g.activation)),
+        ]
+    }
+
+    /// Where they go.
+    fn result(&self, g: &Gemm) -> [Arg; 2] {
+        [Arg::Address(self.out), Arg::U32(g.out_stride as u32)]
     }
 }
 
@@ -31,76 +65,84 @@ impl ComputeWork {
         }
     }
 
-    /// (x, weights, bias or 0, out): checked to lie inside the arena.
-    fn operands(&self, g: &Gemm) -> (u64, u64, u64, u64) {
+    fn operands(&self, g: &Gemm) -> Operands {
         let strided = |stride: usize, width: usize| (g.m - 1) * stride + width;
         let weight_bytes = panels(g.rows) as u64 * g.format.panel_bytes(g.inputs);
-        (
-            self.f32s(g.x, strided(g.x_stride, g.inputs)),
-            self.device.at(g.weights, weight_bytes),
-            g.bias.map_or(0, |at| self.f32s(at, g.rows)),
-            self.f32s(g.out, strided(g.out_stride, g.rows)),
-        )
+        Operands {
+            x: self.f32s(g.x, strided(g.x_stride, g.inputs)),
+            weights: self.device.at(g.weights, weight_bytes),
+            bias: g.bias.map_or(0, |at| self.f32s(at, g.rows)),
+            out: self.f32s(g.out, strided(g.out_stride, g.rows)),
+        }
     }
 
     fn small_product(&self, g: &Gemm) -> Result<(), LaunchError> {
-        let (x, weights, bias, out) = self.operands(g);
+        let at = self.operands(g);
         let width = SMALL_WIDTHS.into_iter().find(|&n| n >= g.m);
         let width = width.unwrap_or(SMALL_ROWS);
-        let args = [
-            Arg::Address(x),
+        let taken = [
+            Arg::Address(at.x),
             Arg::U32(g.x_stride as u32),
             Arg::U32(g.m as u32),
             Arg::U32(g.inputs as u32),
-            Arg::Address(weights),
+            Arg::Address(at.weights),
             Arg::U32(g.rows as u32),
-            Arg::Address(bias),
-            Arg::U32(activation_code(g.activation)),
-            Arg::Address(out),
-            Arg::U32(g.out_stride as u32),
         ];
+        let args: Vec<Arg> = taken
+            .into_iter()
+            .chain(at.finish(g))
+            .chain(at.result(g))
+            .collect();
         let (rows_a_block, threads) = if width <= 4 { (4, 128) } else { (32, 256) };
         let grid = (g.rows.div_ceil(rows_a_block) as u32, 1);
         let name = format!("gemm_small_{}_{width}", g.format.name());
         self.launch(&name, (grid, threads), &args)
     }
 
+    /// fp32 as it is; otherwise one product for each part of the activations, smaller and smaller ones added.
     fn large_product(&self, g: &Gemm) -> Result<(), LaunchError> {
-        let (x, weights, bias, out) = self.operands(g);
-        let (x, x_stride, narrowed_bytes) = match g.format {
-            Dtype::F32 => (x, g.x_stride, 0),
-            _ => self.narrow(g, x)?,
-        };
-        let product = LargeProduct {
+        let at = self.operands(g);
+        let whole = LargeProduct {
             format: if g.format == Dtype::Q4 {
                 Dtype::F16
             } else {
                 g.format
             },
-            x,
-            x_stride,
-            w: weights,
+            x: at.x,
+            x_stride: g.x_stride,
+            w: at.weights,
             m: g.m,
             rows: g.rows,
             inputs: g.inputs,
-            out,
+            out: at.out,
             out_stride: g.out_stride,
+            scale: 1.0,
+            adds: false,
         };
-        match g.format {
-            Dtype::Q4 => self.widen_and_multiply(g, product, narrowed_bytes)?,
-            _ => self.multiply(&product)?,
+        for part in 0..parts(g) {
+            let (product, used_bytes) = match g.format {
+                Dtype::F32 => (whole, 0),
+                _ => self.narrow(g, whole, part)?,
+            };
+            match g.format {
+                Dtype::Q4 => self.widen_and_multiply(g, product, used_bytes)?,
+                _ => self.multiply(&product)?,
+            }
         }
-        if bias == 0 && g.activation.is_none() {
+        self.finish_large(g, &at)
+    }
+
+    fn finish_large(&self, g: &Gemm, at: &Operands) -> Result<(), LaunchError> {
+        if at.bias == 0 && g.activation.is_none() {
             return Ok(());
         }
-        let args = [
-            Arg::Address(out),
-            Arg::U32(g.out_stride as u32),
-            Arg::U32(g.m as u32),
-            Arg::U32(g.rows as u32),
-            Arg::Address(bias),
-            Arg::U32(activation_code(g.activation)),
-        ];
+        let shape = [Arg::U32(g.m as u32), Arg::U32(g.rows as u32)];
+        let args: Vec<Arg> = at
+            .result(g)
+            .into_iter()
+            .chain(shape)
+            .chain(at.finish(g))
+            .collect();
         self.launch("bias_activate", (row_grid(g.m, g.rows), THREADS), &args)
     }
 
@@ -109,8 +151,14 @@ impl ComputeWork {
         unsafe { self.blas.multiply(product) }.map_err(LaunchError::Blas)
     }
 
-    /// Activations in the format that the product takes: (address, stride, bytes of scratch).
-    fn narrow(&self, g: &Gemm, x: u64) -> Result<(u64, usize, u64), LaunchError> {
+    /// One part of the activations in the format that the product takes, and the bytes of scratch that it fills.
+    /// What remains of fp16 is brought back to fp16's best range and the product scaled down for it.
+    fn narrow(
+        &self,
+        g: &Gemm,
+        whole: LargeProduct,
+        part: usize,
+    ) -> Result<(LargeProduct, u64), LaunchError> {
         let bytes = (2 * g.m * g.inputs) as u64;
         let bytes = bytes.next_multiple_of(256);
         assert!(
@@ -119,20 +167,30 @@ impl ComputeWork {
             self.scratch
         );
         let to = self.device.at(self.scratch.offset, bytes);
-        let name = match g.format {
-            Dtype::Bf16 => "narrow_bf16",
-            _ => "narrow_f16",
+        let enlarged = match whole.format {
+            Dtype::F16 => F16_REST.powi(part as i32),
+            _ => 1.0,
         };
         let args = [
-            Arg::Address(x),
+            Arg::Address(whole.x),
             Arg::U32(g.x_stride as u32),
             Arg::Address(to),
             Arg::U32(g.inputs as u32),
             Arg::U32(g.m as u32),
             Arg::U32(g.inputs as u32),
+            Arg::U32(part as u32),
+            Arg::F32(enlarged),
         ];
-        self.launch(name, (row_grid(g.m, g.inputs), THREADS), &args)?;
-        Ok((to, g.inputs, bytes))
+        let name = format!("narrow_{}", whole.format.name());
+        self.launch(&name, (row_grid(g.m, g.inputs), THREADS), &args)?;
+        let product = LargeProduct {
+            x: to,
+            x_stride: g.inputs,
+            scale: 1.0 / enlarged,
+            adds: part > 0,
+            ..whole
+        };
+        Ok((product, bytes))
     }
 
     /// 4-bit weights, as many panels at a time as the rest of the scratch holds in fp16.
