@@ -1,73 +1,180 @@
 #!/usr/bin/env bash
-# What to run on a machine with a GPU: driver, CUDA libraries, this binary and the goldens are all it needs.
-#   benches/gpu.sh goldens | rows | large     (LOADMASTER = binary, GOLDENS = checkpoints, OUT = where reports go,
-#   SIZE, LARGE, PROMPT, GEN, BATCH, GPU_MEM = what is run; nothing is downloaded, weights are made up)
+# What to run on a machine with a GPU: driver, CUDA libraries, this binary and the goldens are all it needs;
+# nothing is downloaded, weights are made up and packed once. Each stage ends within eight minutes, prints what
+# belongs into docs/measurements.md, and fails when anything in it does:
+#   benches/gpu.sh goldens     tokens on the GPU against the host machine's, random placements against each other,
+#                              compute-sanitizer where there is one
+#   benches/gpu.sh rows        probe, then predicted against measured under GPU_MEM: all on the GPU, weights and KV in
+#                              DRAM, attention on the CPU, disk, 4-bit; `rows unlimited` without that bound
+#   benches/gpu.sh large       a model that the GPU does not hold, eight tokens
+#   benches/gpu.sh peer        FlexLLMGen itself at the policies of `rows`, where Python has it and PyTorch
+# LOADMASTER = binary, GOLDENS = checkpoints, OUT = where reports go, SIZE and LARGE = models (a size or a directory),
+# PROMPT, GEN, BATCH, LARGE_PROMPTS, GPU_MEM = what is run; GOLDEN_PROMPT, GOLDEN_GEN, PLACEMENTS (how many) = of the
+# goldens; PYTHON = of the peer.
 set -euo pipefail
 here="$(cd "$(dirname "$0")/.." && pwd)"
 LOADMASTER="${LOADMASTER:-$here/target/release/loadmaster}"
 GOLDENS="${GOLDENS:-$here/tests/goldens/models}"
 OUT="${OUT:-$here/target/gpu}"
+SIZE="${SIZE:-opt-6.7b}" LARGE="${LARGE:-opt-30b}" GPU_MEM="${GPU_MEM:-16GiB}"
+GOLDEN_PROMPT="${GOLDEN_PROMPT:-23}" GOLDEN_GEN="${GOLDEN_GEN:-8}"
+PROMPT="${PROMPT:-512}" GEN="${GEN:-16}" BATCH="${BATCH:-16}" LARGE_PROMPTS="${LARGE_PROMPTS:-64}"
+PLACEMENTS="${PLACEMENTS:-12}" PYTHON="${PYTHON:-python3}"
 export LOADMASTER_HOME="${LOADMASTER_HOME:-$OUT/home}"
+STAGE_SECONDS=480
+# A row's weights and cache on disk, no more.
+DISK_SPACE=20GB
 mkdir -p "$OUT"
+faults=0
 
-say() { printf '\n=== %s\n' "$*"; }
+say() { printf '\n=== after %d s: %s\n' "$SECONDS" "$*"; }
+fault() { echo "FAILED: $*" && faults=$((faults + 1)); }
+left() { # seconds of the stage that remain, one at least
+  local seconds=$((STAGE_SECONDS - SECONDS))
+  echo "$((seconds > 0 ? seconds : 1))"
+}
+program() { timeout "$(left)" "$LOADMASTER" "$@"; }
+model() { if [ -d "$1" ]; then echo "$1"; else echo "synth:$1"; fi; }
 
-# Tokens on the GPU against the host machine: one-token batches, so that both add up in fp32.
-goldens() {
-  local model name failed=0
-  for model in "$GOLDENS"/*/; do
-    name="$(basename "$model")"
-    for device in cuda:0 host:1GiB; do
-      "$LOADMASTER" run --model "$model" --device "$device" --percent 30 30 40 30 50 50 --gpu-batch-size 2 \
-        --num-gpu-batches 2 --kv f32 --prompt-len 4 --gen-len 8 --num-prompts 4 --ignore-eos \
-        --output "$OUT/$name-${device%%:*}.jsonl" --overwrite 2>"$OUT/$name-${device%%:*}.log"
-    done
-    if cmp -s <(sort "$OUT/$name-cuda.jsonl") <(sort "$OUT/$name-host.jsonl"); then
-      echo "same tokens: $name"
-    else
-      echo "DIFFERENT tokens: $name" && failed=1
-    fi
-  done
-  return "$failed"
+# RESULTS MODEL DEVICE FLAG...: a few short prompts of a golden checkpoint, with fp32 activations.
+tokens() {
+  local results="$1" model="$2" device="$3"
+  shift 3
+  program run --model "$model" --device "$device" --compute fp32 --prompt-len "$GOLDEN_PROMPT" \
+    --gen-len "$GOLDEN_GEN" --num-prompts 4 --ignore-eos --output "$results" --overwrite "$@" 2>"$results.log" || fault "$results.log: $(tail -n 1 "$results.log")"
 }
 
-# NAME FLAG...: plans, runs and keeps the report.
+same() { # WHAT RESULTS RESULTS
+  if cmp -s <(sort "$2") <(sort "$3"); then echo "same tokens: $1"; else fault "other tokens: $1"; fi
+}
+
+# Two percentages that sum to at most 100, behind $words: a subshell would draw numbers of its own.
+draw_shares() {
+  local first=$((RANDOM % 5))
+  words+=" $((first * 25)) $((RANDOM % (5 - first) * 25))"
+}
+
+goldens() {
+  local path name round words split="--percent 30 30 40 30 50 50 --gpu-batch-size 2 --num-gpu-batches 2 --kv f32"
+  for path in "$GOLDENS"/*/; do
+    name="$(basename "$path")"
+    tokens "$OUT/$name-gpu.jsonl" "$path" cuda:0 $split
+    tokens "$OUT/$name-host.jsonl" "$path" host:1GiB $split
+    same "$name" "$OUT/$name-gpu.jsonl" "$OUT/$name-host.jsonl"
+  done
+  say "random placements"
+  RANDOM=7
+  for round in $(seq "$PLACEMENTS"); do
+    words="--percent"
+    draw_shares && draw_shares && draw_shares
+    words+=" --gpu-batch-size $((1 + RANDOM % 4)) --num-gpu-batches $((1 + RANDOM % 3)) --kv f32"
+    words+=" --pin-weight $((RANDOM % 2)) --overlap $((RANDOM % 2)) --cpu-cache-compute $((RANDOM % 2))"
+    tokens "$OUT/placement-$round.jsonl" "$path" cuda:0 $words
+    same "$words" "$OUT/placement-$round.jsonl" "$OUT/$name-host.jsonl"
+  done
+  sanitize "$path" $split
+}
+
+sanitize() { # MODEL FLAG...
+  local tool
+  if ! command -v compute-sanitizer >/dev/null; then
+    echo "no compute-sanitizer here: left out"
+    return
+  fi
+  for tool in memcheck racecheck synccheck; do
+    say "compute-sanitizer $tool"
+    timeout "$(left)" compute-sanitizer --tool "$tool" --error-exitcode 9 "$LOADMASTER" run --model "$1" --device cuda:0 \
+      --prompt-len "$GOLDEN_PROMPT" --gen-len 2 --num-prompts 4 --output "$OUT/sanitized.jsonl" --overwrite "${@:2}" ||
+      fault "$tool"
+  done
+}
+
+# NAME FLAG...: plans, runs and keeps the report. What a budget does not hold is said, and is no fault.
 row() {
   local name="$1"
   shift
-  say "$name"
-  "$LOADMASTER" run --model "synth:$model" --device cuda:0 --prompt-len "${PROMPT:-512}" --gen-len "${GEN:-16}" \
-    --output "$OUT/$name.jsonl" --overwrite --report "$OUT/$name.json" "$@" || echo "FAILED: $name"
+  say "$name: $*"
+  rm -f "$OUT/$name.json"
+  if program run --device cuda:0 --prompt-len "$PROMPT" --ignore-eos --output "$OUT/$name.jsonl" --overwrite \
+    --report "$OUT/$name.json" "$@" 2>"$OUT/$name.log"; then
+    return
+  fi
+  cat "$OUT/$name.log"
+  if grep -q '^error: .*memory missing' "$OUT/$name.log"; then
+    echo "does not fit: $name"
+  else
+    fault "$name"
+  fi
+}
+
+# The policies of every table, one a line: name, then flags.
+policies() {
+  cat <<END
+resident --percent 100 0 100 0 100 0
+weights-dram --percent 0 100 100 0 100 0
+weights-dram-unpinned --percent 0 100 100 0 100 0 --pin-weight 0
+kv-dram --percent 0 100 0 100 100 0 --cpu-cache-compute 0
+kv-dram-cpu --percent 0 100 0 100 100 0 --cpu-cache-compute 1
+disk --percent 0 0 100 0 100 0
+q4 --percent 0 100 100 0 100 0 --compress-weight 1 --compress-cache 1
+END
 }
 
 rows() {
-  local model="${SIZE:-opt-6.7b}" batch="${BATCH:-16}" shape limit
+  local limit="${1:-$GPU_MEM}" name words shape reports
+  shape=(--model "$(model "$SIZE")" --gen-len "$GEN" --gpu-batch-size "$BATCH" --num-gpu-batches 1 --num-prompts "$BATCH")
+  [ "$limit" = unlimited ] || shape+=(--gpu-mem "$limit")
   say probe
-  "$LOADMASTER" probe --device cuda:0
-  for limit in "${GPU_MEM:-16GiB}" unlimited; do
-    shape=(--gpu-batch-size "$batch" --num-gpu-batches 1 --num-prompts "$batch")
-    [ "$limit" = unlimited ] || shape+=(--gpu-mem "$limit")
-    row "planned-$limit" "${shape[@]}"
-    row "resident-$limit" "${shape[@]}" --percent 100 0 100 0 100 0
-    row "weights-dram-$limit" "${shape[@]}" --percent 0 100 100 0 100 0
-    row "weights-dram-unpinned-$limit" "${shape[@]}" --percent 0 100 100 0 100 0 --pin-weight 0
-    row "kv-dram-$limit" "${shape[@]}" --percent 0 100 0 100 100 0 --cpu-cache-compute 0
-    row "kv-dram-cpu-$limit" "${shape[@]}" --percent 0 100 0 100 100 0 --cpu-cache-compute 1
-    row "disk-$limit" "${shape[@]}" --percent 0 0 100 0 100 0
-    row "q4-$limit" "${shape[@]}" --percent 0 100 100 0 100 0 --compress both
-  done
-  "$LOADMASTER" compare "$OUT"/*-"${GPU_MEM:-16GiB}".json "$OUT"/*-unlimited.json
+  program probe --device cuda:0 || fault probe
+  row "planned-$limit" "${shape[@]}" --disk-space "$DISK_SPACE"
+  while read -r name words; do
+    row "$name-$limit" "${shape[@]}" --disk-space "$DISK_SPACE" $words </dev/null
+  done < <(policies)
+  reports=("$OUT"/*-"$limit".json)
+  [ -e "${reports[0]}" ] || return 0
+  say "predicted against measured, GPU memory $limit"
+  program compare "${reports[@]}" || fault compare
 }
 
 large() {
-  local model="${LARGE:-opt-30b}"
-  GEN=8 row large --gpu-mem "${GPU_MEM:-16GiB}"
+  local words=""
+  # Packed, opt-30b takes 60 GB: where the disk does not hold that, its weights are 4-bit.
+  [ "$(df --output=avail -B1 "$OUT" | tail -n 1)" -gt 70000000000 ] || words="--compress-weight 1"
+  row large --model "$(model "$LARGE")" --gen-len 8 --num-prompts "$LARGE_PROMPTS" --gpu-mem "$GPU_MEM" $words
+  [ ! -e "$OUT/large.json" ] || program compare "$OUT/large.json" || fault compare
+}
+
+peer() {
+  local name words
+  if ! "$PYTHON" -c 'import torch, flexllmgen' 2>/dev/null; then
+    echo "no PyTorch with FlexLLMGen here ($PYTHON): left out"
+    return
+  fi
+  while read -r name words; do
+    # Pinning and who attends are its flags, too.
+    say "FlexLLMGen $name"
+    timeout "$(left)" "$PYTHON" -m flexllmgen.flex_opt --model "facebook/$SIZE" --path _DUMMY_ --offload-dir "$OUT/peer" \
+      --prompt-len "$PROMPT" --gen-len "$GEN" --gpu-batch-size "$BATCH" --num-gpu-batches 1 $(peer_words "$words") \
+      </dev/null | tee "$OUT/peer-$name.log" || fault "FlexLLMGen $name"
+  done < <(policies)
+  say "FlexLLMGen's own figures"
+  grep -H 'throughput' "$OUT"/peer-*.log || fault "FlexLLMGen printed no throughput"
+}
+
+# Its switches stand alone.
+peer_words() {
+  sed -e 's/--cpu-cache-compute 0//' -e 's/--cpu-cache-compute 1/--cpu-cache-compute/' \
+    -e 's/--compress-weight 1/--compress-weight/' -e 's/--compress-cache 1/--compress-cache/' <<<"$1"
 }
 
 case "${1:-}" in
-  goldens | rows | large) "$1" ;;
+  goldens | rows | large | peer)
+    "$@"
+    say "$1: $faults failed, $(date -u +%Y-%m-%d), $("$LOADMASTER" --version)"
+    [ "$faults" -eq 0 ]
+    ;;
   *)
-    echo "usage: benches/gpu.sh goldens | rows | large" >&2
+    echo "usage: benches/gpu.sh goldens | rows [unlimited] | large | peer" >&2
     exit 2
     ;;
 esac

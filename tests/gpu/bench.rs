@@ -1,0 +1,125 @@
+//! `benches/gpu.sh`, every stage at toy size, so that it cannot rot before there is a GPU; and whatever goes wrong
+//! in a stage makes it fail.
+
+use crate::stand_in::{Gpu, golden};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// Stands in for compute-sanitizer: runs what it is given.
+const SANITIZER: &str =
+    "#!/bin/sh\nwhile [ \"${1#--}\" != \"$1\" ]; do shift 2; done\nexec \"$@\"\n";
+/// Stands in for a Python that has FlexLLMGen.
+const PEER: &str = "#!/bin/sh\n[ \"$1\" = -c ] || echo 'throughput 1.0 token/s'\n";
+
+struct Bench {
+    gpu: Gpu,
+}
+
+impl Bench {
+    fn new() -> Option<Bench> {
+        let gpu = Gpu::new()?;
+        let models = gpu.home.path("goldens");
+        std::fs::create_dir(&models).expect("made");
+        for name in ["head-16", "opt-like"] {
+            symlink(golden(name), models.join(name)).expect("linked");
+        }
+        std::fs::create_dir(gpu.home.path("bin")).expect("made");
+        Some(Bench { gpu })
+    }
+
+    /// A program that the stages find in their path.
+    fn tool(&self, name: &str, text: &str) {
+        let path = self.gpu.home.path("bin").join(name);
+        std::fs::write(&path, text).expect("written");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("runnable");
+    }
+
+    fn stage(&self, words: &str, told: &[(&str, &str)]) -> Output {
+        let home = &self.gpu.home;
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/gpu.sh");
+        let mut command = Command::new("bash");
+        command.arg(script).args(words.split(' '));
+        self.gpu.beside(&mut command);
+        let path = std::env::var("PATH").unwrap_or_default();
+        command
+            .env("PATH", format!("{}:{path}", home.path("bin").display()))
+            .env("LOADMASTER", env!("CARGO_BIN_EXE_loadmaster"))
+            .env("LOADMASTER_HOME", &home.dir)
+            .env("GOLDENS", home.path("goldens"))
+            .env("OUT", home.path("out"))
+            .env("SIZE", golden("opt-like"))
+            .env("LARGE", golden("opt-like"))
+            .env("PYTHON", home.path("bin").join("python"))
+            .envs([
+                ("PROMPT", "6"),
+                ("GEN", "3"),
+                ("BATCH", "2"),
+                ("LARGE_PROMPTS", "2"),
+            ])
+            .envs([("GPU_MEM", "900MiB"), ("PLACEMENTS", "3")])
+            .envs([("GOLDEN_PROMPT", "5"), ("GOLDEN_GEN", "3")])
+            .envs(told.iter().copied());
+        command.output().expect("bash")
+    }
+
+    /// What a stage that ends well prints.
+    fn good(&self, words: &str) -> String {
+        let output = self.stage(words, &[]);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{words}: {text}{said}");
+        assert!(text.contains(": 0 failed, "), "{text}");
+        text
+    }
+
+    fn fails(&self, words: &str, told: &[(&str, &str)]) {
+        let output = self.stage(words, told);
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(1), "{words}: {text}");
+        assert!(text.contains("FAILED: "), "{words}: {text}");
+    }
+}
+
+#[test]
+fn every_stage_of_the_bench_runs_at_toy_size() {
+    let Some(bench) = Bench::new() else { return };
+    let text = bench.good("goldens");
+    assert_eq!(text.matches("same tokens").count(), 5, "{text}");
+    assert!(text.contains("no compute-sanitizer here"), "{text}");
+    let text = bench.good("rows");
+    assert!(text.contains("8 runs: mean error of throughput"), "{text}");
+    let text = bench.good("large");
+    assert!(
+        text.contains("predicted") && text.contains("measured"),
+        "{text}"
+    );
+    assert!(bench.good("peer").contains("left out"));
+    bench.tool("python", PEER);
+    assert_eq!(bench.good("peer").matches(":throughput 1.0").count(), 7);
+    // A budget that holds nothing is a finding, not a fault.
+    let output = bench.stage("large", &[("GPU_MEM", "84MiB")]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && text.contains("does not fit"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_stage_of_the_bench_fails_with_what_it_runs() {
+    let Some(bench) = Bench::new() else { return };
+    let broken = Bench {
+        gpu: bench.gpu.over("no-cublas"),
+    };
+    for stage in ["goldens", "rows unlimited", "large"] {
+        broken.fails(stage, &[]);
+    }
+    bench.tool("python", "#!/bin/sh\n[ \"$1\" = -c ]\n");
+    bench.fails("peer", &[]);
+    bench.tool("compute-sanitizer", "#!/bin/sh\nexit 9\n");
+    bench.fails("goldens", &[("PLACEMENTS", "1")]);
+    bench.tool("compute-sanitizer", SANITIZER);
+    let text = bench.good("goldens");
+    assert!(text.contains("compute-sanitizer racecheck"), "{text}");
+}
