@@ -80,6 +80,56 @@ fn what_cannot_be_page_locked_travels_through_the_relay() {
     assert_eq!(stand_in::tokens(&ended), on_host);
 }
 
+/// The bytes that were page-locked at most, from the stand-in driver's log.
+fn page_locked_bytes(log: &str) -> u64 {
+    let line = log
+        .lines()
+        .find_map(|l| l.strip_prefix("pinned peak bytes "));
+    line.expect("in the log").parse().expect("a number")
+}
+
+#[test]
+fn weights_that_cannot_be_page_locked_are_planned_anew() {
+    let Some(gpu) = Gpu::new() else { return };
+    let words = "--percent 0 100 100 0 100 0 --gpu-batch-size 2 --num-gpu-batches 2";
+    let on_host = gpu.tokens(HOST, words);
+    let log = gpu.home.path("log.txt").display().to_string();
+    let unpinned = gpu.with(&[("FAKE_CUDA_LOG", &log)]);
+    unpinned
+        .run("cuda:0", &format!("{words} --pin-weight 0"))
+        .good();
+    // Enough for everything but the weights.
+    let limit = page_locked_bytes(&gpu.home.read("log.txt")).to_string();
+    let refusing = gpu.with(&[("FAKE_CUDA_PINNED", &limit)]);
+    let pins = || gpu.home.json("report.json")["plan"]["policy"]["pin_weight"].clone();
+    let ended = refusing.run("cuda:0", words).good();
+    assert!(ended.stderr.contains("planning again without"));
+    assert_eq!(
+        (stand_in::tokens(&ended), pins()),
+        (on_host.clone(), false.into())
+    );
+    // Asked for, they stay as planned and take the relay.
+    let ended = refusing
+        .run("cuda:0", &format!("{words} --pin-weight 1"))
+        .good();
+    assert!(ended.stderr.contains("go through a relay"));
+    assert!(!ended.stderr.contains("planning again"));
+    assert_eq!(
+        (stand_in::tokens(&ended), pins()),
+        (on_host.clone(), true.into())
+    );
+    // A saved plan, too, is made anew.
+    let plan = format!(
+        "plan --model GOLDEN --input in.jsonl --gen-len 6 --device cuda:0 {words} -o plan.toml"
+    );
+    assert!(gpu.output(&plan).status.success());
+    let exec = "exec plan.toml --input in.jsonl --gen-len 6 --report report.json --overwrite";
+    let output = refusing.output(exec);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("planning again without"));
+    let lines = stand_in::tokens_of(&output);
+    assert_eq!((lines, pins()), (on_host, false.into()));
+}
+
 #[test]
 fn a_gpu_that_is_too_small_is_told_before_anything_runs() {
     let Some(gpu) = Gpu::new() else { return };

@@ -7,7 +7,7 @@ use super::args::{
 };
 use super::calibrate;
 use super::campaign;
-use super::execute::{Execution, execute};
+use super::execute::{Executed, Execution, execute};
 use super::failure::Failure;
 use super::flexllmgen;
 use super::gpu::{LocalGpu, gpu_index};
@@ -19,7 +19,7 @@ use super::settle::{Model, make_offload_dir, measure, named_profile, own_profile
 use super::show_compare;
 use super::show_plan;
 use super::solve::{Asked, Solved, solve, work_lines};
-use super::step_down::{Shrunk, free_bytes, step_down};
+use super::step_down::{Shrunk, free_bytes, step_down, without_pins};
 use crate::checkpoint::{SynthJob, write_synth};
 use crate::compare::Comparison;
 use crate::machine::disk::write_atomically;
@@ -28,6 +28,7 @@ use crate::model::ModelSpec;
 use crate::plan::{Plan, PlanBudget};
 use crate::policy::DeviceKind;
 use crate::probe;
+use crate::profile::HardwareProfile;
 use crate::report::RunReport;
 use crate::store;
 use crate::tier::Tier;
@@ -107,7 +108,7 @@ fn plan(args: &PlanArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
         sizes_do: true,
         explain: args.explain,
         changes: args.what_if.changes(),
-        results: None,
+        ..Asked::default()
     };
     let solved = solve(&args.solve, asked, talk, stop)?;
     talk.end();
@@ -172,25 +173,7 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
     make_offload_dir(&offload_dir)?;
     let model = Model::find(&plan.model.name, args.work.seed, false)?;
     let lines = planned_lines(args, &plan, &model)?;
-    let threads = plan
-        .policy
-        .as_ref()
-        .map_or_else(os::default_threads, |p| p.threads);
-    let profile = match named_profile(&plan.profile.name, &offload_dir) {
-        Ok(profile) => profile,
-        Err(_) => {
-            let gpu = match plan.device_kind() {
-                Ok(DeviceKind::Cuda) => Some(LocalGpu::find(gpu_index(&plan.device))?),
-                _ => None,
-            };
-            let how = (threads, Some(plan.budget.cpu_bytes), gpu.as_ref());
-            own_profile(&offload_dir, how, talk, stop)?.0
-        }
-    };
-    let profile = match args.no_calibration {
-        true => profile.without_calibration(),
-        false => profile,
-    };
+    let profile = exec_profile((args, &plan), &offload_dir, talk, stop)?;
     let shrunk = Shrunk {
         plan: &plan,
         model: &model,
@@ -206,20 +189,33 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
         .as_ref()
         .and_then(|p| p.explain.stepped_down.as_ref());
     told.into_iter().for_each(|line| talk.note(line));
-    let done = execute(
-        Execution {
-            plan: instead.as_ref().unwrap_or(&plan),
-            model: &model,
-            profile: &profile,
-            lines,
-            results: &args.results,
-            offload_dir: &offload_dir,
-            ignore_eos: args.work.ignore_eos,
-            probe_s: 0.0,
-        },
-        talk,
-        stop,
-    )?;
+    let execution = Execution {
+        plan: instead.as_ref().unwrap_or(&plan),
+        model: &model,
+        profile: &profile,
+        lines: &lines,
+        results: &args.results,
+        offload_dir: &offload_dir,
+        ignore_eos: args.work.ignore_eos,
+        probe_s: 0.0,
+        may_replan: !args.strict,
+    };
+    let done = match execute(execution, talk, stop)? {
+        Some(done) => done,
+        None => {
+            let plan = without_pins(&Shrunk {
+                plan: execution.plan,
+                ..shrunk
+            })?;
+            feasible(&plan)?;
+            let again = Execution {
+                plan: &plan,
+                may_replan: false,
+                ..execution
+            };
+            execute(again, talk, stop)?.expect("a plan that may not be made anew is carried out")
+        }
+    };
     if args.json {
         say_json(&done.report)?;
     } else {
@@ -234,6 +230,34 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
         )])));
     }
     ended(done.failure, args.json)
+}
+
+/// The plan's profile where it is still there, else this machine's.
+fn exec_profile(
+    (args, plan): (&ExecArgs, &Plan),
+    offload_dir: &Path,
+    talk: &mut Talk,
+    stop: &AtomicBool,
+) -> Result<HardwareProfile, Failure> {
+    let threads = plan
+        .policy
+        .as_ref()
+        .map_or_else(os::default_threads, |p| p.threads);
+    let profile = match named_profile(&plan.profile.name, offload_dir) {
+        Ok(profile) => profile,
+        Err(_) => {
+            let gpu = match plan.device_kind() {
+                Ok(DeviceKind::Cuda) => Some(LocalGpu::find(gpu_index(&plan.device))?),
+                _ => None,
+            };
+            let how = (threads, Some(plan.budget.cpu_bytes), gpu.as_ref());
+            own_profile(offload_dir, how, talk, stop)?.0
+        }
+    };
+    Ok(match args.no_calibration {
+        true => profile.without_calibration(),
+        false => profile,
+    })
 }
 
 /// What a run that was told of ends with.
@@ -293,31 +317,13 @@ struct RunDocument<'a> {
 }
 
 fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
-    let asked = Asked {
-        results: Some(&args.results),
-        ..Asked::default()
+    let mut unpinned = false;
+    let (plan, done) = loop {
+        if let Some(ran) = plan_and_run((args, unpinned), talk, stop)? {
+            break ran;
+        }
+        unpinned = true;
     };
-    let solved = solve(&args.solve, asked, talk, stop)?;
-    talk.note(&show_plan::show_plan(&solved.plan, false));
-    feasible(&solved.plan)?;
-    let lines = match &solved.lines {
-        Some(lines) => lines.clone(),
-        None => block_lines(args, &solved)?,
-    };
-    let done = execute(
-        Execution {
-            plan: &solved.plan,
-            model: &solved.model,
-            profile: &solved.target.profile,
-            lines,
-            results: &args.results,
-            offload_dir: &args.solve.limits.place.offload_dir(),
-            ignore_eos: args.solve.work.ignore_eos,
-            probe_s: solved.target.probe_s,
-        },
-        talk,
-        stop,
-    )?;
     let name = args
         .results
         .report
@@ -328,7 +334,7 @@ fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure
         let schema = "loadmaster.run/1";
         say_json(&RunDocument {
             schema,
-            plan: &solved.plan,
+            plan: &plan,
             report: &done.report,
             compare: &comparison,
         })?;
@@ -336,6 +342,39 @@ fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure
         talk.note(&show_compare::show(&comparison));
     }
     ended(done.failure, args.solve.json)
+}
+
+/// None where the weights could not be page-locked as planned, and the flags leave that open.
+fn plan_and_run(
+    (args, unpinned): (&RunArgs, bool),
+    talk: &mut Talk,
+    stop: &AtomicBool,
+) -> Result<Option<(Plan, Executed)>, Failure> {
+    let asked = Asked {
+        results: Some(&args.results),
+        unpinned,
+        ..Asked::default()
+    };
+    let solved = solve(&args.solve, asked, talk, stop)?;
+    talk.note(&show_plan::show_plan(&solved.plan, false));
+    feasible(&solved.plan)?;
+    let made = match &solved.lines {
+        Some(_) => Vec::new(),
+        None => block_lines(args, &solved)?,
+    };
+    let execution = Execution {
+        plan: &solved.plan,
+        model: &solved.model,
+        profile: &solved.target.profile,
+        lines: solved.lines.as_deref().unwrap_or(&made),
+        results: &args.results,
+        offload_dir: &args.solve.limits.place.offload_dir(),
+        ignore_eos: args.solve.work.ignore_eos,
+        probe_s: solved.target.probe_s,
+        may_replan: !unpinned && args.solve.policy.pin_weight.is_none(),
+    };
+    let done = execute(execution, talk, stop)?;
+    Ok(done.map(|done| (solved.plan, done)))
 }
 
 /// Random prompts that fill the block that was planned.

@@ -10,7 +10,7 @@ use super::results::{ResultSink, Results, check_place};
 use super::settle::Model;
 use crate::cost::footprint::HostBytes;
 use crate::cost::rates::Rates;
-use crate::engine::open::{Packed, RunJob, footprint, open};
+use crate::engine::open::{Packed, RunJob, Started, footprint, start};
 use crate::engine::{Engine, EngineError, Outcome, Request, RunOptions};
 use crate::machine::cpu::pool::Pool;
 use crate::machine::disk::write_atomically;
@@ -34,15 +34,18 @@ use std::time::Instant;
 const PACK_MEMORY_BYTES: u64 = 192 * MIB;
 
 /// What is to be carried out.
+#[derive(Clone, Copy)]
 pub struct Execution<'a> {
     pub plan: &'a Plan,
     pub model: &'a Model,
     pub profile: &'a HardwareProfile,
-    pub lines: Vec<Line>,
+    pub lines: &'a [Line],
     pub results: &'a ResultArgs,
     pub offload_dir: &'a Path,
     pub ignore_eos: bool,
     pub probe_s: f64,
+    /// Nothing is run where the weights cannot be page-locked as planned: there will be another plan.
+    pub may_replan: bool,
 }
 
 /// A report, and why the run did not end well where it did not.
@@ -51,8 +54,11 @@ pub struct Executed {
     pub failure: Option<Failure>,
 }
 
+/// None where another plan is wanted: nothing has been written then.
+pub type Attempt = Result<Option<Executed>, Failure>;
+
 /// Packs where needed, runs, measures.
-pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Executed, Failure> {
+pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
     let started_at = probe::timestamp();
     let policy = job.plan.to_policy().map_err(Failure::failed)?;
     let device = job.plan.device_kind().map_err(Failure::failed)?;
@@ -87,16 +93,17 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
     };
     os::release_free_heap();
     check_room(&run, job.offload_dir)?;
-    let mut results = open_results(&job)?;
-    let (requests, bad) = prompts::split(job.lines.clone());
-    bad.iter()
-        .try_for_each(|(line, error)| results.failed(*line, error))
-        .map_err(Failure::failed)?;
+    let (requests, bad) = prompts::split(job.lines);
     let mut measured = Measured::new(job.plan.budget, shapes(&requests));
     measured.gpu_bus_id = gpu.as_ref().map(|gpu| gpu.facts.bus_id.clone());
+    let started = begin(&run, (&mut measured, &mut setup), talk);
+    if job.may_replan && is_unpinned(&started, talk) {
+        return Ok(None);
+    }
+    let mut results = open_results(&job, &bad)?;
     let ignore_eos = job.ignore_eos;
     let ran = generate(
-        &run,
+        (&run, started),
         (requests, RunOptions { ignore_eos }),
         (&mut measured, &mut setup),
         (&mut results, talk),
@@ -117,10 +124,14 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Result<Exe
         repriced: repriced_figures(&run, &rates, &measured),
         measured: measured_figures(&run, &measured),
     };
-    if let Some(path) = &job.results.report {
-        write_atomically(path, report.to_json().as_bytes()).map_err(Failure::failed)?;
-    }
-    Ok(Executed { report, failure })
+    save(&report, job.results)?;
+    Ok(Some(Executed { report, failure }))
+}
+
+fn save(report: &RunReport, to: &ResultArgs) -> Result<(), Failure> {
+    let write = |path| write_atomically(path, report.to_json().as_bytes());
+    let written = to.report.as_deref().map_or(Ok(()), write);
+    written.map_err(Failure::failed)
 }
 
 fn host_bytes(job: &Execution, device: DeviceKind, threads: usize) -> HostBytes {
@@ -140,10 +151,18 @@ fn check_places(results: &ResultArgs) -> Result<(), Failure> {
 }
 
 /// Only when the run can start: one that cannot leaves no empty file, and keeps what --overwrite replaces.
-fn open_results<'a>(job: &Execution<'a>) -> Result<Results<'a>, Failure> {
+/// Lines that cannot be run are in them from the beginning.
+fn open_results<'a>(
+    job: &Execution<'a>,
+    bad: &[(usize, LineError)],
+) -> Result<Results<'a>, Failure> {
     let tokenizer = job.model.tokenizer.as_ref();
-    Results::open(job.results.output_file(), job.results.overwrite, tokenizer)
-        .map_err(Failure::failed)
+    let mut results = Results::open(job.results.output_file(), job.results.overwrite, tokenizer)
+        .map_err(Failure::failed)?;
+    bad.iter()
+        .try_for_each(|(line, error)| results.failed(*line, error))
+        .map_err(Failure::failed)?;
+    Ok(results)
 }
 
 /// (line, prompt tokens, most generated tokens) of every request.
@@ -328,20 +347,42 @@ pub(super) fn packed(store: &Store) -> Packed {
     }
 }
 
+/// Opens the machine, as part of the time to load.
+fn begin(
+    run: &RunJob,
+    (measured, setup): (&mut Measured, &mut SetupFigures),
+    talk: &mut Talk,
+) -> Result<Started, EngineError> {
+    os::reset_peak();
+    measured.others();
+    talk.stage("mapping memory");
+    let began = Instant::now();
+    let started = start(run);
+    setup.load_s = began.elapsed().as_secs_f64();
+    started
+}
+
+fn is_unpinned(started: &Result<Started, EngineError>, talk: &mut Talk) -> bool {
+    let why = started.as_ref().ok().and_then(Started::unpinned);
+    if let Some(why) = why {
+        talk.note(&format!("note: {why}; planning again without"));
+    }
+    why.is_some()
+}
+
 /// Loads and generates; what was measured is kept even when the run breaks off.
 fn generate(
-    run: &RunJob,
+    (run, started): (&RunJob, Result<Started, EngineError>),
     (requests, options): (Vec<Request>, RunOptions),
     (measured, setup): (&mut Measured, &mut SetupFigures),
     (results, talk): (&mut Results, &mut Talk),
     stop: &AtomicBool,
 ) -> Result<Outcome, EngineError> {
-    os::reset_peak();
-    measured.others();
+    let started = started?;
     talk.stage("loading the weights");
-    let start = Instant::now();
-    let (mut machine, facts) = open(run)?;
-    setup.load_s = start.elapsed().as_secs_f64();
+    let began = Instant::now();
+    let (mut machine, facts) = started.load(run)?;
+    setup.load_s += began.elapsed().as_secs_f64();
     setup.written_bytes +=
         facts.footprint.spill_cache_bytes * u64::from(facts.block.kv_tokens.disk > 0);
     if let Some(notice) = machine.notice() {

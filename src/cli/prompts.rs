@@ -116,12 +116,12 @@ pub fn workload(lines: &[Line]) -> Workload {
 }
 
 /// Requests for the engine, and the lines that failed before it.
-pub fn split(lines: Vec<Line>) -> (Vec<Request>, Vec<(usize, LineError)>) {
+pub fn split(lines: &[Line]) -> (Vec<Request>, Vec<(usize, LineError)>) {
     let (mut requests, mut failed) = (Vec::with_capacity(lines.len()), Vec::new());
     for line in lines {
-        match line.result {
-            Ok(request) => requests.push(request),
-            Err(error) => failed.push((line.index, error)),
+        match &line.result {
+            Ok(request) => requests.push(request.clone()),
+            Err(error) => failed.push((line.index, error.clone())),
         }
     }
     (requests, failed)

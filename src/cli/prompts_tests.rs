@@ -57,7 +57,7 @@ fn text_lines_are_prompts_and_empty_ones_fail_alone() {
     assert_eq!(error.code, "empty_prompt");
     assert!(error.message.contains("line 2"), "{}", error.message);
     assert_eq!(lines[2].result.as_ref().expect("good").prompt.len(), 3);
-    let (requests, failed) = split(lines);
+    let (requests, failed) = split(&lines);
     assert_eq!(requests.iter().map(|r| r.line).collect::<Vec<_>>(), [0, 2]);
     assert_eq!(failed[0].0, 1);
 }
@@ -253,7 +253,7 @@ fn random(seed: u64, prompts: usize, prompt_tokens: u32) -> Vec<Vec<u32>> {
         &rules,
     )
     .expect("made");
-    split(lines).0.into_iter().map(|r| r.prompt).collect()
+    split(&lines).0.into_iter().map(|r| r.prompt).collect()
 }
 
 #[test]

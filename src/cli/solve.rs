@@ -41,6 +41,8 @@ pub struct Asked<'a> {
     pub explain: bool,
     /// Where error lines go when no line is any good; None where nothing is to be generated.
     pub results: Option<&'a ResultArgs>,
+    /// The weights in DRAM cannot be page-locked.
+    pub unpinned: bool,
 }
 
 /// Plans by running the engine's own schedule on the virtual-time machine.
@@ -173,7 +175,10 @@ fn plan(
         explain: asked.explain,
         changes: &asked.changes,
         budget: target.budget,
-        fixed: fixed(&args.policy),
+        fixed: Fixed {
+            pin_weight: args.policy.pin_weight.or(asked.unpinned.then_some(false)),
+            ..fixed(&args.policy)
+        },
         compress: compress_mode(args.policy.compress),
         kv: kv_format(args.policy.kv, model.spec.dtype),
         threads: target.threads,

@@ -77,7 +77,7 @@ pub fn step_down(shrunk: &Shrunk, free: u64) -> Result<Option<Plan>, Failure> {
         tries.extend([Some((true, policy.compress_cache)), Some((true, true))]);
     }
     for formats in tries {
-        let mut found = solve_again(shrunk, &policy, (free, formats))?;
+        let mut found = solve_again(shrunk, &policy, (free, formats, None))?;
         if !found.feasible {
             continue;
         }
@@ -100,17 +100,32 @@ pub fn step_down(shrunk: &Shrunk, free: u64) -> Result<Option<Plan>, Failure> {
     .with_hint(hint))
 }
 
+/// The plan to run instead, where the weights in DRAM cannot be page-locked: the same text.
+pub fn without_pins(shrunk: &Shrunk) -> Result<Plan, Failure> {
+    let policy = shrunk.plan.to_policy().map_err(Failure::failed)?;
+    let formats = Some((policy.compress_weight, policy.compress_cache));
+    let mut found = solve_again(shrunk, &policy, (free_bytes()?, formats, Some(false)))?;
+    found.may_become_lossy = shrunk.plan.may_become_lossy;
+    found.id = found.content_id();
+    Ok(found)
+}
+
 fn solve_again(
     shrunk: &Shrunk,
     policy: &Policy,
-    (free, formats): (u64, Option<(bool, bool)>),
+    (free, formats, pin_weight): (u64, Option<(bool, bool)>, Option<bool>),
 ) -> Result<Plan, Failure> {
     let (plan, spec) = (shrunk.plan, &shrunk.model.spec);
     let workload = prompts::workload(shrunk.lines);
-    let gpu = plan.budget.gpu_bytes.unwrap_or(0);
+    let device = plan.device_kind().map_err(Failure::failed)?;
+    // DRAM plays the GPU of the host machine.
+    let played = match device {
+        DeviceKind::Host => plan.budget.gpu_bytes.unwrap_or(0),
+        _ => 0,
+    };
     let sure = (free as f64 * SURE_PART) as u64;
     let budget = PlanBudget {
-        cpu_bytes: sure.saturating_sub(gpu).min(plan.budget.cpu_bytes),
+        cpu_bytes: sure.saturating_sub(played).min(plan.budget.cpu_bytes),
         ..plan.budget
     };
     let stored =
@@ -119,7 +134,7 @@ fn solve_again(
         model: spec,
         fingerprint: plan.model.fingerprint.as_deref(),
         job: Job::Given(&workload),
-        device: plan.device_kind().map_err(Failure::failed)?,
+        device,
         device_name: &plan.device,
         profile: shrunk.profile,
         calibrated: true,
@@ -130,6 +145,8 @@ fn solve_again(
             compress_weight: formats.map(|f| f.0),
             compress_cache: formats.map(|f| f.1),
             overlap: Some(policy.overlap),
+            compute: policy.compute,
+            pin_weight,
             ..Fixed::default()
         },
         compress: CompressMode::Auto,
@@ -138,10 +155,7 @@ fn solve_again(
         host: shrunk
             .model
             .host_bytes(workload.prompt_tokens(), policy.threads)
-            .with_gpu(
-                plan.device_kind().map_err(Failure::failed)?,
-                shrunk.profile.gpu.as_ref(),
-            ),
+            .with_gpu(device, shrunk.profile.gpu.as_ref()),
         stored_bytes: [stored(false), stored(true)],
         repricer: Some(&ScheduleRepricer),
     };

@@ -58,11 +58,12 @@ impl<'a> Trial<'a> {
             plan,
             model,
             profile,
-            lines: Vec::new(),
+            lines: &[],
             results: &nowhere,
             offload_dir,
             ignore_eos: true,
             probe_s: 0.0,
+            may_replan: false,
         };
         let mut setup = SetupFigures::default();
         let store = packed_store(&execution, &policy, (&mut setup, talk), stop)?;
@@ -128,5 +129,5 @@ fn random_requests(model: &Model, plan: &Plan) -> Result<Vec<Request>, Failure> 
         seed: 0,
     };
     let lines = prompts::read_lines(random, &rules).map_err(Failure::from)?;
-    Ok(prompts::split(lines).0)
+    Ok(prompts::split(&lines).0)
 }

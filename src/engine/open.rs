@@ -79,8 +79,43 @@ fn facts(job: &RunJob) -> RunFacts {
     }
 }
 
+/// A machine with its arenas mapped, before the weights are home.
+pub struct Started {
+    machine: ThreadedMachine,
+    facts: RunFacts,
+    layout: Layout,
+}
+
+impl Started {
+    /// Why the weights in DRAM are not page-locked although the policy wants them so.
+    pub fn unpinned(&self) -> Option<&str> {
+        let weights = region(&self.layout, (Tier::Cpu, Buffer::Weights));
+        self.machine
+            .notice()
+            .filter(|_| weights.bytes > 0 && self.machine.could_not_lock(weights))
+    }
+
+    /// Brings the weights home.
+    pub fn load(self, job: &RunJob) -> Result<(ThreadedMachine, RunFacts), EngineError> {
+        let Started {
+            mut machine,
+            facts,
+            layout,
+        } = self;
+        load_smalls(&mut machine, job, (&facts, &layout));
+        load_weights(&mut machine, &facts, &layout)?;
+        machine.forget_log();
+        Ok((machine, facts))
+    }
+}
+
 /// Opens the machine and brings the weights home.
 pub fn open(job: &RunJob) -> Result<(ThreadedMachine, RunFacts), EngineError> {
+    start(job)?.load(job)
+}
+
+/// Opens the machine: everything that can be missing is missing now.
+pub fn start(job: &RunJob) -> Result<Started, EngineError> {
     if job.model.head_size() > MAX_HEAD_SIZE {
         let what = format!(
             "attention heads of at most {MAX_HEAD_SIZE} values (the model has {})",
@@ -91,7 +126,7 @@ pub fn open(job: &RunJob) -> Result<(ThreadedMachine, RunFacts), EngineError> {
     let facts = facts(job);
     let layout = Layout::new(&facts.model, &facts.placement, &facts.footprint);
     let places = || (job.gpu.clone(), gpu_places(&facts, &layout));
-    let mut machine = ThreadedMachine::open(OpenRequest {
+    let machine = ThreadedMachine::open(OpenRequest {
         device: job.device,
         gpu_bytes: facts.footprint.arena_bytes(Tier::Gpu),
         cpu_bytes: facts.footprint.arena_bytes(Tier::Cpu),
@@ -100,22 +135,25 @@ pub fn open(job: &RunJob) -> Result<(ThreadedMachine, RunFacts), EngineError> {
         pricer: job.pricer.clone(),
         gpu: (job.device == DeviceKind::Cuda).then(places),
     })?;
-    load_smalls(&mut machine, job, (&facts, &layout));
-    load_weights(&mut machine, &facts, &layout)?;
-    machine.forget_log();
-    Ok((machine, facts))
+    Ok(Started {
+        machine,
+        facts,
+        layout,
+    })
+}
+
+fn region(layout: &Layout, (tier, buffer): (Tier, Buffer)) -> Region {
+    let place = layout.buffer(tier, buffer);
+    Region {
+        offset: place.offset,
+        bytes: place.bytes,
+    }
 }
 
 /// Where a CUDA machine's own buffers are, and what of the DRAM is page-locked: all that copies touch,
 /// except weights where the policy does not pin them.
 fn gpu_places(facts: &RunFacts, layout: &Layout) -> GpuPlaces {
-    let region = |tier: Tier, buffer: Buffer| {
-        let place = layout.buffer(tier, buffer);
-        Region {
-            offset: place.offset,
-            bytes: place.bytes,
-        }
-    };
+    let region = |tier, buffer| region(layout, (tier, buffer));
     let weights = region(Tier::Cpu, Buffer::Weights);
     let whole = facts.footprint.arena_bytes(Tier::Cpu);
     let between = |start: u64, end: u64| Region {

@@ -1,9 +1,9 @@
 //! The machines that run: lanes on threads over one arena (cpu), a second one that plays the Gpu tier
 //! (host), or a real GPU's memory (cuda). Also the only place that starts lanes' threads.
 
-use super::arena::AlignedBuffer;
+use super::arena::{AlignedBuffer, Region};
 use super::cpu::execute::ComputeExecutor;
-use super::cuda::{Gpu, GpuChoice, GpuPlaces, Held};
+use super::cuda::{Gpu, GpuChoice, GpuPlaces, Held, Refused};
 use super::disk::{DiskFile, IoPool};
 use super::lanes::{Lanes, Worker};
 use super::memory::Memory;
@@ -81,7 +81,17 @@ impl ThreadedMachine {
 
     /// What the GPU could not do as planned, in a line; the run goes on without it.
     pub fn notice(&self) -> Option<&str> {
-        self.held.as_ref()?.refused.as_deref()
+        Some(&self.refused()?.why)
+    }
+
+    /// Whether all of this part of the DRAM arena was to be page-locked and could not be.
+    pub fn could_not_lock(&self, region: Region) -> bool {
+        self.refused()
+            .is_some_and(|refused| refused.regions.contains(&region))
+    }
+
+    fn refused(&self) -> Option<&Refused> {
+        self.held.as_ref()?.refused.as_ref()
     }
 }
 

@@ -135,6 +135,10 @@ impl Gpu {
     }
 }
 
+pub fn tokens_of(output: &Output) -> Vec<String> {
+    tokens(&Ended::new("", output.clone()).good())
+}
+
 pub fn tokens(ended: &Ended) -> Vec<String> {
     let ids = |line: &serde_json::Value| line["token_ids"].to_string();
     ended.lines().iter().map(ids).collect()

@@ -165,10 +165,16 @@ impl Gpu {
     }
 }
 
+/// What of the DRAM could not be page-locked: it travels through the relay.
+pub struct Refused {
+    pub regions: Vec<Region>,
+    /// In a line.
+    pub why: String,
+}
+
 /// What outlives the lanes: page locks go before the memory that they lock.
 pub struct Held {
-    /// Why part of the DRAM could not be page-locked; it travels through the relay.
-    pub refused: Option<String>,
+    pub refused: Option<Refused>,
     _pinned: Arc<Pinned>,
     _kernels: Arc<Kernels>,
     _memory: Arc<Memory>,
@@ -197,25 +203,27 @@ fn no_room(context: &Context, bytes: u64, error: CudaError) -> MachineError {
 }
 
 /// Page-locks what can be; says what could not.
-fn pin(context: &Arc<Context>, memory: &Memory, wanted: &[Region]) -> (Pinned, Option<String>) {
+fn pin(context: &Arc<Context>, memory: &Memory, wanted: &[Region]) -> (Pinned, Option<Refused>) {
     let mut pinned = Pinned::default();
-    let (mut refused_bytes, mut why) = (0, None);
+    let (mut regions, mut why) = (Vec::new(), None);
     for region in wanted.iter().filter(|r| r.bytes > 0) {
         let address = memory.cpu_address(region.offset, region.bytes);
         // SAFETY: the arena outlives the range: both are held together, the range is dropped first.
         match unsafe { PinnedRange::new(context, address, region.bytes) } {
             Ok(range) => pinned.ranges.push(range),
             Err(error) => {
-                refused_bytes += region.bytes;
+                regions.push(*region);
                 why.get_or_insert(error);
             }
         }
     }
-    let refused = why.map(|error| {
-        format!(
+    let refused_bytes = regions.iter().map(|region| region.bytes).sum();
+    let refused = why.map(|error| Refused {
+        regions,
+        why: format!(
             "{} of DRAM could not be page-locked ({error}): copies of it go through a relay and are slower; raise `ulimit -l` or give --pin-weight 0",
             show_bytes(refused_bytes)
-        )
+        ),
     });
     (pinned, refused)
 }
