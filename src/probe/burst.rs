@@ -8,7 +8,7 @@ use super::samples::Series;
 use super::scale::{DiskStep, Extent};
 use crate::cost::rates::Rates;
 use crate::dtype::{Arithmetic, Dtype};
-use crate::machine::cpu::kernels::Isa;
+use crate::machine::cpu::kernels::{Isa, memory_read_sum};
 use crate::machine::disk::{DiskFile, IoPool, IoRequest};
 use crate::tier::Tier;
 use crate::units::MIB;
@@ -18,9 +18,11 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 /// Inputs and outputs of a burst's product, for few rows and for many: shapes of the probe's own grid. A
-/// call must be short, so that its median over a burst is one of many.
+/// call must be short, so that its median over a burst is one of many samples, each as long as the probe's
+/// and, like there, after something else went through the caches.
 const SHAPES: [(usize, usize); 2] = [(4096, 4096), (1024, 4096)];
 const MANY_ROWS: usize = 64;
+const SAMPLES: usize = 12;
 /// Bytes of one read or write of a burst, and how many there are; the median counts.
 const READ_BYTES: u64 = 16 * MIB;
 const READS: u64 = 24;
@@ -35,7 +37,7 @@ static EXTENT: Extent = Extent {
     cache_multiple: 0,
     gemm_rows: &[512],
     gemm_shapes: &SHAPES,
-    sample_s: 0.2,
+    sample_s: 0.008,
     reads: &[],
     writes: &[DiskStep {
         block_bytes: WRITE_BYTES,
@@ -98,11 +100,15 @@ fn slowdown(burst: Burst, bench: &mut Bench, place: &BurstPlace) -> Result<f64, 
             rows,
         } => {
             let (inputs, outputs) = SHAPES[usize::from(rows >= MANY_ROWS)];
+            let mut took_s = Series::default();
+            for _ in 0..SAMPLES {
+                std::hint::black_box(memory_read_sum(&bench.pool, bench.isa, &bench.arena));
+                let product = (format, arithmetic, rows);
+                took_s.push(product_s(bench, product, (inputs, outputs))?);
+            }
             let stored = (format, arithmetic);
-            (
-                product_s(bench, (format, arithmetic, rows), (inputs, outputs))?,
-                place.rates.gemm_s(Tier::Cpu, stored, rows, inputs, outputs),
-            )
+            let priced_s = place.rates.gemm_s(Tier::Cpu, stored, rows, inputs, outputs);
+            (took_s.median().unwrap_or(priced_s), priced_s)
         }
         Burst::Read => read(bench, place)?,
         Burst::Write => write(bench, place)?,
