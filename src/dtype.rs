@@ -21,6 +21,17 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// Into how many rounded parts a GPU cuts `m` rows of activations that must stay whole, one product each: 11
+    /// bits in fp16, 8 in bf16.
+    pub fn activation_parts(self, m: f64) -> usize {
+        match self {
+            _ if m <= SMALL_ROWS as f64 => 1,
+            Dtype::F32 => 1,
+            Dtype::Bf16 => 3,
+            Dtype::F16 | Dtype::Q4 => 2,
+        }
+    }
+
     pub const ALL: [Dtype; 4] = [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::Q4];
 
     pub fn name(self) -> &'static str {
@@ -54,6 +65,9 @@ pub enum Compute {
     /// As `Exact`, but 4-bit weights, too, times fp32 activations.
     Fp32,
 }
+
+/// Rows of activations that a GPU multiplies in fp32 as they are.
+pub const SMALL_ROWS: usize = 16;
 
 /// What one product works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

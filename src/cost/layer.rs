@@ -154,7 +154,9 @@ impl<'a> LayerBuilder<'a> {
         let weights = matrix.rows as f64 * matrix.inputs as f64;
         let seconds_on = |tier| -> f64 {
             let one = |&(m, count): &(f64, f64)| {
-                count * weights * self.rates.weight_s(tier, stored, m, weights)
+                let wide = (format, self.policy.is_wide());
+                let products = count * self.rates.products(tier, wide, m);
+                products * weights * self.rates.weight_s(tier, stored, m, weights)
             };
             chunks.iter().map(one).sum()
         };
@@ -289,7 +291,14 @@ impl<'a> LayerBuilder<'a> {
             } else {
                 (tier, lane)
             };
-            let seconds = self.rates.attention_s(tier, format, attended);
+            let priced = match step.phase {
+                Phase::Decode => format,
+                Phase::Prefill => {
+                    let wide = (format, self.policy.is_wide());
+                    self.rates.prompt_format(tier, wide)
+                }
+            };
+            let seconds = self.rates.attention_s(tier, priced, attended);
             work.lanes[lane].coef[index] += seconds;
             work.serial[lane].coef[index] += seconds;
             if away || self.on_dram() {

@@ -196,6 +196,26 @@ impl Rates {
         self.calibrated("gemm", on.name(), seconds)
     }
 
+    /// How many products there are of one, where activations must stay in fp32 (`wide`).
+    pub fn products(&self, on: Tier, (format, wide): (Dtype, bool), m: f64) -> f64 {
+        match wide && self.is_gpu(on) {
+            true => format.activation_parts(m) as f64,
+            false => 1.0,
+        }
+    }
+
+    /// The format whose prompts' attention takes as long: fp32 where a GPU must not round.
+    pub fn prompt_format(&self, on: Tier, (format, wide): (Dtype, bool)) -> Dtype {
+        match wide && self.is_gpu(on) {
+            true => Dtype::F32,
+            false => format,
+        }
+    }
+
+    fn is_gpu(&self, on: Tier) -> bool {
+        self.device == DeviceKind::Cuda && on == Tier::Gpu
+    }
+
     /// Seconds of attention without its launch.
     pub fn attention_s(&self, on: Tier, format: Dtype, work: AttentionWork) -> f64 {
         let curves = &self.on(on).attention[format as usize];

@@ -27,6 +27,22 @@ fn gemm_passes_through_its_points_and_rises_with_rows() {
 }
 
 #[test]
+fn fp32_activations_cost_a_gpu_a_product_for_each_part() {
+    let rates = Rates::new(&t4(), DeviceKind::Cuda, 16).unwrap();
+    let wide = |on, format, m| rates.products(on, (format, true), m);
+    assert_eq!(wide(Tier::Gpu, Dtype::F16, 16.0), 1.0);
+    assert_eq!(wide(Tier::Gpu, Dtype::F16, 17.0), 2.0);
+    assert_eq!(wide(Tier::Gpu, Dtype::Bf16, 64.0), 3.0);
+    assert_eq!(wide(Tier::Gpu, Dtype::F32, 64.0), 1.0);
+    assert_eq!(wide(Tier::Cpu, Dtype::F16, 64.0), 1.0);
+    assert_eq!(rates.products(Tier::Gpu, (Dtype::F16, false), 64.0), 1.0);
+    let prompt = |on, wide| rates.prompt_format(on, (Dtype::F16, wide));
+    assert_eq!(prompt(Tier::Gpu, true), Dtype::F32);
+    assert_eq!(prompt(Tier::Gpu, false), Dtype::F16);
+    assert_eq!(prompt(Tier::Cpu, true), Dtype::F16);
+}
+
+#[test]
 fn a_single_large_point_has_a_floor_of_reading_the_weights() {
     let mut profile = t4();
     let gpu = profile.gpu.as_mut().unwrap();

@@ -49,7 +49,8 @@ impl Pricer {
         match compute {
             Compute::Gemm(g) => {
                 let weights = (g.format, g.arithmetic);
-                self.rates.gemm_s(on, weights, g.m, g.inputs, g.rows)
+                let products = self.rates.products(on, (g.format, g.wide), g.m as f64);
+                products * self.rates.gemm_s(on, weights, g.m, g.inputs, g.rows)
             }
             Compute::Embed { ids, to, .. } => rowwise(ids.len, to.width, 2.0),
             Compute::AddPositions { indices, to, .. } => rowwise(indices.len, to.width, 3.0),
@@ -76,6 +77,8 @@ impl Pricer {
     /// One-token rows by the bytes of keys and values they read, prompt rows by their FLOP.
     fn attend_s(&self, on: Tier, attention: &Attention) -> f64 {
         let record = 2.0 * attention.format.row_bytes(attention.hidden) as f64;
+        let prompt = (attention.format, attention.wide);
+        let prompt = self.rates.prompt_format(on, prompt);
         let item_s = |item: &KvItem| {
             let (rows, tokens) = (item.rows as f64, (item.past + item.rows) as f64);
             let work = if item.decode {
@@ -90,7 +93,12 @@ impl Pricer {
                     tokens,
                 }
             };
-            self.rates.attention_s(on, attention.format, work)
+            let format = if item.decode {
+                attention.format
+            } else {
+                prompt
+            };
+            self.rates.attention_s(on, format, work)
         };
         attention.items.iter().map(item_s).sum()
     }

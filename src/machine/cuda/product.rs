@@ -4,26 +4,15 @@
 use super::blas::LargeProduct;
 use super::compute::{ComputeWork, LaunchError, row_grid};
 use super::launch::Arg;
-use crate::dtype::{Dtype, PANEL_ROWS, panels};
+use crate::dtype::{Dtype, PANEL_ROWS, SMALL_ROWS, panels};
 use crate::machine::ops::Gemm;
 use crate::model::Activation;
 
-/// Rows of activations that the small kernels take.
-const SMALL_ROWS: usize = 16;
 /// What is left of a value rounded to fp16 is smaller than it by this.
 const F16_REST: f32 = 2048.0;
 /// Widths of the small kernels.
 const SMALL_WIDTHS: [usize; 5] = [1, 2, 4, 8, 16];
 const THREADS: u32 = 256;
-
-/// Into how many rounded parts the activations of a product of many rows are cut: 11 bits each in fp16, 8 in bf16.
-fn parts(g: &Gemm) -> usize {
-    match (g.wide, g.format) {
-        (false, _) | (_, Dtype::F32) => 1,
-        (_, Dtype::Bf16) => 3,
-        _ => 2,
-    }
-}
 
 fn activation_code(activation: Option<Activation>) -> u32 {
     match activation {
@@ -119,7 +108,12 @@ impl ComputeWork {
             scale: 1.0,
             adds: false,
         };
-        for part in 0..parts(g) {
+        let parts = if g.wide {
+            g.format.activation_parts(g.m as f64)
+        } else {
+            1
+        };
+        for part in 0..parts {
             let (product, used_bytes) = match g.format {
                 Dtype::F32 => (whole, 0),
                 _ => self.narrow(g, whole, part)?,
