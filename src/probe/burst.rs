@@ -46,6 +46,7 @@ static EXTENT: Extent = Extent {
     }],
     window_s: 0.0,
     window_write_bytes: 0,
+    small_write_bytes: 0,
     decode_tokens: &[],
     prompt_tokens: &[],
 };

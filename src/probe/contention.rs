@@ -132,7 +132,11 @@ fn steps<'a>(
             }
             ((Lane::DiskToCpu, small), memory) => Some(read_step(disk, memory, small)),
             ((_, small), memory) => {
-                let quota_bytes = bench.extent.window_write_bytes;
+                let quota_bytes = if small {
+                    bench.extent.small_write_bytes
+                } else {
+                    bench.extent.window_write_bytes
+                };
                 Some(write_step(disk, memory, (small, quota_bytes)))
             }
         }
