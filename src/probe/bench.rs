@@ -113,11 +113,9 @@ impl<'a> Bench<'a> {
     }
 }
 
-/// Widest inputs at the most rows, or the query, key and value rows of a prompt.
+/// Query, key and value rows; products take theirs from the arena.
 fn input_floats(extent: &Extent) -> usize {
-    let inputs = extent.gemm_shapes.iter().map(|s| s.0).max().unwrap_or(1);
-    let rows = extent.gemm_rows.iter().max().unwrap_or(&1);
-    (rows * inputs).max(3 * HIDDEN * attention_rows(extent))
+    3 * HIDDEN * attention_rows(extent)
 }
 
 /// Rows of a prompt, or one of each sequence.

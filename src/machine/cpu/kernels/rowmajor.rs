@@ -138,17 +138,21 @@ mod tests {
             .collect()
     }
 
+    fn from_fp16(bytes: &[u8], (rows, inputs): (usize, usize)) -> PackSource<'_> {
+        PackSource {
+            bytes,
+            dtype: Dtype::F16,
+            rows,
+            inputs,
+        }
+    }
+
     #[test]
     fn rows_become_the_cpus_panels_and_q4_keeps_every_value() {
         let (pool, isa) = (Pool::new(2), Isa::detect());
         for (rows, inputs) in [(64, 64), (130, 90), (7, 200), (64, 33)] {
             let bytes = source(rows, inputs);
-            let source = PackSource {
-                bytes: &bytes,
-                dtype: Dtype::F16,
-                rows,
-                inputs,
-            };
+            let source = from_fp16(&bytes, (rows, inputs));
             for format in [Dtype::F16, Dtype::Q4] {
                 let length = panels(rows) * format.panel_bytes(inputs) as usize;
                 let (mut there, mut here) = (vec![7u8; length], vec![9u8; length]);
@@ -166,12 +170,7 @@ mod tests {
         let (pool, isa) = (Pool::new(1), Isa::detect());
         let (rows, inputs) = (64, 128);
         let bytes = source(rows, inputs);
-        let source = PackSource {
-            bytes: &bytes,
-            dtype: Dtype::F16,
-            rows,
-            inputs,
-        };
+        let source = from_fp16(&bytes, (rows, inputs));
         let length = Dtype::Q4.panel_bytes(inputs) as usize;
         let (mut there, mut here) = (vec![0u8; length], vec![0u8; length]);
         pack_rows(&pool, isa, source, Dtype::Q4, &mut there);
