@@ -42,13 +42,7 @@ fn save_profiles(dir: &Path) {
 /// A profile of round figures that this machine takes for its own.
 fn own_profile(dir: &Path, threads: usize) -> HardwareProfile {
     let key = ProfileKey::of_this_machine(dir, threads, Isa::detect().name());
-    let mut profile = round_profile();
-    profile.machine.name = key.name();
-    profile.machine.cpu = key.cpu;
-    profile.machine.threads = key.threads;
-    profile.machine.kernels = key.kernels;
-    profile.machine.disk = key.disk;
-    profile
+    crate::running::owned_by(key, round_profile())
 }
 
 impl Home {

@@ -149,11 +149,6 @@ fn profile(dir: &Path) -> HardwareProfile {
     let key = ProfileKey::of_this_machine(dir, os::default_threads(), Isa::detect().name())
         .with_gpu(Some("Emulated GPU"));
     let text = crate::running::round_profile().to_toml() + FACTS;
-    let mut profile = HardwareProfile::from_toml(&text).expect("a profile");
-    profile.machine.name = key.name();
-    profile.machine.cpu = key.cpu;
-    profile.machine.threads = key.threads;
-    profile.machine.kernels = key.kernels;
-    profile.machine.disk = key.disk;
-    profile
+    let profile = HardwareProfile::from_toml(&text).expect("a profile");
+    crate::running::owned_by(key, profile)
 }

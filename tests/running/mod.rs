@@ -15,6 +15,7 @@ use loadmaster::machine::cpu::pool::Pool;
 use loadmaster::machine::price::Pricer;
 use loadmaster::model::{Activation, ModelSpec};
 use loadmaster::policy::{Compute, DeviceKind, Policy, Shares};
+use loadmaster::probe::ProfileKey;
 use loadmaster::profile::HardwareProfile;
 use loadmaster::tier::PerLane;
 use loadmaster::workload::{Lengths, LineLength, Workload};
@@ -256,4 +257,14 @@ pub fn run_with(
         collected,
         lanes: machine.lane_figures(),
     }
+}
+
+/// The same figures as a profile that a machine of this key takes for its own.
+pub fn owned_by(key: ProfileKey, mut profile: HardwareProfile) -> HardwareProfile {
+    profile.machine.name = key.name();
+    profile.machine.cpu = key.cpu;
+    profile.machine.threads = key.threads;
+    profile.machine.kernels = key.kernels;
+    profile.machine.disk = key.disk;
+    profile
 }
