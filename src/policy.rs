@@ -199,11 +199,6 @@ impl Policy {
         if device == DeviceKind::Cuda && self.compute == Compute::Bf16 {
             return Err(PolicyError::Bf16OnGpu);
         }
-        // Rows on disk lie in the GPU's layout and would have to be turned into the CPU's in every pass; and
-        // where the link binds, rows in DRAM that are multiplied there relieve it as well.
-        if device == DeviceKind::Cuda && s.weights.disk_compute > 1e-9 {
-            return Err(PolicyError::DiskComputeBesideGpu);
-        }
         if device.has_gpu() {
             return Ok(());
         }
@@ -245,10 +240,6 @@ pub enum PolicyError {
         "this machine has no GPU, so the first, third and fifth percentage must be 0; the nearest plan here is --percent {nearest}"
     )]
     NoGpu { nearest: String },
-    #[error(
-        "weights on disk are shipped to the GPU, not multiplied on the CPU beside it: give --cpu-compute-share 0, or no weights to the disk"
-    )]
-    DiskComputeBesideGpu,
     #[error(
         "--compute bf16 is the CPU's: a GPU multiplies weights as they are stored; leave it out"
     )]

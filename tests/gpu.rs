@@ -44,6 +44,8 @@ fn every_share_and_switch_gives_the_hosts_tokens() {
         "--percent 0 100 0 100 0 100 --gpu-batch-size 3 --num-gpu-batches 2 --pin-weight 0",
         "--percent 0 100 0 100 0 100 --gpu-batch-size 2 --num-gpu-batches 2 --cpu-cache-compute 1",
         "--percent 40 60 50 50 50 50 --gpu-batch-size 2 --num-gpu-batches 2 --cpu-compute-share 50",
+        "--percent 20 30 50 50 50 50 --gpu-batch-size 2 --num-gpu-batches 2 --cpu-compute-share 50",
+        "--percent 0 0 100 0 0 100 --gpu-batch-size 2 --num-gpu-batches 1 --cpu-compute-share 100 --compress-weight 1 --compute fp32",
         "--percent 30 30 40 30 50 50 --gpu-batch-size 2 --num-gpu-batches 2 --compress-weight 1 --compress-cache 1 --compute fp32",
         "--percent 30 30 40 30 50 50 --gpu-batch-size 1 --num-gpu-batches 3 --overlap 0 --kv f32",
     ] {
@@ -53,6 +55,40 @@ fn every_share_and_switch_gives_the_hosts_tokens() {
             "{words}"
         );
     }
+}
+
+/// Bytes that each lane of the last run moved, and what the run wrote to files of its own.
+fn moved(gpu: &Gpu) -> (impl Fn(&str) -> u64 + use<>, u64) {
+    let report = gpu.home.json("report.json");
+    let lanes = report["measured"]["lanes"].clone();
+    let spilled = report["plan"]["setup"]["spill_bytes"].as_u64();
+    let bytes = move |lane: &str| lanes[lane]["bytes"].as_u64().expect("bytes");
+    (bytes, spilled.expect("bytes"))
+}
+
+/// Turned into the CPU's layout when the weights are loaded, they come from disk once a pass and stay in DRAM.
+#[test]
+fn rows_that_the_cpu_multiplies_from_disk_never_pass_the_link() {
+    let Some(gpu) = Gpu::new() else { return };
+    let shape = "--percent 0 0 100 0 100 0 --gpu-batch-size 2 --num-gpu-batches 2";
+    let words = format!("{shape} --cpu-compute-share 100");
+    let on_host = gpu.tokens(HOST, &words);
+    let (host_bytes, host_spilled) = moved(&gpu);
+    assert_eq!(gpu.tokens("cuda:0", &words), on_host);
+    let (bytes, spilled) = moved(&gpu);
+    for lane in ["cpu_to_gpu", "gpu_to_cpu"] {
+        assert_eq!(bytes(lane), host_bytes(lane), "{lane}");
+    }
+    // In their own file chunks begin with pages: no more of them than of the store are read.
+    let read = bytes("disk_to_cpu");
+    assert!(read > 0 && read <= host_bytes("disk_to_cpu"));
+    assert!(spilled > 0 && host_spilled == 0);
+    assert_eq!(
+        gpu.tokens("cuda:0", &format!("{shape} --cpu-compute-share 0")),
+        on_host
+    );
+    assert!(moved(&gpu).0("cpu_to_gpu") > bytes("cpu_to_gpu"));
+    assert_eq!(moved(&gpu).1, 0);
 }
 
 #[test]

@@ -36,6 +36,37 @@ fn a_plan_fits_its_budget_and_reads_back_unchanged() {
 }
 
 #[test]
+fn rows_on_disk_that_the_cpu_multiplies_beside_a_gpu_are_asked_for_and_take_disk_again() {
+    let mut setting = on_t4(opt_6_7b(), 8 * GIB, Workload::uniform(8, 128, 16));
+    let mut with = |cpu_compute_share: Option<f64>, disk_bytes: u64| {
+        setting.budget.disk_bytes = disk_bytes;
+        let mut request = setting.request();
+        request.compress = CompressMode::Never;
+        request.fixed.percent = Some([0.0, 10.0, 100.0, 0.0, 100.0, 0.0]);
+        request.fixed.cpu_compute_share = cpu_compute_share;
+        plan(&request).unwrap()
+    };
+    let multiplied = |plan: &Plan| {
+        let placement = plan.placement.as_ref().unwrap();
+        placement.weight_bytes.disk_compute
+    };
+    let store = with(Some(0.0), 100 * GIB);
+    assert_eq!((multiplied(&store), store.setup.spill_bytes), (0, 0));
+    assert_eq!(multiplied(&with(None, 100 * GIB)), 0);
+    let half = with(Some(0.5), 100 * GIB);
+    let rows = multiplied(&half);
+    let disk_bytes = store.setup.store_bytes;
+    assert!(rows > disk_bytes * 2 / 5 && rows < disk_bytes / 2);
+    let spill = half.setup.spill_bytes;
+    assert!(spill >= rows && spill - rows < MIB, "{spill} {rows}");
+    // Its bytes to the byte, and none less.
+    assert!(with(Some(0.5), disk_bytes + spill).feasible);
+    let short = with(Some(0.5), disk_bytes + spill - MIB);
+    assert!(!short.feasible && short.missing_bytes.disk.is_some_and(|b| b > 0));
+    assert!(with(Some(0.0), disk_bytes).feasible);
+}
+
+#[test]
 fn the_saved_policy_realises_the_planned_bytes() {
     for setting in settings() {
         let made = plan(&setting.request()).unwrap();

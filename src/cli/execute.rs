@@ -234,11 +234,11 @@ pub(super) fn check_room(run: &RunJob, offload_dir: &Path) -> Result<(), Failure
             free / MIB * 9 / 10
         )));
     }
-    let spill = needed.spill_cache_bytes + needed.spill_hidden_bytes;
+    let spill = needed.spill.total();
     let room = disk::free_bytes(offload_dir).map_err(Failure::failed)?;
     if spill > room {
         return Err(Failure::failed(format!(
-            "the plan keeps {} of cache and hidden state on disk and {} are free: {} are missing",
+            "the plan writes {} of cache, hidden state and turned weights to disk and {} are free: {} are missing",
             show_bytes(spill),
             show_bytes(room),
             show_bytes(spill - room)
@@ -383,8 +383,8 @@ fn generate(
     let began = Instant::now();
     let (mut machine, facts) = started.load(run)?;
     setup.load_s += began.elapsed().as_secs_f64();
-    setup.written_bytes +=
-        facts.footprint.spill_cache_bytes * u64::from(facts.block.kv_tokens.disk > 0);
+    let spill = facts.footprint.spill;
+    setup.written_bytes += spill.rows + spill.cache * u64::from(facts.block.kv_tokens.disk > 0);
     if let Some(notice) = machine.notice() {
         talk.note(&format!("note: {notice}"));
     }

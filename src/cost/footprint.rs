@@ -3,6 +3,7 @@
 
 pub use crate::cost::block::BlockShape;
 use crate::cost::cuda_buffers::cuda_buffers;
+use crate::cost::spill::SpillBytes;
 use crate::model::{MatrixKind, ModelSpec};
 use crate::placement::{Placement, WeightHome};
 use crate::policy::{DeviceKind, Policy};
@@ -119,10 +120,9 @@ impl HostBytes {
 pub struct Footprint {
     buffers: PerTier<BTreeMap<Buffer, u64>>,
     pub process: PerTier<u64>,
-    /// Whole packed store on disk, and this run's spill files.
+    /// Whole packed store on disk, and this run's own files.
     pub store_bytes: u64,
-    pub spill_cache_bytes: u64,
-    pub spill_hidden_bytes: u64,
+    pub spill: SpillBytes,
     /// Of the store, what this placement reads from disk in every pass.
     pub disk_weights_bytes: u64,
 }
@@ -140,9 +140,8 @@ pub struct FootprintInput<'a> {
 
 impl Footprint {
     pub fn new(input: &FootprintInput) -> Self {
-        let (model, policy, block) = (input.model, input.policy, input.block);
+        let (model, policy) = (input.model, input.policy);
         let record = model.kv_record_bytes(policy.kv_format());
-        let per_layer = block.kv_tokens.disk * record + block.cache_slots.disk * PAGE_BYTES;
         let mut footprint = Footprint {
             buffers: PerTier::default(),
             process: PerTier {
@@ -152,11 +151,7 @@ impl Footprint {
             },
             store_bytes: model.weights_bytes(policy.compress_weight)
                 + PAGE_BYTES * input.placement.matrices.len() as u64,
-            spill_cache_bytes: model.layers as u64 * round_up(per_layer, PAGE_BYTES),
-            spill_hidden_bytes: round_up(
-                block.hidden_rows.disk * model.hidden as u64 * HIDDEN_VALUE_BYTES,
-                PAGE_BYTES,
-            ) + policy_slots_on_disk(input.placement) * PAGE_BYTES,
+            spill: SpillBytes::new(input, record),
             disk_weights_bytes: input.placement.weight_bytes(WeightHome::DiskShip)
                 + input.placement.weight_bytes(WeightHome::DiskCompute),
         };
@@ -195,7 +190,7 @@ impl Footprint {
     /// All that a tier must hold: arena and process for memory, store and spill for the disk.
     pub fn total(&self, tier: Tier) -> u64 {
         let on_disk = match tier {
-            Tier::Disk => self.store_bytes + self.spill_cache_bytes + self.spill_hidden_bytes,
+            Tier::Disk => self.store_bytes + self.spill.total(),
             _ => 0,
         };
         self.arena_bytes(tier) + self.process[tier] + on_disk
@@ -219,7 +214,7 @@ impl Footprint {
 
     pub fn cache_bytes(&self, tier: Tier) -> u64 {
         if tier == Tier::Disk {
-            self.spill_cache_bytes
+            self.spill.cache
         } else {
             self.class_bytes(tier, Class::Cache)
         }
@@ -227,7 +222,7 @@ impl Footprint {
 
     pub fn activations_bytes(&self, tier: Tier) -> u64 {
         if tier == Tier::Disk {
-            self.spill_hidden_bytes
+            self.spill.hidden
         } else {
             self.class_bytes(tier, Class::Activations)
         }
@@ -486,12 +481,4 @@ fn embedding_stage_bytes(placement: &Placement, device: DeviceKind) -> u64 {
 /// Half of the embedding stage: whole panels up to 4 MiB, at least one.
 pub fn embedding_piece_bytes(panel_bytes: u64) -> u64 {
     chunk_slot_bytes((4 * MIB / panel_bytes).max(1) as usize, panel_bytes)
-}
-
-fn policy_slots_on_disk(placement: &Placement) -> u64 {
-    placement
-        .hidden_tiers
-        .iter()
-        .filter(|&&t| t == Tier::Disk)
-        .count() as u64
 }

@@ -9,6 +9,7 @@ pub mod figures;
 pub mod footprint;
 pub mod layer;
 pub mod rates;
+pub mod spill;
 pub mod steps;
 pub mod terms;
 

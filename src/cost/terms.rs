@@ -175,6 +175,10 @@ fn homes(input: &TermInput, builder: &LayerBuilder) -> PerTier<Affine> {
     homes.gpu.coef[0] = weights;
     homes.cpu.coef[1] = weights;
     homes.cpu.coef[2] = weights;
+    if input.rates.device == DeviceKind::Cuda {
+        // Turned into a file of the run's own: spill.rs.
+        homes.disk.coef[4] = weights;
+    }
     for tier in Tier::ALL {
         homes[tier].coef[CACHE + tier as usize] = model.layers as f64 * batches * batch_cache;
         homes[tier].coef[HIDDEN + tier as usize] = batches * batch_hidden;

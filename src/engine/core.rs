@@ -6,23 +6,16 @@ use super::layout::{HiddenSpace, Layout};
 use super::schedule::{Schedule, Task, TaskKind};
 use super::step::{Step, StepRules};
 use super::visits::Visits;
-use super::weights::{StreamInput, WeightStream};
+use super::weights::WeightStream;
 use crate::cost::footprint::{BlockShape, Buffer, Footprint, HIDDEN_VALUE_BYTES, compute_tier};
-use crate::machine::ops::{Compute, FileId, HiddenRows, Op, Table};
+use crate::cost::spill::OwnRows;
+use crate::machine::ops::{Compute, HiddenRows, Op, Table};
 use crate::machine::{Fence, Fences, Machine, MachineError};
 use crate::model::{MatrixKind, ModelSpec, POSITION_OFFSET, SmallKind};
 use crate::placement::Placement;
 use crate::policy::{DeviceKind, Policy};
 use crate::tier::{Lane, Tier};
 use std::sync::Arc;
-
-/// Files of a run, as the machine knows them.
-#[derive(Clone, Copy, Debug)]
-pub struct RunFiles {
-    pub store: FileId,
-    pub cache: FileId,
-    pub hidden: FileId,
-}
 
 /// A run's fixed facts.
 #[derive(Clone)]
@@ -35,7 +28,15 @@ pub struct RunFacts {
     pub device: DeviceKind,
     /// Offset of each matrix in the store file.
     pub matrix_offsets: Vec<u64>,
-    pub files: RunFiles,
+    /// Rows on disk that are not taken from there.
+    pub own: OwnRows,
+}
+
+impl RunFacts {
+    /// Offset of a panel in the store file.
+    pub fn in_store(&self, index: usize, panel: usize) -> u64 {
+        self.matrix_offsets[index] + panel as u64 * self.placement.panel_bytes[index]
+    }
 }
 
 /// The engine between two passes.
@@ -70,14 +71,7 @@ impl<'m> Core<'m> {
         } else {
             Lane::CpuCompute
         };
-        let stream = WeightStream::new(&StreamInput {
-            placement: &facts.placement,
-            layout: &layout,
-            device: facts.device,
-            matrix_offsets: &facts.matrix_offsets,
-            store: facts.files.store,
-            pinned: facts.policy.pin_weight,
-        });
+        let stream = WeightStream::new(&facts, &layout);
         let record = facts.model.kv_record_bytes(facts.policy.kv_format());
         Core {
             machine,

@@ -4,6 +4,7 @@ mod cache;
 mod core;
 mod forward;
 mod layout;
+mod load;
 pub mod open;
 mod product;
 pub mod replay;
@@ -15,7 +16,7 @@ mod step;
 mod visits;
 mod weights;
 
-pub use self::core::{RunFacts, RunFiles};
+pub use self::core::RunFacts;
 pub use self::layout::Layout;
 pub use self::run::{
     Engine, EngineError, FinishReason, Finished, Outcome, Progress, Request, RunOptions, Sink,

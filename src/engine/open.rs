@@ -1,23 +1,23 @@
 //! From a decided policy to a machine that is ready to run: files opened, arenas mapped once from the
 //! footprint, weights brought home. After this, memory does not grow.
 
-use super::core::{RunFacts, RunFiles};
+use super::core::RunFacts;
 use super::layout::Layout;
+use super::load::load;
 use super::run::EngineError;
 use crate::cost::footprint::{BlockShape, Buffer, Footprint, FootprintInput, HostBytes};
-use crate::dtype::{Dtype, WeightLayout};
+use crate::cost::spill::OwnRows;
+use crate::machine::MachineError;
 use crate::machine::arena::Region;
 use crate::machine::cpu::kernels::MAX_HEAD_SIZE;
 use crate::machine::cuda::{GpuChoice, GpuPlaces};
 use crate::machine::disk::DiskFile;
-use crate::machine::ops::{FileId, LoadSpan, Op};
 use crate::machine::price::Pricer;
 use crate::machine::threaded::{OpenRequest, ThreadedMachine};
-use crate::machine::{Fences, Machine, MachineError};
 use crate::model::ModelSpec;
-use crate::placement::{Placement, WeightHome};
+use crate::placement::Placement;
 use crate::policy::{DeviceKind, Policy};
-use crate::tier::{Lane, Tier};
+use crate::tier::Tier;
 use crate::workload::Lengths;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -64,6 +64,7 @@ fn facts(job: &RunJob) -> RunFacts {
         host: job.host,
     });
     RunFacts {
+        own: OwnRows::new(&placement, job.device),
         model: job.model.clone(),
         policy: job.policy.clone(),
         placement,
@@ -71,11 +72,6 @@ fn facts(job: &RunJob) -> RunFacts {
         footprint,
         device: job.device,
         matrix_offsets: job.packed.matrix_offsets.clone(),
-        files: RunFiles {
-            store: FileId::STORE,
-            cache: FileId::CACHE,
-            hidden: FileId::HIDDEN,
-        },
     }
 }
 
@@ -102,8 +98,7 @@ impl Started {
             facts,
             layout,
         } = self;
-        load_smalls(&mut machine, job, (&facts, &layout));
-        load_weights(&mut machine, &facts, &layout)?;
+        load(&mut machine, job.packed, (&facts, &layout))?;
         machine.forget_log();
         Ok((machine, facts))
     }
@@ -177,8 +172,8 @@ fn gpu_places(facts: &RunFacts, layout: &Layout) -> GpuPlaces {
     }
 }
 
-/// Store, cache spill and hidden spill; a spill file that nothing is placed in is the store again, so
-/// that ids stay fixed.
+/// In the order of `FileId`; a file of the run's own that nothing is placed in is the store again, so that ids
+/// stay fixed.
 fn open_files(job: &RunJob, facts: &RunFacts) -> Result<Vec<Arc<DiskFile>>, MachineError> {
     let failed = |e: crate::machine::disk::DiskError| MachineError::Disk(e.to_string());
     let store = Arc::new(DiskFile::open_read(&job.packed.file).map_err(failed)?);
@@ -188,75 +183,14 @@ fn open_files(job: &RunJob, facts: &RunFacts) -> Result<Vec<Arc<DiskFile>>, Mach
             .map(Arc::new)
             .map_err(failed),
     };
-    let cache = if facts.block.kv_tokens.disk > 0 {
-        facts.footprint.spill_cache_bytes
-    } else {
-        0
-    };
-    let hidden = if facts.block.hidden_rows.disk > 0 {
-        facts.footprint.spill_hidden_bytes
-    } else {
-        0
-    };
-    Ok(vec![store.clone(), spill(cache)?, spill(hidden)?])
-}
-
-/// By the reading lane, like the weights: nothing of them stays in the heap.
-fn load_smalls(machine: &mut ThreadedMachine, job: &RunJob, (facts, layout): (&RunFacts, &Layout)) {
-    let smalls = job.model.smalls();
-    for (small, &offset) in smalls.iter().zip(&job.packed.small_offsets) {
-        for tier in [Tier::Gpu, Tier::Cpu] {
-            let place = layout.buffer(tier, Buffer::Smalls);
-            if place.bytes == 0 {
-                continue;
-            }
-            let span = LoadSpan {
-                file: facts.files.store,
-                offset,
-                bytes: small.bytes(),
-                to: tier,
-                memory: place.offset + layout.small_offset(small),
-                repack: None,
-            };
-            machine.submit(Lane::DiskToCpu, Op::Load(span), &Fences::none());
-        }
-    }
-}
-
-fn load_weights(
-    machine: &mut ThreadedMachine,
-    facts: &RunFacts,
-    layout: &Layout,
-) -> Result<(), MachineError> {
-    for index in 0..facts.placement.matrices.len() {
-        for home in [WeightHome::Gpu, WeightHome::CpuShip, WeightHome::CpuCompute] {
-            let Some(memory) = layout.home(index, home) else {
-                continue;
-            };
-            let before = facts.placement.splits[index].first(home) as u64
-                * facts.placement.panel_bytes[index];
-            let offset = facts.matrix_offsets[index] + before;
-            let bytes = facts.placement.part_bytes(index, home);
-            let span = LoadSpan {
-                file: facts.files.store,
-                offset,
-                bytes,
-                to: home.tier(),
-                memory,
-                repack: repack(facts, index, home),
-            };
-            machine.submit(Lane::DiskToCpu, Op::Load(span), &Fences::none());
-        }
-    }
-    let all = machine.submitted();
-    machine.wait(&all)
-}
-
-/// Panels of a GPU's store that the CPU multiplies are turned into its layout once, at load.
-fn repack(facts: &RunFacts, index: usize, home: WeightHome) -> Option<(Dtype, usize)> {
-    let by_cpu =
-        facts.device.weight_layout() == WeightLayout::GpuRowMajor && home == WeightHome::CpuCompute;
-    let matrix = facts.placement.matrices[index];
-    let format = matrix.format(facts.model.dtype, facts.policy.compress_weight);
-    by_cpu.then_some((format, matrix.inputs))
+    let bytes = facts.footprint.spill;
+    let block = &facts.block;
+    let cache = bytes.cache * u64::from(block.kv_tokens.disk > 0);
+    let hidden = bytes.hidden * u64::from(block.hidden_rows.disk > 0);
+    Ok(vec![
+        store.clone(),
+        spill(cache)?,
+        spill(hidden)?,
+        spill(bytes.rows)?,
+    ])
 }

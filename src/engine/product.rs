@@ -4,7 +4,7 @@
 use super::core::Core;
 use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES, embedding_piece_bytes};
 use crate::dtype::PANEL_ROWS;
-use crate::machine::ops::{Compute, Copy2d, FileSpan, Gemm, HiddenRows, Op, Table};
+use crate::machine::ops::{Compute, Copy2d, FileId, FileSpan, Gemm, HiddenRows, Op, Table};
 use crate::machine::{Fence, Fences};
 use crate::model::{Activation, MatrixKind, SmallKind};
 use crate::placement::WeightHome;
@@ -314,12 +314,11 @@ impl Core<'_> {
         memory: u64,
         after: &Fences,
     ) -> (u64, Fences) {
-        let wanted = self.facts.matrix_offsets[index]
-            + first as u64 * self.facts.placement.panel_bytes[index];
+        let wanted = self.facts.in_store(index, first);
         let offset = wanted / PAGE_BYTES * PAGE_BYTES;
         let bytes = round_up(wanted + bytes - offset, PAGE_BYTES);
         let span = FileSpan {
-            file: self.facts.files.store,
+            file: FileId::STORE,
             offset,
             memory,
             bytes,

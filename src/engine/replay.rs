@@ -2,16 +2,16 @@
 //! is small, else each step that the closed form knows (cost/steps.rs), once, on a few of the model's
 //! layers. Layers are alike: what more of them take follows from two shortened models.
 
-use super::core::{Core, RunFacts, RunFiles};
+use super::core::{Core, RunFacts};
 use super::run::{Engine, EngineError, Finished, Request, RunOptions, Sink};
 use super::sampling::Sampling;
 use super::step::{Sequence, Step};
 use crate::cost::estimate::{EstimateInput, estimate, estimate_parts};
 use crate::cost::figures::{Figures, LaneFigures};
 use crate::cost::footprint::{BlockShape, CHUNK_ROWS_MAX, Footprint, FootprintInput};
+use crate::cost::spill::OwnRows;
 use crate::cost::steps::{self, Moments};
 use crate::cost::terms::Part;
-use crate::machine::ops::FileId;
 use crate::machine::price::Pricer;
 use crate::machine::virtual_time::VirtualMachine;
 use crate::machine::{Machine, MachineError};
@@ -106,6 +106,7 @@ fn run_facts_with(input: &EstimateInput, change: impl Fn(&mut BlockShape)) -> Ru
         offset += round_up(matrix.panels() as u64 * panel, PAGE_BYTES);
     }
     RunFacts {
+        own: OwnRows::new(&placement, device),
         model: input.model.clone(),
         policy: input.policy.clone(),
         placement,
@@ -113,11 +114,6 @@ fn run_facts_with(input: &EstimateInput, change: impl Fn(&mut BlockShape)) -> Ru
         footprint,
         device,
         matrix_offsets,
-        files: RunFiles {
-            store: FileId::STORE,
-            cache: FileId::CACHE,
-            hidden: FileId::HIDDEN,
-        },
     }
 }
 

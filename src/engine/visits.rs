@@ -8,7 +8,7 @@ use super::layout::Place;
 use super::schedule::Task;
 use super::step::{BatchStep, StepItem};
 use crate::cost::footprint::Buffer;
-use crate::machine::ops::{Copy2d, FileSpan, KvPlace, KvSlots, Op};
+use crate::machine::ops::{Copy2d, FileId, FileSpan, KvPlace, KvSlots, Op};
 use crate::machine::{Fence, Fences};
 use crate::tier::{Lane, Tier};
 use crate::units::{PAGE_BYTES, round_up};
@@ -236,7 +236,7 @@ impl Core<'_> {
         let bytes = round_up(to - start, PAGE_BYTES);
         let layer = (stage as u64 - 1) * self.pool.layer_bytes.disk;
         let span = FileSpan {
-            file: self.facts.files.cache,
+            file: FileId::CACHE,
             offset: layer + offset + start,
             memory: staged + start,
             bytes,
@@ -413,7 +413,7 @@ impl Core<'_> {
             let bytes = item.rows as u64 * row_bytes;
             let whole = round_up(bytes, PAGE_BYTES);
             let span = |memory| FileSpan {
-                file: self.facts.files.hidden,
+                file: FileId::HIDDEN,
                 offset: item.hidden.at,
                 memory,
                 bytes: whole,

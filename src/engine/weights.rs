@@ -1,6 +1,7 @@
 //! Streamed weights: the cyclic list of panel chunks that visit the compute devices in each pass, and
 //! when each is read and shipped. Resident weights need nothing from here.
 
+use super::core::RunFacts;
 use super::layout::Layout;
 use super::ring::{Grant, Ring};
 use crate::cost::footprint::{Buffer, chunk_panels, chunk_slot_bytes};
@@ -31,16 +32,11 @@ pub struct Visitor {
     ticket: u64,
 }
 
-/// What the stream needs to know of the run.
+/// Where a chunk is at home.
 #[derive(Clone, Copy)]
-pub struct StreamInput<'a> {
-    pub placement: &'a Placement,
-    pub layout: &'a Layout,
-    pub device: DeviceKind,
-    /// Offset of each matrix in the store file.
-    pub matrix_offsets: &'a [u64],
-    pub store: FileId,
-    pub pinned: bool,
+enum Home {
+    Dram { offset: u64 },
+    Disk { file: FileId, offset: u64 },
 }
 
 /// The chunks of all passes, numbered on and on; issued in order, as far ahead as the rings allow.
@@ -49,11 +45,9 @@ pub struct WeightStream {
     /// First chunk of each stage, and one past the last.
     stage_first: Vec<usize>,
     panel_bytes: Vec<u64>,
-    matrix_offsets: Vec<u64>,
-    /// Per chunk: where it lies in DRAM, for chunks at home there.
-    dram: Vec<Option<u64>>,
+    /// Of each chunk.
+    homes: Vec<Home>,
     device: DeviceKind,
-    store: FileId,
     pinned: bool,
     cpu_ring: Ring,
     gpu_ring: Ring,
@@ -64,20 +58,18 @@ pub struct WeightStream {
 }
 
 impl WeightStream {
-    pub fn new(input: &StreamInput) -> Self {
-        let (chunks, stage_first) = list_chunks(input.placement, input.device);
-        let dram = chunks.iter().map(|c| dram_offset(input, c)).collect();
+    pub fn new(facts: &RunFacts, layout: &Layout) -> Self {
+        let (chunks, stage_first) = list_chunks(&facts.placement, facts.device);
+        let homes = chunks.iter().map(|c| home_of(facts, layout, c)).collect();
         WeightStream {
-            dram,
+            homes,
             chunks,
             stage_first,
-            panel_bytes: input.placement.panel_bytes.clone(),
-            matrix_offsets: input.matrix_offsets.to_vec(),
-            device: input.device,
-            store: input.store,
-            pinned: input.pinned,
-            cpu_ring: Ring::new(input.layout.buffer(Tier::Cpu, Buffer::Ring)),
-            gpu_ring: Ring::new(input.layout.buffer(Tier::Gpu, Buffer::Ring)),
+            panel_bytes: facts.placement.panel_bytes.clone(),
+            device: facts.device,
+            pinned: facts.policy.pin_weight,
+            cpu_ring: Ring::new(layout.buffer(Tier::Cpu, Buffer::Ring)),
+            gpu_ring: Ring::new(layout.buffer(Tier::Gpu, Buffer::Ring)),
             issued: 0,
             visitors: VecDeque::new(),
             oldest: 0,
@@ -144,9 +136,9 @@ impl WeightStream {
         let chunk = self.chunks[index];
         let bytes = chunk.panels as u64 * self.panel_bytes[chunk.matrix];
         let slot = chunk_slot_bytes(chunk.panels, self.panel_bytes[chunk.matrix]);
-        let started = match (chunk.home, self.dram[index]) {
-            (WeightHome::CpuShip, Some(from)) => self.ship_from_dram(machine, (from, bytes), slot),
-            _ => self.read(machine, &chunk, slot),
+        let started = match self.homes[index] {
+            Home::Dram { offset } => self.ship_from_dram(machine, (offset, bytes), slot),
+            Home::Disk { file, offset } => self.read(machine, &chunk, ((file, offset), slot)),
         };
         let Some(visitor) = started else { return false };
         self.visitors.push_back(Some(visitor));
@@ -185,10 +177,14 @@ impl WeightStream {
     }
 
     /// Reads a chunk from disk, rounded out to pages; ships it on where the GPU multiplies it.
-    fn read(&mut self, machine: &mut dyn Machine, chunk: &Chunk, slot: u64) -> Option<Visitor> {
+    fn read(
+        &mut self,
+        machine: &mut dyn Machine,
+        chunk: &Chunk,
+        ((file, wanted), slot): ((FileId, u64), u64),
+    ) -> Option<Visitor> {
         let ships = chunk.home == WeightHome::DiskShip && self.device.has_gpu();
         let panel = self.panel_bytes[chunk.matrix];
-        let wanted = self.matrix_offsets[chunk.matrix] + chunk.first_panel as u64 * panel;
         let bytes = chunk.panels as u64 * panel;
         let start = wanted / PAGE_BYTES * PAGE_BYTES;
         let gpu = if ships {
@@ -201,7 +197,7 @@ impl WeightStream {
             return None;
         };
         let span = FileSpan {
-            file: self.store,
+            file,
             offset: start,
             memory: cpu.offset,
             bytes: round_up(wanted + bytes - start, PAGE_BYTES),
@@ -227,14 +223,27 @@ impl WeightStream {
     }
 }
 
-fn dram_offset(input: &StreamInput, chunk: &Chunk) -> Option<u64> {
-    let home = input.layout.home(chunk.matrix, chunk.home)?;
-    let before = chunk.first_panel - input.placement.splits[chunk.matrix].first(chunk.home);
-    Some(home + before as u64 * input.placement.panel_bytes[chunk.matrix])
+fn home_of(facts: &RunFacts, layout: &Layout, chunk: &Chunk) -> Home {
+    let (placement, place) = (&facts.placement, (chunk.matrix, chunk.home));
+    if let Some(home) = layout.home(chunk.matrix, chunk.home) {
+        let before = chunk.first_panel - placement.splits[chunk.matrix].first(chunk.home);
+        let offset = home + before as u64 * placement.panel_bytes[chunk.matrix];
+        return Home::Dram { offset };
+    }
+    match facts.own.chunk(placement, place, chunk.first_panel) {
+        Some(offset) => Home::Disk {
+            file: FileId::ROWS,
+            offset,
+        },
+        None => Home::Disk {
+            file: FileId::STORE,
+            offset: facts.in_store(chunk.matrix, chunk.first_panel),
+        },
+    }
 }
 
 /// Chunks in the order of use. An untied token table is looked up, not streamed.
-fn list_chunks(placement: &Placement, device: DeviceKind) -> (Vec<Chunk>, Vec<usize>) {
+pub fn list_chunks(placement: &Placement, device: DeviceKind) -> (Vec<Chunk>, Vec<usize>) {
     let stages = placement.matrices.last().map_or(0, |m| m.stage) + 1;
     let homes: &[WeightHome] = match device.has_gpu() {
         true => &[

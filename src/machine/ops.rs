@@ -10,11 +10,12 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileId(pub usize);
 
-/// The files of a run: packed weights, cached tokens, hidden rows.
+/// The files of a run: packed weights, cached tokens, hidden rows, weight rows of its own.
 impl FileId {
     pub const STORE: FileId = FileId(0);
     pub const CACHE: FileId = FileId(1);
     pub const HIDDEN: FileId = FileId(2);
+    pub const ROWS: FileId = FileId(3);
 }
 
 /// A stretch of a file and of the Cpu arena; all three figures are multiples of 4096.

@@ -170,7 +170,7 @@ fn setup(space: &Space, footprint: &Footprint, compress: bool) -> PlanSetup {
             steps.into_iter().fold(0.0, f64::max)
         },
         store_bytes: footprint.store_bytes,
-        spill_bytes: footprint.spill_cache_bytes + footprint.spill_hidden_bytes,
+        spill_bytes: footprint.spill.total(),
     }
 }
 

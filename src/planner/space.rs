@@ -281,8 +281,9 @@ impl<'a> Space<'a> {
         for index in [2, 4] {
             allowed[index] = !gpu || candidate.cpu_side;
         }
-        // A CUDA machine's store has the GPU's layout; only what is loaded into DRAM is turned around.
-        allowed[4] &= self.device() != DeviceKind::Cuda;
+        // A CUDA machine's store has the GPU's layout: rows on disk that the CPU multiplies are written
+        // again, turned, whenever a run begins. They are where that is asked for.
+        allowed[4] &= self.device() != DeviceKind::Cuda || self.fixed.cpu_compute_share.is_some();
         allowed
     }
 

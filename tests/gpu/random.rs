@@ -40,15 +40,13 @@ impl Random {
     fn placement(&mut self) -> String {
         let shares = [self.shares(), self.shares(), self.shares()];
         let percent = shares.map(|(gpu, cpu)| format!("{gpu} {cpu}")).join(" ");
-        // Weights on disk are shipped, never multiplied beside a GPU.
-        let on_disk = shares[0].0 + shares[0].1 < 100;
         let shape = format!(
             "--gpu-batch-size {} --num-gpu-batches {}",
             1 + self.below(4),
             1 + self.below(3)
         );
         let switches = ["pin-weight", "overlap", "cpu-cache-compute"].map(|name| self.switch(name));
-        let share = 50 * self.below(3) * u64::from(!on_disk);
+        let share = 50 * self.below(3);
         format!(
             "--percent {percent} {shape} {} --cpu-compute-share {share}",
             switches.join(" ")
