@@ -4,7 +4,7 @@
 
 use super::panel::{CODES_AT, GROUP_BYTES, UNIT_BYTES, UNIT_INPUTS, UNITS_ACROSS};
 use super::simd::{Body, LANES, Simd, load_first};
-use super::tile::{Finish, TILE_ROWS, Tile, reload, save};
+use super::tile::{Finish, TILE_ROWS, Tile, ask_for_sums, reload, save};
 use crate::dtype::{PANEL_ROWS, Q4_GROUP};
 
 /// The largest code of an activation.
@@ -38,7 +38,7 @@ unsafe fn quantise_group<V: Simd>(x: &[f32], codes: *mut i8) -> Scale {
         high = V::max(V::max(*vector, V::sub(V::splat(0.0), *vector)), high);
         odd = V::add(odd, V::sub(*vector, *vector));
     }
-    let largest = super::simd::largest::<V>(high);
+    let largest = V::largest(high);
     let (scale, per_unit) = match largest > NOTHING {
         true => (largest / LARGEST, LARGEST / largest),
         false => (0.0, 0.0),
@@ -50,9 +50,10 @@ unsafe fn quantise_group<V: Simd>(x: &[f32], codes: *mut i8) -> Scale {
         // SAFETY: 64 bytes by the caller.
         unsafe { V::store_bytes(codes.add(j * LANES), ints) };
     }
-    // Zero for finite numbers, else not a number.
-    let scale = scale + V::sum(odd);
-    [scale, scale * V::sum(total)]
+    // `odd` is zero for finite numbers, else not a number.
+    let total = V::sum(V::add(total, odd));
+    let scale = if total.is_nan() { total } else { scale };
+    [scale, scale * total]
 }
 
 /// Rows of x as codes: of row i, group g, the codes are at `codes + i × stride + 64 g` and the scale at
@@ -107,15 +108,28 @@ struct Product<'a> {
 
 impl Body for Product<'_> {
     type Out = ();
+    /// A group's integers and the sums so far stay in registers together: up to three rows of x times
+    /// 64 columns, or six times 32. The tile that brings the weights from memory takes 64
+    /// nevertheless: a first walk over half of every unit would wait for all of them.
     #[inline(always)]
     fn run<V: Simd>(self) {
+        const { assert!(TILE_ROWS == 6) };
         // SAFETY: only `multiply_codes` makes a Product, under the same contract.
         unsafe {
-            if V::WIDE {
-                return self.by_rows::<V, 4>(0);
-            }
-            for column in (0..self.tile.columns).step_by(LANES) {
-                self.by_rows::<V, 1>(column);
+            match (V::WIDE, self.rows) {
+                (true, 4..) if self.tile.ahead_lines > 0 => self.streaming::<V>(),
+                (true, 1) => self.across::<V, 1, 4>(),
+                (true, 2) => self.across::<V, 2, 4>(),
+                (true, 3) => self.across::<V, 3, 4>(),
+                (true, 4) => self.across::<V, 4, 2>(),
+                (true, 5) => self.across::<V, 5, 2>(),
+                (true, _) => self.across::<V, 6, 2>(),
+                (false, 1) => self.across::<V, 1, 1>(),
+                (false, 2) => self.across::<V, 2, 1>(),
+                (false, 3) => self.across::<V, 3, 1>(),
+                (false, 4) => self.across::<V, 4, 1>(),
+                (false, 5) => self.across::<V, 5, 1>(),
+                (false, _) => self.across::<V, 6, 1>(),
             }
         }
     }
@@ -123,18 +137,22 @@ impl Body for Product<'_> {
 
 impl Product<'_> {
     #[inline(always)]
-    unsafe fn by_rows<V: Simd, const NV: usize>(&self, column: usize) {
-        const { assert!(TILE_ROWS == 6) };
+    unsafe fn streaming<V: Simd>(&self) {
         // SAFETY: the caller's.
         unsafe {
             match self.rows {
-                1 => self.fixed::<V, 1, NV>(column),
-                2 => self.fixed::<V, 2, NV>(column),
-                3 => self.fixed::<V, 3, NV>(column),
-                4 => self.fixed::<V, 4, NV>(column),
-                5 => self.fixed::<V, 5, NV>(column),
-                _ => self.fixed::<V, 6, NV>(column),
+                4 => self.across::<V, 4, 4>(),
+                5 => self.across::<V, 5, 4>(),
+                _ => self.across::<V, 6, 4>(),
             }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn across<V: Simd, const MR: usize, const NV: usize>(&self) {
+        for column in (0..self.tile.columns).step_by(NV * LANES) {
+            // SAFETY: the caller's.
+            unsafe { self.fixed::<V, MR, NV>(column) };
         }
     }
 
@@ -144,19 +162,12 @@ impl Product<'_> {
         // SAFETY: the caller's.
         unsafe {
             if !self.tile.fresh {
+                ask_for_sums::<V, MR, NV>(&self.tile, column);
                 reload::<V, MR, NV>(&self.tile, column, &mut sums);
-            }
-            // Between groups the sums live here: the registers are full of integers.
-            let mut kept = [[[0f32; LANES]; NV]; MR];
-            for (kept, sums) in kept.iter_mut().flatten().zip(sums.iter().flatten()) {
-                V::store(kept.as_mut_ptr(), *sums);
             }
             for g in 0..self.tile.inputs.div_ceil(Q4_GROUP) {
                 let ints = self.integers::<V, MR, NV>(g, column);
-                self.add::<V, MR, NV>(&mut kept, &ints, (g, column));
-            }
-            for (kept, sums) in kept.iter().flatten().zip(sums.iter_mut().flatten()) {
-                *sums = V::load(kept.as_ptr());
+                self.add::<V, MR, NV>(&mut sums, &ints, (g, column));
             }
             save::<V, MR, NV>(&self.tile, column, &sums, self.finish);
         }
@@ -209,11 +220,12 @@ impl Product<'_> {
         ints
     }
 
-    /// kept += integers × (scale of weights × scale of x) + minimum × sum of x.
+    /// sums += integers × (scale of weights × scale of x) + minimum × sum of x.
+    #[allow(clippy::needless_range_loop)] // plain indices keep every sum in its register
     #[inline(always)]
     unsafe fn add<V: Simd, const MR: usize, const NV: usize>(
         &self,
-        kept: &mut [[[f32; LANES]; NV]; MR],
+        sums: &mut [[V::F; NV]; MR],
         ints: &[[V::I; NV]; MR],
         (g, column): (usize, usize),
     ) {
@@ -225,10 +237,9 @@ impl Product<'_> {
                 let minimum = V::load_f16(scales.add(PANEL_ROWS + column + j * LANES));
                 for i in 0..MR {
                     let [x_scale, x_sum] = *self.x.scales.add(i * self.x.groups + g);
-                    let at = kept[i][j].as_mut_ptr();
                     let product = V::mul(V::from_ints(ints[i][j]), scale);
-                    let sum = V::fma(product, V::splat(x_scale), V::load(at));
-                    V::store(at, V::fma(minimum, V::splat(x_sum), sum));
+                    let sum = V::fma(product, V::splat(x_scale), sums[i][j]);
+                    sums[i][j] = V::fma(minimum, V::splat(x_sum), sum);
                 }
             }
         }

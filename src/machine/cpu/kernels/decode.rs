@@ -6,7 +6,7 @@ use super::kv::{KvFormat, extent};
 use super::math::exp;
 use super::panel::Element;
 use super::q4::Reader;
-use super::simd::{LANES, Simd, lanes, largest, store_first};
+use super::simd::{LANES, Simd, lanes, store_first};
 use crate::dtype::{Q4_GROUP, Q4_GROUP_BYTES};
 use crate::machine::cpu::pool::SCRATCH_FLOATS;
 use std::ops::Range;
@@ -238,7 +238,7 @@ fn weigh<V: Simd>(carved: &mut Carved, head: usize, keys: usize) {
         // SAFETY: inside the 256 scores.
         high = V::max(unsafe { V::load(scores.as_ptr().add(at)) }, high);
     }
-    let maximum = largest::<V>(high);
+    let maximum = V::largest(high);
     for at in (0..keys).step_by(LANES) {
         // SAFETY: as above.
         unsafe {

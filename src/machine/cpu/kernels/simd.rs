@@ -115,6 +115,13 @@ pub(super) trait Simd: Copy + 'static {
     fn max(a: Self::F, b: Self::F) -> Self::F;
     /// a < b ? a : b, so b where one is not a number.
     fn min(a: Self::F, b: Self::F) -> Self::F;
+    /// The largest lane, of numbers only.
+    #[inline(always)]
+    fn largest(a: Self::F) -> f32 {
+        lanes::<Self>(a)
+            .into_iter()
+            .fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
+    }
     /// The fixed tree: lanes i + 8, then + 4, + 2, + 1.
     fn sum(a: Self::F) -> f32;
     /// `sum` of each.
@@ -402,14 +409,6 @@ pub(super) fn lanes<V: Simd>(a: V::F) -> Lanes {
     // SAFETY: the array holds sixteen.
     unsafe { V::store(lanes.as_mut_ptr(), a) };
     lanes
-}
-
-/// The largest lane.
-#[inline(always)]
-pub(super) fn largest<V: Simd>(a: V::F) -> f32 {
-    lanes::<V>(a)
-        .into_iter()
-        .fold(f32::NEG_INFINITY, |a, b| if b > a { b } else { a })
 }
 
 /// Asks for the cache line of `at`, outside of any instruction set's body.

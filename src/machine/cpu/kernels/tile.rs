@@ -302,7 +302,7 @@ fn width(tile: &Tile, column: usize, j: usize) -> usize {
 
 /// Asks for the sums of the tile below, which come next: they have left the first caches since.
 #[inline(always)]
-fn ask_for_sums<V: Simd, const MR: usize, const NV: usize>(tile: &Tile, column: usize) {
+pub(super) fn ask_for_sums<V: Simd, const MR: usize, const NV: usize>(tile: &Tile, column: usize) {
     for i in MR..2 * MR {
         for j in 0..NV {
             let at = i * tile.out_stride + column + j * LANES;

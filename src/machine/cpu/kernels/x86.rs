@@ -186,6 +186,7 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         fn sum(a: __m512) -> f32 =
             sum8(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a)));
         fn sums(a: [__m512; 4]) -> [f32; 4] = sums4(a);
+        fn largest(a: __m512) -> f32 = _mm512_reduce_max_ps(a);
         fn add_exponent(a: __m512, b: __m512) -> __m512 = _mm512_castsi512_ps(_mm512_add_epi32(
             _mm512_castps_si512(a),
             _mm512_slli_epi32::<23>(_mm512_castps_si512(b)),
