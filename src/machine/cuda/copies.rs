@@ -19,7 +19,7 @@ pub struct Pinned {
 }
 
 impl Pinned {
-    fn contains(&self, address: *const u8, bytes: u64) -> bool {
+    pub fn contains(&self, address: *const u8, bytes: u64) -> bool {
         self.ranges.iter().any(|r| r.contains(address, bytes))
     }
 }

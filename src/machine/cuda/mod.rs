@@ -118,9 +118,11 @@ impl Gpu {
 
     /// The three lanes, and what must live as long as they do.
     pub fn lanes(self, memory: &Arc<Memory>) -> Result<(Vec<(Lane, Worker)>, Held), MachineError> {
-        let (pinned, refused) = pin(&self.context, memory, &self.places.pinned);
+        let (mut pinned, regions) = pin(&self.context, memory, &self.places.pinned);
+        let relay = lock_relay((&self.context, memory), &mut pinned, self.places.relay);
+        let refused = refused(regions, relay);
         let pinned = Arc::new(pinned);
-        let relay = Relay::new(&self.context, memory.clone(), self.places.relay);
+        let relay = Relay::new(&self.context, memory.clone(), relay);
         let mut relay = Some(relay.map_err(gpu_error)?);
         let mut lanes = Vec::new();
         for lane in [Lane::CpuToGpu, Lane::GpuToCpu] {
@@ -202,28 +204,59 @@ fn no_room(context: &Context, bytes: u64, error: CudaError) -> MachineError {
     ))
 }
 
-/// Page-locks what can be; says what could not.
-fn pin(context: &Arc<Context>, memory: &Memory, wanted: &[Region]) -> (Pinned, Option<Refused>) {
+/// Page-locks what can be; also what could not, and why.
+fn pin(
+    context: &Arc<Context>,
+    memory: &Memory,
+    wanted: &[Region],
+) -> (Pinned, Vec<(Region, CudaError)>) {
     let mut pinned = Pinned::default();
-    let (mut regions, mut why) = (Vec::new(), None);
+    let mut refused = Vec::new();
     for region in wanted.iter().filter(|r| r.bytes > 0) {
         let address = memory.cpu_address(region.offset, region.bytes);
         // SAFETY: the arena outlives the range: both are held together, the range is dropped first.
         match unsafe { PinnedRange::new(context, address, region.bytes) } {
             Ok(range) => pinned.ranges.push(range),
-            Err(error) => {
-                regions.push(*region);
-                why.get_or_insert(error);
-            }
+            Err(error) => refused.push((*region, error)),
         }
     }
-    let refused_bytes = regions.iter().map(|region| region.bytes).sum();
-    let refused = why.map(|error| Refused {
+    (pinned, refused)
+}
+
+/// A smaller relay costs more in waiting than in copying.
+const LEAST_RELAY_BYTES: u64 = 256 * 1024;
+
+/// The relay, page-locked with what is around it or else alone: halved until the system allows it. Where it
+/// allows nothing, it works all the same, as slowly as memory that is not page-locked.
+fn lock_relay(
+    (context, memory): (&Arc<Context>, &Memory),
+    pinned: &mut Pinned,
+    relay: Region,
+) -> Region {
+    let address = memory.cpu_address(relay.offset, relay.bytes);
+    let mut bytes = relay.bytes;
+    while bytes >= LEAST_RELAY_BYTES && !pinned.contains(address, bytes) {
+        // SAFETY: the arena outlives the range: both are held together, the range is dropped first.
+        match unsafe { PinnedRange::new(context, address, bytes) } {
+            Ok(range) => pinned.ranges.push(range),
+            Err(_) => bytes /= 2,
+        }
+    }
+    match bytes < LEAST_RELAY_BYTES {
+        true => relay,
+        false => Region { bytes, ..relay },
+    }
+}
+
+fn refused(refused: Vec<(Region, CudaError)>, relay: Region) -> Option<Refused> {
+    let why = refused.first()?.1.to_string();
+    let regions: Vec<Region> = refused.into_iter().map(|(region, _)| region).collect();
+    let bytes = show_bytes(regions.iter().map(|region| region.bytes).sum());
+    let through = show_bytes(relay.bytes);
+    Some(Refused {
         regions,
         why: format!(
-            "{} of DRAM could not be page-locked ({error}): copies of it go through a relay and are slower; raise `ulimit -l` or give --pin-weight 0",
-            show_bytes(refused_bytes)
+            "{bytes} of DRAM could not be page-locked ({why}): copies of it go through a relay of {through} and are slower; raise `ulimit -l` or give --pin-weight 0"
         ),
-    });
-    (pinned, refused)
+    })
 }
