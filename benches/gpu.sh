@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What to run on a machine with a GPU: driver, CUDA libraries, this binary and the goldens are all it needs;
-# nothing is downloaded, weights are made up and packed once. Each stage ends within eight minutes, prints what
-# belongs into docs/measurements.md, and fails when anything in it does:
+# nothing is downloaded, weights are made up straight into memory (only what a row keeps on disk is written), and
+# all rows of a model run in one process. Each stage ends within eight minutes, prints what belongs into
+# docs/measurements.md, and fails when anything in it does:
 #   benches/gpu.sh goldens     tokens on the GPU against the host machine's, random placements against each other,
 #                              compute-sanitizer where there is one
 #   benches/gpu.sh rows        probe, then predicted against measured under GPU_MEM: all on the GPU, weights and KV in
@@ -36,12 +37,22 @@ left() { # seconds of the stage that remain, one at least
 program() { timeout "$(left)" "$LOADMASTER" "$@"; }
 model() { if [ -d "$1" ]; then echo "$1"; else echo "synth:$1"; fi; }
 
-# RESULTS MODEL DEVICE FLAG...: a few short prompts of a golden checkpoint, with fp32 activations.
+# NAME FLAG...: the runs on stdin, one a line, in one process; results, reports and the comparison (NAME.txt) go to
+# $OUT. What a budget does not hold is said, and is no fault.
+series() {
+  local name="$1"
+  shift
+  if ! program series - --out "$OUT" -- "$@" 2>"$OUT/$name.log" >"$OUT/$name.txt"; then
+    cat "$OUT/$name.log"
+    fault "$name: $(tail -n 1 "$OUT/$name.log")"
+  fi
+  grep '^[^ ]* does not fit: ' "$OUT/$name.log" || true
+}
+
+# NAME MODEL: the runs on stdin, of a few short prompts of a golden checkpoint, with fp32 activations.
 tokens() {
-  local results="$1" model="$2" device="$3"
-  shift 3
-  program run --model "$model" --device "$device" --compute fp32 --prompt-len "$GOLDEN_PROMPT" \
-    --gen-len "$GOLDEN_GEN" --num-prompts 4 --ignore-eos --output "$results" --overwrite "$@" 2>"$results.log" || fault "$results.log: $(tail -n 1 "$results.log")"
+  series "$1" --model "$2" --compute fp32 --prompt-len "$GOLDEN_PROMPT" --gen-len "$GOLDEN_GEN" --num-prompts 4 \
+    --kv f32 --ignore-eos
 }
 
 same() { # WHAT RESULTS RESULTS
@@ -55,24 +66,31 @@ draw_shares() {
 }
 
 goldens() {
-  local path name round words split="--percent 30 30 40 30 50 50 --gpu-batch-size 2 --num-gpu-batches 2 --kv f32"
+  local path name round words split="--percent 30 30 40 30 50 50 --gpu-batch-size 2 --num-gpu-batches 2"
   for path in "$GOLDENS"/*/; do
     name="$(basename "$path")"
-    tokens "$OUT/$name-gpu.jsonl" "$path" cuda:0 $split
-    tokens "$OUT/$name-host.jsonl" "$path" host:1GiB $split
+    tokens "$name" "$path" <<END
+$name-gpu --device cuda:0 $split
+$name-host --device host:1GiB $split
+END
     same "$name" "$OUT/$name-gpu.jsonl" "$OUT/$name-host.jsonl"
   done
   say "random placements"
   RANDOM=7
   for round in $(seq "$PLACEMENTS"); do
-    words="--percent"
+    words="placement-$round --device cuda:0 --percent"
     draw_shares && draw_shares && draw_shares
-    words+=" --gpu-batch-size $((1 + RANDOM % 4)) --num-gpu-batches $((1 + RANDOM % 3)) --kv f32"
-    words+=" --pin-weight $((RANDOM % 2)) --overlap $((RANDOM % 2)) --cpu-cache-compute $((RANDOM % 2))"
-    tokens "$OUT/placement-$round.jsonl" "$path" cuda:0 $words
-    same "$words" "$OUT/placement-$round.jsonl" "$OUT/$name-host.jsonl"
-  done
-  sanitize "$path" $split
+    words+=" --gpu-batch-size $((1 + RANDOM % 4)) --num-gpu-batches $((1 + RANDOM % 3)) --pin-weight $((RANDOM % 2))"
+    words+=" --overlap $((RANDOM % 2)) --cpu-cache-compute $((RANDOM % 2)) --cpu-compute-share $((RANDOM % 3 * 50))"
+    # With a store and without.
+    [ $((RANDOM % 2)) -eq 0 ] || words+=" --unpacked"
+    echo "$words"
+  done >"$OUT/placements.lines"
+  tokens placements "$path" <"$OUT/placements.lines"
+  while read -r round words; do
+    same "$words" "$OUT/$round.jsonl" "$OUT/$name-host.jsonl"
+  done <"$OUT/placements.lines"
+  sanitize "$path" $split --kv f32
 }
 
 sanitize() { # MODEL FLAG...
@@ -89,24 +107,6 @@ sanitize() { # MODEL FLAG...
   done
 }
 
-# NAME FLAG...: plans, runs and keeps the report. What a budget does not hold is said, and is no fault.
-row() {
-  local name="$1"
-  shift
-  say "$name: $*"
-  rm -f "$OUT/$name.json"
-  if program run --device cuda:0 --prompt-len "$PROMPT" --ignore-eos --output "$OUT/$name.jsonl" --overwrite \
-    --report "$OUT/$name.json" "$@" 2>"$OUT/$name.log"; then
-    return
-  fi
-  cat "$OUT/$name.log"
-  if grep -q '^error: .*memory missing' "$OUT/$name.log"; then
-    echo "does not fit: $name"
-  else
-    fault "$name"
-  fi
-}
-
 # The policies of every table, one a line: name, then flags.
 policies() {
   cat <<END
@@ -120,28 +120,28 @@ q4 --percent 0 100 100 0 100 0 --compress-weight 1 --compress-cache 1
 END
 }
 
+# NAME MODEL FLAG...: the runs on stdin, with weights made up in memory, and what was predicted beside them.
+made() {
+  local name="$1" model="$2"
+  shift 2
+  series "$name" --device cuda:0 --model "$(model "$model")" --unpacked --prompt-len "$PROMPT" --ignore-eos \
+    --disk-space "$DISK_SPACE" "$@"
+  cat "$OUT/$name.txt"
+}
+
 rows() {
-  local limit="${1:-$GPU_MEM}" name words shape reports
-  shape=(--model "$(model "$SIZE")" --gen-len "$GEN" --gpu-batch-size "$BATCH" --num-gpu-batches 1 --num-prompts "$BATCH")
-  [ "$limit" = unlimited ] || shape+=(--gpu-mem "$limit")
+  local limit="${1:-$GPU_MEM}" memory=()
+  [ "$limit" = unlimited ] || memory=(--gpu-mem "$limit")
   say probe
   program probe --device cuda:0 || fault probe
-  row "planned-$limit" "${shape[@]}" --disk-space "$DISK_SPACE"
-  while read -r name words; do
-    row "$name-$limit" "${shape[@]}" --disk-space "$DISK_SPACE" $words </dev/null
-  done < <(policies)
-  reports=("$OUT"/*-"$limit".json)
-  [ -e "${reports[0]}" ] || return 0
   say "predicted against measured, GPU memory $limit"
-  program compare "${reports[@]}" || fault compare
+  # Not from a pipe: behind one, faults would be counted in a shell of their own.
+  made "rows-$limit" "$SIZE" --gen-len "$GEN" --gpu-batch-size "$BATCH" --num-gpu-batches 1 --num-prompts "$BATCH" \
+    "${memory[@]}" < <({ echo planned && policies; } | sed "s/^[^ ]*/&-$limit/")
 }
 
 large() {
-  local words=""
-  # Packed, opt-30b takes 60 GB: where the disk does not hold that, its weights are 4-bit.
-  [ "$(df --output=avail -B1 "$OUT" | tail -n 1)" -gt 70000000000 ] || words="--compress-weight 1"
-  row large --model "$(model "$LARGE")" --gen-len 8 --num-prompts "$LARGE_PROMPTS" --gpu-mem "$GPU_MEM" $words
-  [ ! -e "$OUT/large.json" ] || program compare "$OUT/large.json" || fault compare
+  made large "$LARGE" --gen-len 8 --num-prompts "$LARGE_PROMPTS" --gpu-mem "$GPU_MEM" <<<large
 }
 
 peer() {

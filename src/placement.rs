@@ -1,7 +1,7 @@
 //! From shares to what can be built: weights split at 64-row panels, cache and activations by
 //! sequence. Deterministic, so that planner and engine see the same bytes.
 
-use crate::model::{Matrix, ModelSpec};
+use crate::model::{Matrix, MatrixKind, ModelSpec};
 use crate::policy::{Policy, Shares, WeightShares};
 use crate::tier::{PerTier, Tier};
 
@@ -79,6 +79,15 @@ impl Placement {
             smalls_bytes: model.smalls().iter().map(|s| s.bytes()).sum(),
             matrices,
         }
+    }
+
+    /// The matrix that tokens are looked up in: the embedding, or the head where they are one.
+    pub fn table(&self) -> usize {
+        let own = self
+            .matrices
+            .iter()
+            .position(|m| m.kind == MatrixKind::Embedding);
+        own.unwrap_or(self.matrices.len() - 1)
     }
 
     /// Bytes of all weights at one home (small tensors not counted).

@@ -27,3 +27,5 @@ mod running;
 mod shapes;
 #[path = "cli/through.rs"]
 mod through;
+#[path = "cli/unpacked.rs"]
+mod unpacked;

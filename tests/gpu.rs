@@ -91,6 +91,36 @@ fn rows_that_the_cpu_multiplies_from_disk_never_pass_the_link() {
     assert_eq!(moved(&gpu).1, 0);
 }
 
+/// Tied and not: tokens are looked up in rows that the CPU has in its own layout, too.
+#[test]
+fn weights_straight_from_their_source_give_the_hosts_tokens() {
+    let Some(gpu) = Gpu::new() else { return };
+    for model in ["opt-like", "untied"] {
+        let model = stand_in::golden(model).display().to_string();
+        for shares in [
+            "--percent 20 40 50 50 50 50 --cpu-compute-share 50",
+            "--percent 0 0 0 0 0 0 --cpu-compute-share 0",
+            "--percent 0 50 100 0 100 0 --cpu-compute-share 100 --compress-weight 1 --compute fp32",
+        ] {
+            let words = format!(
+                "--model {model} --gen-len 6 --gpu-batch-size 2 --num-gpu-batches 2 {shares}"
+            );
+            let run = |device: &str, how: &str| {
+                let input = stand_in::RAGGED;
+                stand_in::tokens(
+                    &gpu.run_lines(input, device, &format!("{words}{how}"))
+                        .good(),
+                )
+            };
+            let on_host = run(HOST, "");
+            assert_eq!(run("cuda:0", " --unpacked"), on_host, "{words}");
+        }
+    }
+    let stores = gpu.output("store list");
+    let listed = String::from_utf8_lossy(&stores.stdout).into_owned();
+    assert!(!listed.contains("-gpu-"), "{listed}");
+}
+
 #[test]
 fn delays_change_nothing() {
     let Some(gpu) = Gpu::new() else { return };
@@ -164,6 +194,28 @@ fn weights_that_cannot_be_page_locked_are_planned_anew() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("planning again without"));
     let lines = stand_in::tokens_of(&output);
     assert_eq!((lines, pins()), (on_host, false.into()));
+}
+
+#[test]
+fn a_relay_that_cannot_be_page_locked_whole_is_made_smaller() {
+    let Some(gpu) = Gpu::new() else { return };
+    let words = "--percent 0 60 100 0 100 0 --gpu-batch-size 2 --num-gpu-batches 2";
+    let on_host = gpu.tokens(HOST, words);
+    let log = gpu.home.path("log.txt").display().to_string();
+    let allowing = |bytes: &str| {
+        let told = [("FAKE_CUDA_PINNED", bytes), ("FAKE_CUDA_LOG", log.as_str())];
+        let ended = gpu.with(&told).run("cuda:0", words).good();
+        assert_eq!(stand_in::tokens(&ended), on_host, "{bytes}");
+        (ended.stderr, page_locked_bytes(&gpu.home.read("log.txt")))
+    };
+    let (said, locked_bytes) = allowing("1572864");
+    assert!(said.contains("go through a relay of 1.00 MiB"), "{said}");
+    // The few weights fit beside it.
+    assert!((1 << 20..1572864).contains(&locked_bytes), "{locked_bytes}");
+    // Nothing is allowed: all of it is used as it is.
+    let (said, locked_bytes) = allowing("4096");
+    assert!(said.contains("go through a relay of 8.00 MiB"), "{said}");
+    assert_eq!(locked_bytes, 0);
 }
 
 #[test]

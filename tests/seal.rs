@@ -110,6 +110,7 @@ fn watched(pack: &PackedFile, (policy, device): (&Policy, DeviceKind)) -> Watch 
         lengths: Lengths::from(&workload(&lines)),
         host: HostBytes::default(),
         packed: &packed,
+        source: None,
         spill: pack.dir.path(),
         pricer: Pricer::new(Rates::new(&round_profile(), device, policy.threads).expect("rates")),
         gpu: Default::default(),

@@ -39,6 +39,13 @@ Examples:
   loadmaster run --model ./opt-13b --cpu-mem 8GiB --input prompts.txt --output results.jsonl
   loadmaster run --model synth:opt-1.3b --prompt-len 128 --gen-len 32 --num-prompts 16";
 
+const SERIES_EXAMPLE: &str = "\
+Example:
+  loadmaster series runs.txt --out results -- --model synth:opt-6.7b --unpacked --num-prompts 16
+with runs.txt like
+  resident --percent 100 0 100 0 100 0
+  disk --percent 0 0 100 0 100 0 --overlap 0";
+
 /// Plans where an OPT model's weights, KV cache and activations go over GPU, DRAM and disk, runs the
 /// plan, and says how right it was.
 #[derive(Debug, Parser)]
@@ -64,6 +71,9 @@ pub enum Command {
     Compare(CompareArgs),
     /// Plan, run and compare in one go
     Run(Box<RunArgs>),
+    /// Plan, run and compare many times in one process
+    #[command(after_help = SERIES_EXAMPLE)]
+    Series(SeriesArgs),
     /// Write a random-weight checkpoint of a named size, in the real file format
     #[command(after_help = "Example:\n  loadmaster synth opt-125m --out ./opt-125m-random")]
     Synth(SynthArgs),
@@ -147,8 +157,28 @@ pub struct PlanArgs {
 pub struct RunArgs {
     #[command(flatten)]
     pub solve: SolveArgs,
+    /// Bring the weights straight from the model into memory, without packing them to disk first: for weights
+    /// that are used once
+    #[arg(long, help_heading = "Machine")]
+    pub unpacked: bool,
     #[command(flatten)]
     pub results: ResultArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SeriesArgs {
+    /// One run a line: its name, then flags of `run` for it alone; - reads them from stdin
+    #[arg(value_name = "FILE")]
+    pub runs: PathBuf,
+    /// Folder for each run's results and report, NAME.jsonl and NAME.json; what is there is replaced
+    #[arg(long, value_name = "DIR", help_heading = "Output")]
+    pub out: PathBuf,
+    /// Flags of `run` that all share
+    #[arg(last = true, value_name = "FLAG")]
+    pub shared: Vec<String>,
+    /// Print one JSON document on stdout
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -265,6 +295,7 @@ impl Cli {
             Command::Exec(args) => args.json,
             Command::Compare(args) => args.json,
             Command::Run(args) => args.solve.json,
+            Command::Series(args) => args.json,
             Command::Accuracy(args) => args.json,
             Command::Calibrate(args) => args.json,
             Command::Campaign(args) => args.json,

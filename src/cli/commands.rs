@@ -15,6 +15,7 @@ use super::progress::{Talk, Unit};
 use super::prompt_lines::Line;
 use super::prompts::Source;
 use super::rivals;
+use super::series;
 use super::settle::{Model, make_offload_dir, measure, named_profile, own_profile};
 use super::show_compare;
 use super::show_plan;
@@ -47,6 +48,7 @@ pub fn dispatch(cli: Cli, stop: &AtomicBool) -> Result<(), Failure> {
         Command::Exec(args) => exec(&args, &mut talk, stop),
         Command::Compare(args) => compare(&args),
         Command::Run(args) => run(&args, &mut talk, stop),
+        Command::Series(args) => series::series(&args, &mut talk, stop),
         Command::Synth(args) => synth(&args, &mut talk, stop),
         Command::Store(args) => stores(&args),
         Command::Accuracy(args) => accuracy::accuracy(&args, &mut talk, stop),
@@ -198,6 +200,7 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
         offload_dir: &offload_dir,
         ignore_eos: args.work.ignore_eos,
         probe_s: 0.0,
+        unpacked: false,
         may_replan: !args.strict,
     };
     let done = match execute(execution, talk, stop)? {
@@ -316,13 +319,26 @@ struct RunDocument<'a> {
     compare: &'a Comparison,
 }
 
+/// How planning and running ended.
+pub(super) enum Ran {
+    Done(Box<Plan>, Box<Executed>),
+    DoesNotFit(Failure),
+}
+
+/// Plans and runs, with another plan where the weights cannot be page-locked.
+pub(super) fn ran(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<Ran, Failure> {
+    let first = plan_and_run((args, false), talk, stop)?;
+    match first {
+        Some(ran) => Ok(ran),
+        None => Ok(plan_and_run((args, true), talk, stop)?
+            .expect("a plan that may not be made anew is carried out")),
+    }
+}
+
 fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
-    let mut unpinned = false;
-    let (plan, done) = loop {
-        if let Some(ran) = plan_and_run((args, unpinned), talk, stop)? {
-            break ran;
-        }
-        unpinned = true;
+    let (plan, done) = match ran(args, talk, stop)? {
+        Ran::Done(plan, done) => (plan, done),
+        Ran::DoesNotFit(failure) => return Err(failure),
     };
     let name = args
         .results
@@ -349,15 +365,18 @@ fn plan_and_run(
     (args, unpinned): (&RunArgs, bool),
     talk: &mut Talk,
     stop: &AtomicBool,
-) -> Result<Option<(Plan, Executed)>, Failure> {
+) -> Result<Option<Ran>, Failure> {
     let asked = Asked {
         results: Some(&args.results),
         unpinned,
+        unpacked: args.unpacked,
         ..Asked::default()
     };
     let solved = solve(&args.solve, asked, talk, stop)?;
     talk.note(&show_plan::show_plan(&solved.plan, false));
-    feasible(&solved.plan)?;
+    if let Err(failure) = feasible(&solved.plan) {
+        return Ok(Some(Ran::DoesNotFit(failure)));
+    }
     let made = match &solved.lines {
         Some(_) => Vec::new(),
         None => block_lines(args, &solved)?,
@@ -371,10 +390,11 @@ fn plan_and_run(
         offload_dir: &args.solve.limits.place.offload_dir(),
         ignore_eos: args.solve.work.ignore_eos,
         probe_s: solved.target.probe_s,
+        unpacked: args.unpacked,
         may_replan: !unpinned && args.solve.policy.pin_weight.is_none(),
     };
     let done = execute(execution, talk, stop)?;
-    Ok(done.map(|done| (solved.plan, done)))
+    Ok(done.map(|done| Ran::Done(Box::new(solved.plan), Box::new(done))))
 }
 
 /// Random prompts that fill the block that was planned.

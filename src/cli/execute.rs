@@ -8,6 +8,7 @@ use super::prompt_lines::{Line, LineError};
 use super::prompts;
 use super::results::{ResultSink, Results, check_place};
 use super::settle::Model;
+use crate::checkpoint::WeightSource;
 use crate::cost::footprint::HostBytes;
 use crate::cost::rates::Rates;
 use crate::engine::open::{Packed, RunJob, Started, footprint, start};
@@ -44,6 +45,8 @@ pub struct Execution<'a> {
     pub offload_dir: &'a Path,
     pub ignore_eos: bool,
     pub probe_s: f64,
+    /// The weights come straight from their source: no store is made or looked for.
+    pub unpacked: bool,
     /// Nothing is run where the weights cannot be page-locked as planned: there will be another plan.
     pub may_replan: bool,
 }
@@ -77,6 +80,7 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
         lengths: planned_lengths(job.plan),
         host: host_bytes(&job, device, policy.threads),
         packed: &Packed::default(),
+        source: job.unpacked.then(|| source_of(job.model)).transpose()?,
         spill: &spill_dir(job.offload_dir)?,
         pricer: Pricer::new(rates.clone()),
         gpu: LocalGpu::choice_of(gpu.as_ref(), job.offload_dir),
@@ -85,8 +89,8 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
     // disk and others may have taken memory meanwhile.
     os::release_free_heap();
     check_room(&run, job.offload_dir).and_then(|()| check_gpu_room(&run, gpu.as_ref()))?;
-    let store = packed_store(&job, &policy, (&mut setup, talk), stop)?;
-    let packed = packed(&store);
+    let store = store_of(&job, &policy, (&mut setup, talk), stop)?;
+    let packed = store.as_ref().map(packed).unwrap_or_default();
     let run = RunJob {
         packed: &packed,
         ..run
@@ -137,7 +141,10 @@ fn save(report: &RunReport, to: &ResultArgs) -> Result<(), Failure> {
 fn host_bytes(job: &Execution, device: DeviceKind, threads: usize) -> HostBytes {
     let prompt_tokens = job.plan.workload.prompt_tokens;
     let own = job.model.host_bytes(prompt_tokens, threads);
-    own.with_gpu(device, job.profile.gpu.as_ref())
+    HostBytes {
+        unpacked: job.unpacked,
+        ..own.with_gpu(device, job.profile.gpu.as_ref())
+    }
 }
 
 /// Whether results and report can be written, before there is anything to write.
@@ -267,6 +274,30 @@ fn check_gpu_room(run: &RunJob, gpu: Option<&LocalGpu>) -> Result<(), Failure> {
     )))
 }
 
+/// Where the model's weights come from.
+fn source_of(model: &Model) -> Result<&dyn WeightSource, Failure> {
+    let only_named = || {
+        let name = &model.name;
+        Failure::failed(format!("{name} is only a size's name")).with_hint(format!(
+            "give a model's directory, or synth:{name} for random weights"
+        ))
+    };
+    model.source.as_deref().ok_or_else(only_named)
+}
+
+/// The store of the plan's weights, where there is to be one.
+fn store_of(
+    job: &Execution,
+    policy: &Policy,
+    told: (&mut SetupFigures, &mut Talk),
+    stop: &AtomicBool,
+) -> Result<Option<Store>, Failure> {
+    match job.unpacked {
+        true => Ok(None),
+        false => packed_store(job, policy, told, stop).map(Some),
+    }
+}
+
 /// The store of the plan's weights: reused, or packed now.
 pub(super) fn packed_store(
     job: &Execution,
@@ -274,16 +305,7 @@ pub(super) fn packed_store(
     (setup, talk): (&mut SetupFigures, &mut Talk),
     stop: &AtomicBool,
 ) -> Result<Store, Failure> {
-    let Some(source) = &job.model.source else {
-        return Err(
-            Failure::failed(format!("{} is only a size's name", job.model.name)).with_hint(
-                format!(
-                    "give a model's directory, or synth:{} for random weights",
-                    job.model.name
-                ),
-            ),
-        );
-    };
+    let source = source_of(job.model)?;
     let device = job.plan.device_kind().map_err(Failure::failed)?;
     let compress = policy.compress_weight;
     let packing = Packing {
@@ -320,7 +342,7 @@ pub(super) fn packed_store(
         );
     };
     let store = store::pack(PackJob {
-        source: source.as_ref(),
+        source,
         offload_dir: job.offload_dir,
         packing,
         pool: &pool,

@@ -65,6 +65,12 @@ impl Failure {
         self
     }
 
+    /// Whose failure it is, of several.
+    pub fn of(mut self, whose: &str) -> Failure {
+        self.message = format!("{whose}: {}", self.message);
+        self
+    }
+
     /// With `json`, a document on stdout tells of this failure already: no second one is printed.
     pub fn after_document(mut self, json: bool) -> Failure {
         self.documented = json;

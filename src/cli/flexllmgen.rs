@@ -80,6 +80,7 @@ fn compared(row: Published, rates: &Rates, profile: &HardwareProfile) -> Result<
         host: HostBytes {
             process_bytes: 512 * MIB,
             gpu_context_bytes: profile.gpu.as_ref().map_or(0, |g| g.context_bytes),
+            unpacked: false,
         },
         stored_bytes: [0, 0],
         repricer: Some(&ScheduleRepricer),

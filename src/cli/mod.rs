@@ -16,6 +16,7 @@ pub mod prompts;
 pub mod proof_args;
 pub mod results;
 pub mod rivals;
+pub mod series;
 pub mod settle;
 pub mod show_accuracy;
 pub mod show_compare;

@@ -96,6 +96,7 @@ impl Model {
                 + tokenizer
                 + 8 * prompt_tokens,
             gpu_context_bytes: 0,
+            unpacked: false,
         }
     }
 }

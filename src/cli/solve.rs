@@ -11,6 +11,7 @@ use super::results::Results;
 use super::settle::{Model, Target, has_work};
 use crate::cost::estimate::EstimateInput;
 use crate::cost::figures::Figures;
+use crate::cost::footprint::HostBytes;
 use crate::dtype::Dtype;
 use crate::engine::replay::replay;
 use crate::plan::Plan;
@@ -43,6 +44,8 @@ pub struct Asked<'a> {
     pub results: Option<&'a ResultArgs>,
     /// The weights in DRAM cannot be page-locked.
     pub unpinned: bool,
+    /// The weights come straight from their source.
+    pub unpacked: bool,
 }
 
 /// Plans by running the engine's own schedule on the virtual-time machine.
@@ -182,10 +185,16 @@ fn plan(
         compress: compress_mode(args.policy.compress),
         kv: kv_format(args.policy.kv, model.spec.dtype),
         threads: target.threads,
-        host: model
-            .host_bytes(prompt_tokens, target.threads)
-            .with_gpu(target.device, target.profile.gpu.as_ref()),
-        stored_bytes: [stored(false), stored(true)],
+        host: HostBytes {
+            unpacked: asked.unpacked,
+            ..model
+                .host_bytes(prompt_tokens, target.threads)
+                .with_gpu(target.device, target.profile.gpu.as_ref())
+        },
+        stored_bytes: match asked.unpacked {
+            true => [0, 0],
+            false => [stored(false), stored(true)],
+        },
         repricer: Some(&ScheduleRepricer),
     };
     let plan = planner::plan(&request).map_err(|error| match error {

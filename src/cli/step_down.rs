@@ -52,6 +52,7 @@ fn needed_bytes(shrunk: &Shrunk, policy: &Policy) -> Result<u64, Failure> {
             .host_bytes(shrunk.plan.workload.prompt_tokens, policy.threads)
             .with_gpu(device, shrunk.profile.gpu.as_ref()),
         packed: &Packed::default(),
+        source: None,
         spill: Path::new(""),
         pricer: Pricer::new(rates),
         gpu: Default::default(),

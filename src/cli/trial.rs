@@ -64,6 +64,7 @@ impl<'a> Trial<'a> {
             ignore_eos: true,
             probe_s: 0.0,
             may_replan: false,
+            unpacked: false,
         };
         let mut setup = SetupFigures::default();
         let store = packed_store(&execution, &policy, (&mut setup, talk), stop)?;
@@ -93,6 +94,7 @@ impl<'a> Trial<'a> {
                 .host_bytes(w.prompt_tokens, self.policy.threads)
                 .with_gpu(self.rates.device, self.gpu_facts.as_ref()),
             packed: &self.packed,
+            source: None,
             spill: &self.spill,
             pricer: Pricer::new(self.rates.clone()),
             gpu: self.gpu.clone(),

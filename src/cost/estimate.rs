@@ -190,7 +190,7 @@ pub fn tier_figures(footprint: &Footprint, budget: &PerTier<u64>) -> PerTier<Tie
     let mut tiers = PerTier::default();
     for tier in Tier::ALL {
         let weights = if tier == Tier::Disk {
-            footprint.store_bytes
+            footprint.store_bytes + footprint.spill.rows
         } else {
             footprint.weights_bytes(tier)
         };

@@ -100,6 +100,8 @@ pub struct HostBytes {
     pub process_bytes: u64,
     /// GPU context and libraries, on the device.
     pub gpu_context_bytes: u64,
+    /// There is no store: the weights come straight from their source.
+    pub unpacked: bool,
 }
 
 impl HostBytes {
@@ -111,6 +113,7 @@ impl HostBytes {
         HostBytes {
             process_bytes: self.process_bytes + gpu.host_bytes,
             gpu_context_bytes: gpu.context_bytes,
+            ..self
         }
     }
 }
@@ -149,8 +152,10 @@ impl Footprint {
                 cpu: input.host.process_bytes,
                 disk: 0,
             },
-            store_bytes: model.weights_bytes(policy.compress_weight)
-                + PAGE_BYTES * input.placement.matrices.len() as u64,
+            store_bytes: match input.host.unpacked {
+                true => 0,
+                false => store_bytes(model, policy.compress_weight),
+            },
             spill: SpillBytes::new(input, record),
             disk_weights_bytes: input.placement.weight_bytes(WeightHome::DiskShip)
                 + input.placement.weight_bytes(WeightHome::DiskCompute),
@@ -170,6 +175,8 @@ impl Footprint {
         }
         let arenas: u64 = footprint.buffers.cpu.values().sum();
         footprint.process.cpu += super::kernel_bytes(arenas);
+        footprint.process.cpu +=
+            u64::from(input.host.unpacked) * super::source_bytes(model, policy.threads);
         footprint
     }
 
@@ -386,6 +393,10 @@ impl Footprint {
     }
 }
 
+fn store_bytes(model: &ModelSpec, compress: bool) -> u64 {
+    model.weights_bytes(compress) + PAGE_BYTES * model.matrices().len() as u64
+}
+
 /// Bytes after which hidden rows start at a page again: visiting rows that are read from disk in place
 /// begin at such a step.
 pub fn page_step_bytes(row_bytes: u64) -> u64 {
@@ -460,11 +471,7 @@ fn chunks_of(panels: usize, panel_bytes: u64) -> impl Iterator<Item = u64> {
 
 /// Room for the token table's rows that are not on the compute device: two pieces of a few panels.
 fn embedding_stage_bytes(placement: &Placement, device: DeviceKind) -> u64 {
-    let table = placement
-        .matrices
-        .iter()
-        .position(|m| m.kind == MatrixKind::Embedding);
-    let index = table.unwrap_or(placement.matrices.len() - 1);
+    let index = placement.table();
     let resident = if device.has_gpu() {
         placement.splits[index].count(WeightHome::Gpu)
     } else {

@@ -13,9 +13,22 @@ pub mod spill;
 pub mod steps;
 pub mod terms;
 
+use crate::model::ModelSpec;
+use crate::units::{MIB, PAGE_BYTES};
+
 /// What the kernel holds for arenas of so many bytes. Page tables take 8 bytes for each 4 KiB page, a 512th;
 /// a memory cgroup charges more as arenas grow (pages in flight to and from disks, pages in the processors'
 /// own lists). With a 512th alone opt-13b was killed in a cgroup of its 8 GiB.
 pub fn kernel_bytes(arena_bytes: u64) -> u64 {
     arena_bytes / 128
+}
+
+/// Bytes that are brought from a source at once, in its layout and in ours.
+pub const SOURCE_PIECE_BYTES: u64 = 8 * MIB;
+
+/// What it takes to bring weights from their source: a piece in both layouts, a whole small tensor, and the
+/// stacks of the threads that lay the pieces out.
+pub fn source_bytes(model: &ModelSpec, threads: usize) -> u64 {
+    let small = model.smalls().iter().map(|s| s.bytes()).max().unwrap_or(0);
+    2 * (SOURCE_PIECE_BYTES + PAGE_BYTES) + small + threads as u64 * MIB / 4
 }

@@ -1,5 +1,5 @@
-//! What a run writes to disk beside the store: cache and hidden states at home there, and streamed rows that
-//! lie there in another layout than the store's. Sizes and offsets only.
+//! What a run writes to disk beside the store: cache and hidden states at home there, and rows that are not taken
+//! from the store. Sizes and offsets only.
 
 use crate::cost::footprint::{FootprintInput, HIDDEN_VALUE_BYTES, chunk_panels};
 use crate::dtype::WeightLayout;
@@ -27,7 +27,7 @@ impl SpillBytes {
         SpillBytes {
             cache: model.layers as u64 * round_up(per_layer, PAGE_BYTES),
             hidden: round_up(hidden, PAGE_BYTES) + on_disk.count() as u64 * PAGE_BYTES,
-            rows: OwnRows::new(placement, input.device).bytes,
+            rows: OwnRows::new(placement, input.device, input.host.unpacked).bytes,
         }
     }
 
@@ -36,33 +36,71 @@ impl SpillBytes {
     }
 }
 
-/// Rows on disk that the CPU multiplies beside a GPU. The store has them in the GPU's layout: they are turned
-/// once, when the weights are loaded, into a file of the run's own, in chunks as they are streamed, each from a
-/// new page on.
+/// Rows on disk that are not taken from the store, in a file of the run's own that is written when the weights are
+/// loaded. With a store these are the rows that the CPU multiplies beside a GPU: the store has them in the GPU's
+/// layout. Without one they are all, and the panels of the token table that only this file has for lookups.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct OwnRows {
-    /// Offset of each matrix's first chunk; None where it has no such rows.
-    firsts: Vec<Option<u64>>,
+    /// Of each matrix: offsets of its first shipped and first multiplied chunk. Chunks are those of the stream,
+    /// each from a new page on.
+    firsts: Vec<[Option<u64>; 2]>,
+    /// The token table's panels from one on to the last, in the computing device's layout.
+    pub table: Option<TablePart>,
     /// The whole file, whole pages.
     pub bytes: u64,
 }
 
+/// Panels from `first` on, side by side from a page on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TablePart {
+    pub index: usize,
+    pub first: usize,
+    pub offset: u64,
+}
+
+const ON_DISK: [WeightHome; 2] = [WeightHome::DiskShip, WeightHome::DiskCompute];
+
 impl OwnRows {
-    pub fn new(placement: &Placement, device: DeviceKind) -> Self {
+    pub fn new(placement: &Placement, device: DeviceKind, unpacked: bool) -> Self {
         let mut own = OwnRows::default();
-        if device.weight_layout() == WeightLayout::CpuPanel64 {
+        let turned = device.weight_layout() == WeightLayout::GpuRowMajor;
+        if !turned && !unpacked {
             return own;
         }
         for (index, matrix) in placement.matrices.iter().enumerate() {
-            let panels = placement.splits[index].count(WeightHome::DiskCompute);
+            let mut firsts = [None; 2];
             // A token table of its own is looked up, never multiplied.
-            let multiplied = panels > 0 && matrix.kind != MatrixKind::Embedding;
-            own.firsts.push(multiplied.then_some(own.bytes));
-            if multiplied {
+            let streamed = ON_DISK
+                .iter()
+                .filter(|_| matrix.kind != MatrixKind::Embedding);
+            for &home in streamed.filter(|&&home| unpacked || home == WeightHome::DiskCompute) {
+                let panels = placement.splits[index].count(home);
+                firsts[home as usize - ON_DISK[0] as usize] = (panels > 0).then_some(own.bytes);
                 own.bytes += file_bytes(panels, placement.panel_bytes[index]);
             }
+            own.firsts.push(firsts);
+        }
+        if unpacked {
+            own.add_table(placement, turned);
         }
         own
+    }
+
+    /// What is multiplied on the CPU beside a GPU is in its layout in DRAM, too.
+    fn add_table(&mut self, placement: &Placement, turned: bool) {
+        let index = placement.table();
+        let away = match turned {
+            true => WeightHome::CpuCompute,
+            false => WeightHome::DiskShip,
+        };
+        let first = placement.splits[index].first(away);
+        let panels = placement.matrices[index].panels() - first;
+        self.table = (panels > 0).then_some(TablePart {
+            index,
+            first,
+            offset: self.bytes,
+        });
+        self.bytes += round_up(panels as u64 * placement.panel_bytes[index], PAGE_BYTES);
     }
 
     /// Where in the file a chunk begins that begins with panel `panel` of the matrix; None where the store has it.
@@ -72,9 +110,17 @@ impl OwnRows {
         (index, home): (usize, WeightHome),
         panel: usize,
     ) -> Option<u64> {
-        let first = (*self.firsts.get(index)?).filter(|_| home == WeightHome::DiskCompute)?;
+        let which = (home as usize).checked_sub(ON_DISK[0] as usize)?;
+        let first = self.firsts.get(index)?[which]?;
         let before = panel - placement.splits[index].first(home);
         Some(first + file_bytes(before, placement.panel_bytes[index]))
+    }
+
+    /// Where in the file a panel of the token table is for lookups; None where the store has it.
+    pub fn looked_up(&self, placement: &Placement, panel: usize) -> Option<u64> {
+        let table = self.table?;
+        let before = (panel - table.first) as u64;
+        Some(table.offset + before * placement.panel_bytes[table.index])
     }
 }
 
@@ -116,7 +162,7 @@ mod tests {
     fn chunks_follow_each_other_from_pages_on() {
         // Chunks of five, of two and of one panel.
         let placement = placement(&[5000, 7 << 20, 17 << 20]);
-        let own = OwnRows::new(&placement, DeviceKind::Cuda);
+        let own = OwnRows::new(&placement, DeviceKind::Cuda, false);
         let mut end = 0;
         for (index, &panel_bytes) in placement.panel_bytes.iter().enumerate() {
             let (first, most) = (10, chunk_panels(panel_bytes));
@@ -131,7 +177,33 @@ mod tests {
             assert_eq!(shipped, None);
         }
         assert_eq!(own.bytes, end);
-        let in_place = OwnRows::new(&placement, DeviceKind::Host);
+        let in_place = OwnRows::new(&placement, DeviceKind::Host, false);
         assert_eq!(in_place, OwnRows::default());
+    }
+    #[test]
+    fn without_a_store_the_file_has_all_rows_on_disk_and_the_table() {
+        let mut placement = placement(&[5000, 7 << 20, 17 << 20]);
+        placement.splits[2].panels = [1, 2, 3, 0, 0];
+        let head = placement.matrices[2].panels();
+        for device in [DeviceKind::Cpu, DeviceKind::Cuda] {
+            let own = OwnRows::new(&placement, device, true);
+            let mut end = 0;
+            for (home, first) in [(WeightHome::DiskShip, 6), (WeightHome::DiskCompute, 10)] {
+                assert_eq!(own.chunk(&placement, (0, home), first), Some(end));
+                let panels = placement.splits[0].count(home) as u64;
+                end += round_up(panels * 5000, PAGE_BYTES);
+                assert_eq!(own.chunk(&placement, (2, home), 6), None);
+            }
+            let table = own.table.expect("rows that only the file has");
+            let first = if device == DeviceKind::Cpu { 6 } else { 3 };
+            assert_eq!((table.index, table.first), (2, first));
+            let panel_bytes = placement.panel_bytes[2];
+            let at = own.looked_up(&placement, first + 1);
+            assert_eq!(at, Some(table.offset + panel_bytes));
+            assert_eq!(
+                own.bytes,
+                table.offset + (head - first) as u64 * panel_bytes
+            );
+        }
     }
 }

@@ -9,10 +9,11 @@ use super::visits::Visits;
 use super::weights::WeightStream;
 use crate::cost::footprint::{BlockShape, Buffer, Footprint, HIDDEN_VALUE_BYTES, compute_tier};
 use crate::cost::spill::OwnRows;
-use crate::machine::ops::{Compute, HiddenRows, Op, Table};
+use crate::dtype::{Dtype, WeightLayout};
+use crate::machine::ops::{Compute, FileId, HiddenRows, Op, Table};
 use crate::machine::{Fence, Fences, Machine, MachineError};
 use crate::model::{MatrixKind, ModelSpec, POSITION_OFFSET, SmallKind};
-use crate::placement::Placement;
+use crate::placement::{Placement, WeightHome};
 use crate::policy::{DeviceKind, Policy};
 use crate::tier::{Lane, Tier};
 use std::sync::Arc;
@@ -33,6 +34,29 @@ pub struct RunFacts {
 }
 
 impl RunFacts {
+    /// File and offset of a panel of the token table.
+    pub fn looked_up(&self, panel: usize) -> (FileId, u64) {
+        match self.own.looked_up(&self.placement, panel) {
+            Some(offset) => (FileId::ROWS, offset),
+            None => (FileId::STORE, self.in_store(self.placement.table(), panel)),
+        }
+    }
+
+    /// The layout in which panels at a home are multiplied.
+    pub fn layout_at(&self, home: WeightHome) -> WeightLayout {
+        match home {
+            WeightHome::CpuCompute | WeightHome::DiskCompute => WeightLayout::CpuPanel64,
+            _ => self.device.weight_layout(),
+        }
+    }
+
+    /// Format and inputs of a matrix.
+    pub fn form(&self, index: usize) -> (Dtype, usize) {
+        let matrix = self.placement.matrices[index];
+        let format = matrix.format(self.model.dtype, self.policy.compress_weight);
+        (format, matrix.inputs)
+    }
+
     /// Offset of a panel in the store file.
     pub fn in_store(&self, index: usize, panel: usize) -> u64 {
         self.matrix_offsets[index] + panel as u64 * self.placement.panel_bytes[index]

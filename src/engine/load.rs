@@ -6,7 +6,7 @@ use super::layout::Layout;
 use super::open::Packed;
 use super::weights::list_chunks;
 use crate::cost::footprint::Buffer;
-use crate::dtype::{Dtype, WeightLayout};
+use crate::dtype::Dtype;
 use crate::machine::ops::{FileId, FileSpan, LoadSpan, Op};
 use crate::machine::threaded::ThreadedMachine;
 use crate::machine::{Fences, Machine, MachineError};
@@ -14,7 +14,7 @@ use crate::placement::WeightHome;
 use crate::tier::{Lane, Tier};
 use crate::units::{PAGE_BYTES, round_up};
 
-/// All of them, and waits until they are there.
+/// All of them from the store, and waits until they are there.
 pub fn load(
     machine: &mut ThreadedMachine,
     packed: &Packed,
@@ -75,11 +75,8 @@ fn load_panels(machine: &mut ThreadedMachine, facts: &RunFacts, layout: &Layout)
 
 /// Panels of a GPU's store that the CPU multiplies are turned into its layout once, at load.
 fn repack(facts: &RunFacts, index: usize, home: WeightHome) -> Option<(Dtype, usize)> {
-    let by_cpu = matches!(home, WeightHome::CpuCompute | WeightHome::DiskCompute);
-    let turned = by_cpu && facts.device.weight_layout() == WeightLayout::GpuRowMajor;
-    let matrix = facts.placement.matrices[index];
-    let format = matrix.format(facts.model.dtype, facts.policy.compress_weight);
-    turned.then_some((format, matrix.inputs))
+    let turned = facts.layout_at(home) != facts.device.weight_layout();
+    turned.then(|| facts.form(index))
 }
 
 /// Rows on disk that the CPU multiplies beside a GPU, into the run's own file: through two halves of the ring

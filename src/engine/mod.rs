@@ -1,5 +1,6 @@
 //! The offloaded runtime: sequences in slots, one pass after another over the stages, tokens out.
 
+mod bring;
 mod cache;
 mod core;
 mod forward;

@@ -1,10 +1,12 @@
 //! From a decided policy to a machine that is ready to run: files opened, arenas mapped once from the
 //! footprint, weights brought home. After this, memory does not grow.
 
+use super::bring::bring;
 use super::core::RunFacts;
 use super::layout::Layout;
 use super::load::load;
 use super::run::EngineError;
+use crate::checkpoint::WeightSource;
 use crate::cost::footprint::{BlockShape, Buffer, Footprint, FootprintInput, HostBytes};
 use crate::cost::spill::OwnRows;
 use crate::machine::MachineError;
@@ -12,12 +14,14 @@ use crate::machine::arena::Region;
 use crate::machine::cpu::kernels::MAX_HEAD_SIZE;
 use crate::machine::cuda::{GpuChoice, GpuPlaces};
 use crate::machine::disk::DiskFile;
+use crate::machine::ops::FileId;
 use crate::machine::price::Pricer;
 use crate::machine::threaded::{OpenRequest, ThreadedMachine};
 use crate::model::ModelSpec;
 use crate::placement::Placement;
 use crate::policy::{DeviceKind, Policy};
 use crate::tier::Tier;
+use crate::units::PAGE_BYTES;
 use crate::workload::Lengths;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,7 +43,10 @@ pub struct RunJob<'a> {
     pub device: DeviceKind,
     pub lengths: Lengths,
     pub host: HostBytes,
+    /// Not looked at where there is a source.
     pub packed: &'a Packed,
+    /// Set where `host` is unpacked: the weights come straight from here.
+    pub source: Option<&'a dyn WeightSource>,
     /// Where spill files go.
     pub spill: &'a Path,
     pub pricer: Pricer,
@@ -64,7 +71,7 @@ fn facts(job: &RunJob) -> RunFacts {
         host: job.host,
     });
     RunFacts {
-        own: OwnRows::new(&placement, job.device),
+        own: OwnRows::new(&placement, job.device, job.host.unpacked),
         model: job.model.clone(),
         policy: job.policy.clone(),
         placement,
@@ -80,6 +87,7 @@ pub struct Started {
     machine: ThreadedMachine,
     facts: RunFacts,
     layout: Layout,
+    rows: Arc<DiskFile>,
 }
 
 impl Started {
@@ -97,8 +105,12 @@ impl Started {
             mut machine,
             facts,
             layout,
+            rows,
         } = self;
-        load(&mut machine, job.packed, (&facts, &layout))?;
+        match job.source {
+            Some(source) => bring(source, &mut machine, (&facts, &layout, &rows))?,
+            None => load(&mut machine, job.packed, (&facts, &layout))?,
+        }
         machine.forget_log();
         Ok((machine, facts))
     }
@@ -120,13 +132,15 @@ pub fn start(job: &RunJob) -> Result<Started, EngineError> {
     }
     let facts = facts(job);
     let layout = Layout::new(&facts.model, &facts.placement, &facts.footprint);
+    let files = open_files(job, &facts)?;
+    let rows = files[FileId::ROWS.0].clone();
     let places = || (job.gpu.clone(), gpu_places(&facts, &layout));
     let machine = ThreadedMachine::open(OpenRequest {
         device: job.device,
         gpu_bytes: facts.footprint.arena_bytes(Tier::Gpu),
         cpu_bytes: facts.footprint.arena_bytes(Tier::Cpu),
         threads: job.policy.threads,
-        files: open_files(job, &facts)?,
+        files,
         pricer: job.pricer.clone(),
         gpu: (job.device == DeviceKind::Cuda).then(places),
     })?;
@@ -134,6 +148,7 @@ pub fn start(job: &RunJob) -> Result<Started, EngineError> {
         machine,
         facts,
         layout,
+        rows,
     })
 }
 
@@ -172,11 +187,15 @@ fn gpu_places(facts: &RunFacts, layout: &Layout) -> GpuPlaces {
     }
 }
 
-/// In the order of `FileId`; a file of the run's own that nothing is placed in is the store again, so that ids
-/// stay fixed.
+/// In the order of `FileId`; one that nothing is in is the store again (without a store, a page), so that ids stay
+/// fixed.
 fn open_files(job: &RunJob, facts: &RunFacts) -> Result<Vec<Arc<DiskFile>>, MachineError> {
     let failed = |e: crate::machine::disk::DiskError| MachineError::Disk(e.to_string());
-    let store = Arc::new(DiskFile::open_read(&job.packed.file).map_err(failed)?);
+    let store = match job.source {
+        Some(_) => DiskFile::create_unlinked(job.spill, PAGE_BYTES),
+        None => DiskFile::open_read(&job.packed.file),
+    };
+    let store = Arc::new(store.map_err(failed)?);
     let spill = |bytes: u64| match bytes {
         0 => Ok(store.clone()),
         _ => DiskFile::create_unlinked(job.spill, bytes)

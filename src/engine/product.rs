@@ -4,7 +4,7 @@
 use super::core::Core;
 use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES, embedding_piece_bytes};
 use crate::dtype::PANEL_ROWS;
-use crate::machine::ops::{Compute, Copy2d, FileId, FileSpan, Gemm, HiddenRows, Op, Table};
+use crate::machine::ops::{Compute, Copy2d, FileSpan, Gemm, HiddenRows, Op, Table};
 use crate::machine::{Fence, Fences};
 use crate::model::{Activation, MatrixKind, SmallKind};
 use crate::placement::WeightHome;
@@ -271,7 +271,7 @@ impl Core<'_> {
             None => {
                 let memory =
                     self.layout.buffer(Tier::Cpu, Buffer::EmbeddingStage).offset + half_offset;
-                self.read_panels((index, run.start, bytes), memory, &free)
+                self.read_panels((run.start, bytes), memory, &free)
             }
         };
         if self.compute == Tier::Gpu {
@@ -310,15 +310,15 @@ impl Core<'_> {
 
     fn read_panels(
         &mut self,
-        (index, first, bytes): (usize, usize, u64),
+        (first, bytes): (usize, u64),
         memory: u64,
         after: &Fences,
     ) -> (u64, Fences) {
-        let wanted = self.facts.in_store(index, first);
+        let (file, wanted) = self.facts.looked_up(first);
         let offset = wanted / PAGE_BYTES * PAGE_BYTES;
         let bytes = round_up(wanted + bytes - offset, PAGE_BYTES);
         let span = FileSpan {
-            file: FileId::STORE,
+            file,
             offset,
             memory,
             bytes,

@@ -106,7 +106,7 @@ fn run_facts_with(input: &EstimateInput, change: impl Fn(&mut BlockShape)) -> Ru
         offset += round_up(matrix.panels() as u64 * panel, PAGE_BYTES);
     }
     RunFacts {
-        own: OwnRows::new(&placement, device),
+        own: OwnRows::new(&placement, device, input.host.unpacked),
         model: input.model.clone(),
         policy: input.policy.clone(),
         placement,

@@ -4,6 +4,7 @@
 use super::core::{Core, RunFacts};
 use super::sampling::{Draw, Sampling, sample};
 use super::step::{Sequence, Step};
+use crate::checkpoint::CheckpointError;
 use crate::cost::footprint::Buffer;
 use crate::machine::{Machine, MachineError};
 use crate::tier::{PerTier, Phase, Tier};
@@ -66,6 +67,8 @@ pub trait Sink {
 pub enum EngineError {
     #[error(transparent)]
     Machine(#[from] MachineError),
+    #[error(transparent)]
+    Source(#[from] CheckpointError),
     #[error("{0}")]
     Output(String),
 }

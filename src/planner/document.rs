@@ -162,7 +162,7 @@ fn setup(space: &Space, footprint: &Footprint, compress: bool) -> PlanSetup {
         space.rates.disk_write_s(store, block, true),
         source / space.rates.pack_bytes_per_s(compress),
     ];
-    let there = space.stored_bytes[usize::from(compress)] > 0;
+    let there = space.host.unpacked || space.stored_bytes[usize::from(compress)] > 0;
     PlanSetup {
         pack_s: if there {
             0.0

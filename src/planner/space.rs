@@ -1,7 +1,7 @@
 //! What the planner chooses from: the discrete choices (batch sizes, formats, who attends), each with
 //! its table of terms and a quick lower bound. Choosing among them is search.rs.
 
-use crate::cost::affine::{SHARES, ShareVector, shares_from};
+use crate::cost::affine::{CACHE, SHARES, ShareVector, shares_from};
 use crate::cost::footprint::{BlockShape, Buffer, Footprint, FootprintInput, HostBytes};
 use crate::cost::rates::Rates;
 use crate::cost::steps::Moments;
@@ -317,13 +317,18 @@ impl<'a> Space<'a> {
     pub fn price(&self, candidate: &Candidate) -> Priced {
         let (moments, lengths) = self.sizes_of(candidate.slots());
         let policy = self.policy(candidate, self.nearest_home());
-        let terms = Terms::new(&TermInput {
+        let mut terms = Terms::new(&TermInput {
             model: self.model,
             moments: &moments,
             rates: &self.rates,
             policy: &policy,
             cpu_side: candidate.cpu_side,
         });
+        if self.host.unpacked {
+            // Without a store rows at home on disk are what is written there.
+            let weights = terms.homes.gpu.coef[0];
+            terms.homes.disk.coef[3..CACHE].fill(weights);
+        }
         let overhead_bytes = self.least_overhead(&policy, &lengths);
         Priced {
             lengths,

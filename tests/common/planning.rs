@@ -12,6 +12,7 @@ use loadmaster::workload::Workload;
 pub const HOST: HostBytes = HostBytes {
     process_bytes: 64 * MIB,
     gpu_context_bytes: 0,
+    unpacked: false,
 };
 
 pub const NO_CHANGES: Changes = Changes {

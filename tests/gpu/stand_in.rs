@@ -4,8 +4,9 @@
 #[allow(dead_code)] // the program's other tests use the rest
 mod harness;
 
+pub use harness::RAGGED;
 pub use harness::golden;
-use harness::{Ended, Home, RAGGED};
+use harness::{Ended, Home};
 use loadmaster::machine::cpu::kernels::Isa;
 use loadmaster::machine::os;
 use loadmaster::probe::{ProfileKey, save_profile};

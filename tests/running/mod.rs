@@ -240,6 +240,7 @@ pub fn run_with(
         lengths,
         host,
         packed: &packed,
+        source: None,
         spill,
         pricer,
         gpu: Default::default(),
