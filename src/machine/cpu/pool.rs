@@ -1,10 +1,12 @@
 //! Fork-join over a fixed set of threads, without allocation per call, and each thread's scratch.
-//! No kernel, no queue, no futures: one job at a time, cut into numbered parts.
+//! No kernel, no queue, no futures: one job at a time, cut into numbered parts. Every thread begins with
+//! its own run of neighbouring parts, so that what one job wrote is mostly read by the same core in the
+//! next, and then helps the others.
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -34,13 +36,43 @@ struct Line([f32; 16]);
 #[derive(Clone, Copy)]
 struct Job {
     work: *const Work,
-    parts: usize,
+}
+
+/// Neighbouring parts that nobody has taken yet: first << 32 | end. Alone on its cache line.
+#[derive(Default)]
+#[repr(align(64))]
+struct Untaken(AtomicU64);
+
+impl Untaken {
+    fn set(&self, from: usize, end: usize) {
+        self.0
+            .store((from as u64) << 32 | end as u64, Ordering::Relaxed);
+    }
+
+    /// Takes the first part, or the last: who owns the parts and who helps meet at the end only.
+    fn take(&self, first: bool) -> Option<usize> {
+        let rest = |range: u64| {
+            let (from, end) = (range >> 32, range & u64::from(u32::MAX));
+            (from < end).then(|| match first {
+                true => (from + 1) << 32 | end,
+                false => from << 32 | (end - 1),
+            })
+        };
+        let taken = self
+            .0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest);
+        taken.ok().map(|range| match first {
+            true => (range >> 32) as usize,
+            false => (range & u64::from(u32::MAX)) as usize - 1,
+        })
+    }
 }
 
 struct Shared {
     /// epoch << 32 | OPEN | number of workers inside the job.
     state: AtomicU64,
-    next: AtomicUsize,
+    /// Of each thread.
+    untaken: Vec<Untaken>,
     job: UnsafeCell<Option<Job>>,
     scratch: Vec<UnsafeCell<Vec<Line>>>,
     sleeping: Vec<AtomicBool>,
@@ -59,7 +91,7 @@ impl Shared {
         let lines = vec![Line([0.0; 16]); SCRATCH_FLOATS / 16];
         Shared {
             state: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            untaken: (0..threads).map(|_| Untaken::default()).collect(),
             job: UnsafeCell::new(None),
             scratch: (0..threads)
                 .map(|_| UnsafeCell::new(lines.clone()))
@@ -83,17 +115,33 @@ impl Shared {
         entered.ok().map(|_| epoch)
     }
 
+    /// Parts that follow each other for each thread.
+    fn deal(&self, parts: usize) {
+        assert!(
+            u32::try_from(parts).is_ok(),
+            "a pool's run has too many parts"
+        );
+        let threads = self.untaken.len();
+        for (t, untaken) in self.untaken.iter().enumerate() {
+            let begin = |t: usize| (parts * t).div_ceil(threads);
+            untaken.set(begin(t), begin(t + 1));
+        }
+    }
+
+    /// The thread's own next part, else the last of another's.
+    fn take(&self, thread: usize) -> Option<usize> {
+        let threads = self.untaken.len();
+        let others = || (1..threads).find_map(|t| self.untaken[(thread + t) % threads].take(false));
+        self.untaken[thread].take(true).or_else(others)
+    }
+
     /// Takes parts until none is left; a panic ends the job and is kept for the caller.
     fn work(&self, thread: usize, job: Job) {
         let body = || {
             // SAFETY: scratch[thread] belongs to this thread while it is inside the job, and the
             // caller of `run` waits inside it until every thread has left, so `work` is alive.
             let (work, scratch) = unsafe { (&*job.work, floats(&mut *self.scratch[thread].get())) };
-            loop {
-                let part = self.next.fetch_add(1, Ordering::Relaxed);
-                if part >= job.parts {
-                    break;
-                }
+            while let Some(part) = self.take(thread) {
                 work(part, scratch);
             }
         };
@@ -101,7 +149,7 @@ impl Shared {
         let outcome = catch_unwind(AssertUnwindSafe(body));
         IN_PART.set(false);
         if let Err(panic) = outcome {
-            self.next.store(job.parts, Ordering::Relaxed);
+            self.untaken.iter().for_each(|untaken| untaken.set(0, 0));
             self.panic
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
@@ -218,8 +266,8 @@ impl Pool {
         let work = unsafe {
             std::mem::transmute::<*const (dyn Fn(usize, &mut [f32]) + Sync + '_), *const Work>(work)
         };
-        let job = Job { work, parts };
-        self.shared.next.store(0, Ordering::Relaxed);
+        let job = Job { work };
+        self.shared.deal(parts);
         let helpers = self.handles.len().min(parts.saturating_sub(1));
         if helpers > 0 {
             self.open(job, helpers);
@@ -269,6 +317,7 @@ impl Drop for Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::AtomicUsize;
 
     #[test]
     fn every_part_runs_once() {
