@@ -8,7 +8,6 @@ use super::scale::Extent;
 use crate::dtype::{Arithmetic, Dtype, panels};
 use crate::engine::sampling::{Draw, Sampling, sample};
 use crate::machine::arena::AlignedBuffer;
-
 use crate::machine::cpu::kernels::{
     Activation, AppendArgs, AttendArgs, AttendItem, GemmArgs, Isa, KvView, NormArgs, PackSource,
     Slots, append_kv, attend, copy_bytes, gemm, layer_norm, memory_read_sum, pack_panels,
@@ -17,6 +16,7 @@ use crate::machine::cpu::pool::Pool;
 use crate::machine::disk::DiskError;
 use crate::profile::{AttentionRates, CpuFacts, GemmCurve, QuantiseRates};
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// Attention is measured at the width of opt-1.3b.
 pub const HIDDEN: usize = 2048;
@@ -225,33 +225,87 @@ fn product(bench: &mut Bench, point: &GemmPoint) -> Result<f64, ProbeError> {
 /// the rows are in a cache: in a layer, other products and their weights come between.
 pub fn product_s(
     bench: &mut Bench,
-    (format, arithmetic, rows): (Dtype, Arithmetic, usize),
+    product: (Dtype, Arithmetic, usize),
     (inputs, outputs): (usize, usize),
 ) -> Result<f64, ProbeError> {
-    let bytes = panels(outputs) * format.panel_bytes(inputs) as usize;
-    let x_bytes = 4 * rows * inputs;
     bench.time(|b| {
+        let x_bytes = 4 * product.2 * inputs;
         let x = b.rotate(x_bytes);
-        let begin = b.rotate(bytes);
-        gemm(
-            &b.pool,
-            b.isa,
-            GemmArgs {
-                x: bytemuck::cast_slice(&b.arena[x..x + x_bytes]),
-                ldx: inputs,
-                m: rows,
-                inputs,
-                weights: &b.arena[begin..begin + bytes],
-                format,
-                arithmetic,
-                rows: outputs,
-                bias: None,
-                activation: Activation::None,
-                out: b.outputs.as_mut_slice_of(),
-                ldo: outputs,
-            },
-        );
+        let weights = rotate_weights(b, product.0, (inputs, outputs));
+        let x = bytemuck::cast_slice(&b.arena[x..x + x_bytes]);
+        let operands = (x, &b.arena[weights], b.outputs.as_mut_slice_of());
+        multiply((&b.pool, b.isa), operands, product, (inputs, outputs));
     })
+}
+
+/// Seconds of a norm and the product of its rows, which one thread or several hand over to all: what a
+/// decoding layer is made of, and slower than a product alone where the threads' cores are far apart.
+pub fn handed_over_s(
+    bench: &mut Bench,
+    product: (Dtype, Arithmetic, usize),
+    (inputs, outputs): (usize, usize),
+) -> Result<f64, ProbeError> {
+    let floats = product.2 * inputs;
+    bench.time(|b| {
+        let from = b.rotate(4 * floats);
+        let weights = rotate_weights(b, product.0, (inputs, outputs));
+        let from = bytemuck::cast_slice(&b.arena[from..from + 4 * floats]);
+        let x = &mut b.inputs.as_mut_slice_of()[..floats];
+        normalise((&b.pool, b.isa), (from, x), (product.2, inputs));
+        let operands = (&*x, &b.arena[weights], b.outputs.as_mut_slice_of());
+        multiply((&b.pool, b.isa), operands, product, (inputs, outputs));
+    })
+}
+
+fn rotate_weights(
+    bench: &mut Bench,
+    format: Dtype,
+    (inputs, outputs): (usize, usize),
+) -> Range<usize> {
+    let bytes = panels(outputs) * format.panel_bytes(inputs) as usize;
+    let begin = bench.rotate(bytes);
+    begin..begin + bytes
+}
+
+fn multiply(
+    (pool, isa): (&Pool, Isa),
+    (x, weights, out): (&[f32], &[u8], &mut [f32]),
+    (format, arithmetic, m): (Dtype, Arithmetic, usize),
+    (inputs, outputs): (usize, usize),
+) {
+    let args = GemmArgs {
+        x,
+        ldx: inputs,
+        m,
+        inputs,
+        weights,
+        format,
+        arithmetic,
+        rows: outputs,
+        bias: None,
+        activation: Activation::None,
+        out,
+        ldo: outputs,
+    };
+    gemm(pool, isa, args);
+}
+
+fn normalise(
+    (pool, isa): (&Pool, Isa),
+    (x, out): (&[f32], &mut [f32]),
+    (m, width): (usize, usize),
+) {
+    let args = NormArgs {
+        x,
+        rows: None,
+        m,
+        width,
+        weight: None,
+        bias: None,
+        eps: 1e-5,
+        out,
+    };
+    layer_norm(pool, isa, args);
 }
 
 /// KV bytes per second of one new token for many sequences of so many tokens.
@@ -404,20 +458,9 @@ fn rowwise(bench: &mut Bench) -> Result<f64, ProbeError> {
         } else {
             0
         };
-        layer_norm(
-            &b.pool,
-            b.isa,
-            NormArgs {
-                x: bytemuck::cast_slice(&b.arena[begin..begin + bytes]),
-                rows: None,
-                m: rows,
-                width: HIDDEN,
-                weight: None,
-                bias: None,
-                eps: 1e-5,
-                out: bytemuck::cast_slice_mut(&mut b.outputs[out..out + bytes]),
-            },
-        );
+        let x = bytemuck::cast_slice(&b.arena[begin..begin + bytes]);
+        let to = bytemuck::cast_slice_mut(&mut b.outputs[out..out + bytes]);
+        normalise((&b.pool, b.isa), (x, to), (rows, HIDDEN));
     })?;
     Ok((2 * bytes) as f64 / seconds)
 }
@@ -438,24 +481,10 @@ pub fn product_step<'a>(
         if begin + bytes > memory.len() {
             begin = 0;
         }
-        gemm(
-            pool,
-            isa,
-            GemmArgs {
-                x: inputs.as_slice_of(),
-                ldx: WIDTH,
-                m: ROWS,
-                inputs: WIDTH,
-                weights: &memory[begin..begin + bytes],
-                format: Dtype::F16,
-                arithmetic: Arithmetic::Fp32,
-                rows: OUTPUTS,
-                bias: None,
-                activation: Activation::None,
-                out: outputs.as_mut_slice_of(),
-                ldo: OUTPUTS,
-            },
-        );
+        let weights = &memory[begin..begin + bytes];
+        let operands = (inputs.as_slice_of(), weights, outputs.as_mut_slice_of());
+        let product = (Dtype::F16, Arithmetic::Fp32, ROWS);
+        multiply((pool, isa), operands, product, (WIDTH, OUTPUTS));
         begin += bytes;
         Ok(Some(2.0 * (ROWS * WIDTH * OUTPUTS) as f64))
     })
