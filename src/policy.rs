@@ -87,7 +87,7 @@ pub struct Shares {
 
 impl Shares {
     /// FlexLLMGen's six percentages `wg wc cg cc hg hc` (disk is the rest), with the given part of the
-    /// weights outside the GPU multiplied where they lie (1 without a GPU).
+    /// weights outside the GPU multiplied where they lie (1 without a GPU), those in DRAM first.
     pub fn from_percent(percent: [f64; 6], cpu_compute_share: f64) -> Result<Shares, PolicyError> {
         let [wg, wc, cg, cc, hg, hc] = percent.map(|p| p / 100.0);
         for (pair, gpu, cpu) in [
@@ -106,15 +106,13 @@ impl Shares {
         }
         let rest = |gpu: f64, cpu: f64| (1.0 - gpu - cpu).max(0.0);
         let wd = rest(wg, wc);
-        let part = cpu_compute_share.clamp(0.0, 1.0);
-        let split = |x: f64| (x * (1.0 - part), x * part);
-        let ((cpu_ship, cpu_compute), (disk_ship, disk_compute)) = (split(wc), split(wd));
+        let [cpu_compute, disk_compute] = multiplied_in_place([wc, wd], cpu_compute_share);
         Ok(Shares {
             weights: WeightShares {
                 gpu: wg,
-                cpu_ship,
+                cpu_ship: wc - cpu_compute,
                 cpu_compute,
-                disk_ship,
+                disk_ship: wd - disk_compute,
                 disk_compute,
             },
             cache: PerTier {
@@ -213,6 +211,20 @@ impl Policy {
             return Err(PolicyError::NothingToShipTo);
         }
         Ok(())
+    }
+}
+
+/// A share this small is what rounding has left of a percentage.
+const CRUMB: f64 = 1e-5;
+
+/// Of weights in DRAM and on disk, what is multiplied where it lies when it is to be this part of both. DRAM
+/// comes first: what is there is nearer, and beside a GPU rows on disk are turned again for every run.
+pub fn multiplied_in_place([cpu, disk]: [f64; 2], part: f64) -> [f64; 2] {
+    let all = part.clamp(0.0, 1.0) * (cpu + disk);
+    let from_disk = if part < 1.0 { all - cpu } else { disk };
+    match from_disk > CRUMB {
+        true => [cpu, from_disk.min(disk)],
+        false => [all.min(cpu), 0.0],
     }
 }
 

@@ -198,7 +198,8 @@ pub struct PolicyArgs {
     /// Batches that share one pass over the weights
     #[arg(long, value_name = "N", value_parser = values::sequences)]
     pub num_gpu_batches: Option<usize>,
-    /// Percent of the weights in DRAM, and of those on disk, that the CPU multiplies where they lie
+    /// Percent of the weights outside the GPU that the CPU multiplies where they lie: those in DRAM
+    /// first, then those on disk
     #[arg(long = "cpu-compute-share", value_name = "PERCENT", allow_negative_numbers = true,
         value_parser = values::percentage)]
     pub cpu_compute_share_percent: Option<f64>,

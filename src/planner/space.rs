@@ -11,7 +11,7 @@ use crate::model::ModelSpec;
 use crate::placement::{MatrixSplit, Placement, WeightHome};
 use crate::planner::lp::{Equality, Program};
 use crate::planner::parallel::in_parallel;
-use crate::policy::{Compute, DeviceKind, Policy, Shares};
+use crate::policy::{Compute, DeviceKind, Policy, Shares, multiplied_in_place};
 use crate::tier::{PerTier, Tier};
 use crate::workload::{Lengths, Workload};
 use std::borrow::Cow;
@@ -305,9 +305,18 @@ impl<'a> Space<'a> {
         if let Some(part) = self.fixed.cpu_compute_share
             && self.device().has_gpu()
         {
-            // compute = part · (ship + compute), for DRAM and disk alike.
-            for (ship, compute) in [(1, 2), (3, 4)] {
-                list.push(equal(&[(compute, 1.0 - part), (ship, -part)], 0.0));
+            match self.fixed.percent {
+                Some([wg, wc, ..]) => {
+                    let [cpu, all] = [wc, 100.0 - wg].map(|p| p / 100.0);
+                    let [cpu, disk] = multiplied_in_place([cpu, (all - cpu).max(0.0)], part);
+                    list.extend([equal(&[(2, 1.0)], cpu), equal(&[(4, 1.0)], disk)]);
+                }
+                // compute = part · (ship + compute) of both together.
+                None => {
+                    let (ship, compute) = (-part, 1.0 - part);
+                    let both = [(1, ship), (2, compute), (3, ship), (4, compute)];
+                    list.push(equal(&both, 0.0));
+                }
             }
         }
         list
