@@ -1,6 +1,7 @@
 //! Layer normalisation of rows, into a new matrix or in place. Mean and variance in f32 over sixty-four
 //! strided partial sums combined in a fixed tree, so that every machine rounds alike.
 
+use super::rows::each_row;
 use super::shared::Shared;
 use super::simd::{Body, Isa, LANES, Simd, load_first, store_first};
 use crate::machine::cpu::pool::Pool;
@@ -28,8 +29,6 @@ pub struct NormInPlace<'a> {
     pub eps: f32,
 }
 
-/// Rows of one part: enough that starting it does not count.
-const PART_FLOATS: usize = 16 * 1024;
 /// Partial sums of sixteen lanes each.
 const SUMS: usize = 4;
 
@@ -86,13 +85,6 @@ pub fn layer_norm_in_place(pool: &Pool, isa: Isa, args: NormInPlace) {
     });
 }
 
-fn each_row(pool: &Pool, (m, width): (usize, usize), work: &(dyn Fn(usize) + Sync)) {
-    let rows = (PART_FLOATS / width.max(1)).max(1);
-    pool.run(m.div_ceil(rows), &|part| {
-        (part * rows..((part + 1) * rows).min(m)).for_each(work);
-    });
-}
-
 #[derive(Clone, Copy)]
 struct Affine<'a> {
     weight: Option<&'a [f32]>,
@@ -132,7 +124,12 @@ impl Body for Row<'_> {
             // SAFETY: `from` has `width` elements.
             unsafe { load_first::<V>(from.add(at), width - at) }
         };
-        let mean = strided_sum::<V>(width, load) / width as f32;
+        let to = self.out.as_mut_ptr();
+        let mean = strided_sum::<V>(width, |at| {
+            V::prefetch_to_write(to.wrapping_add(at));
+            load(at)
+        });
+        let mean = mean / width as f32;
         let centre = V::splat(mean);
         let squares = strided_sum::<V>(width, |at| {
             let d = V::sub(load(at), centre);
@@ -144,7 +141,6 @@ impl Body for Row<'_> {
             V::mul(d, d)
         });
         let scale = V::splat(1.0 / (squares / width as f32 + self.affine.eps).sqrt());
-        let to = self.out.as_mut_ptr();
         for at in (0..width).step_by(LANES) {
             let value = V::mul(V::sub(load(at), centre), scale);
             let value = self.affine.apply::<V>(value, at, width - at);

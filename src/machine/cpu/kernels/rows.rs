@@ -7,10 +7,10 @@ use crate::dtype::{Dtype, PANEL_ROWS};
 use crate::machine::cpu::pool::Pool;
 use half::{bf16, f16};
 
-/// Columns of one part.
+/// Columns of one part of what is gathered element by element.
 const PART_COLUMNS: usize = 2048;
-/// Elements of one part when rows are short.
-const PART_FLOATS: usize = 32 * 1024;
+/// Elements of one part: enough that starting it does not count.
+const PART_FLOATS: usize = 16 * 1024;
 
 /// Which row is the i-th.
 #[inline(always)]
@@ -29,7 +29,16 @@ pub(super) fn assert_distinct(rows: &[u32]) {
     );
 }
 
-/// Runs `work(i, columns)` over pieces of an m × width matrix.
+/// Runs `work(i)` over rows, cut alike for all row-wise work: a row is mostly read by the thread that wrote
+/// it before, and few rows, which would not be worth a hand-over, stay with the caller.
+pub(super) fn each_row(pool: &Pool, (m, width): (usize, usize), work: &(dyn Fn(usize) + Sync)) {
+    let rows = (PART_FLOATS / width.max(1)).max(1);
+    pool.run(m.div_ceil(rows), &|part| {
+        (part * rows..((part + 1) * rows).min(m)).for_each(work);
+    });
+}
+
+/// Runs `work(i, columns)` over pieces of an m × width matrix, for work that waits for memory.
 fn each_piece(
     pool: &Pool,
     (m, width): (usize, usize),
@@ -108,10 +117,10 @@ pub fn add_rows_typed(pool: &Pool, x: &mut [f32], rows: &[u32], table: Table, in
     assert_distinct(rows);
     let width = table.width;
     let x = Shared::new(x);
-    each_piece(pool, (rows.len(), width), &|i, columns| {
-        // SAFETY: rows are distinct, pieces of a row too.
-        let to = unsafe { x.piece(rows[i] as usize * width + columns.start, columns.len()) };
-        let from = indices[i] as usize * width + columns.start;
+    each_row(pool, (rows.len(), width), &|i| {
+        // SAFETY: rows are distinct.
+        let to = unsafe { x.piece(rows[i] as usize * width, width) };
+        let from = indices[i] as usize * width;
         for (j, value) in to.iter_mut().enumerate() {
             *value += table.element(from + j);
         }
@@ -138,11 +147,11 @@ impl Table<'_> {
 /// When a slice is shorter than the shape says.
 pub fn copy_rows(pool: &Pool, x: &[f32], rows: &[u32], width: usize, out: &mut [f32]) {
     let out = Shared::new(out);
-    each_piece(pool, (rows.len(), width), &|i, columns| {
+    each_row(pool, (rows.len(), width), &|i| {
         let from = rows[i] as usize * width;
-        // SAFETY: every piece of out belongs to one part.
-        let to = unsafe { out.piece(i * width + columns.start, columns.len()) };
-        to.copy_from_slice(&x[from + columns.start..from + columns.end]);
+        // SAFETY: every row of out belongs to one part.
+        let to = unsafe { out.piece(i * width, width) };
+        to.copy_from_slice(&x[from..from + width]);
     });
 }
 
@@ -153,10 +162,10 @@ pub fn add_rows(pool: &Pool, x: &mut [f32], rows: Option<&[u32]>, y: &[f32], wid
     let m = y.len() / width.max(1);
     assert_distinct(rows.map(|rows| &rows[..m]).unwrap_or(&[]));
     let x = Shared::new(x);
-    each_piece(pool, (m, width), &|i, columns| {
-        // SAFETY: rows are distinct, pieces of a row too.
-        let to = unsafe { x.piece(row_of(rows, i) * width + columns.start, columns.len()) };
-        let from = &y[i * width..(i + 1) * width][columns];
+    each_row(pool, (m, width), &|i| {
+        // SAFETY: rows are distinct.
+        let to = unsafe { x.piece(row_of(rows, i) * width, width) };
+        let from = &y[i * width..(i + 1) * width];
         to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
     });
 }

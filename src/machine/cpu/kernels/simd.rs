@@ -195,6 +195,9 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn load_half_words(from: *const u8) -> Self::I;
     /// Asks for a cache line that will be read soon; any address is allowed.
     fn prefetch(at: *const u8);
+    /// Asks for a cache line that will be written soon, any address: another core may still hold it, and
+    /// stores, which wait in order, would each wait for that.
+    fn prefetch_to_write(at: *mut f32);
 }
 
 /// The twin in plain Rust.
@@ -368,6 +371,7 @@ impl Simd for Scalar {
         words.map(|word| u16::from_le(word) as u32)
     }
     fn prefetch(_at: *const u8) {}
+    fn prefetch_to_write(_at: *mut f32) {}
 }
 
 /// The first `n` of sixteen f32, zeros behind.

@@ -203,6 +203,8 @@ unsafe fn fixed<V: Simd, P: Panel, const MR: usize, const NV: usize>(
         if !tile.fresh {
             ask_for_sums::<V, MR, NV>(&tile, column);
             reload::<V, MR, NV>(&tile, column, &mut sums);
+        } else {
+            own_sums::<V, MR, NV>(&tile, column);
         }
         let mut done = 0;
         while done < tile.inputs {
@@ -307,6 +309,17 @@ pub(super) fn ask_for_sums<V: Simd, const MR: usize, const NV: usize>(tile: &Til
         for j in 0..NV {
             let at = i * tile.out_stride + column + j * LANES;
             V::prefetch(tile.out.wrapping_add(at).cast());
+        }
+    }
+}
+
+/// Brings the lines of the sums here while they are being computed.
+#[inline(always)]
+pub(super) fn own_sums<V: Simd, const MR: usize, const NV: usize>(tile: &Tile, column: usize) {
+    for i in 0..MR {
+        for j in 0..NV {
+            let at = i * tile.out_stride + column + j * LANES;
+            V::prefetch_to_write(tile.out.wrapping_add(at));
         }
     }
 }
