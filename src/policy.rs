@@ -74,6 +74,11 @@ impl WeightShares {
     pub fn disk(&self) -> f64 {
         self.disk_ship + self.disk_compute
     }
+
+    /// What the CPU multiplies where it lies.
+    pub fn by_cpu(&self) -> f64 {
+        self.cpu_compute + self.disk_compute
+    }
 }
 
 /// The eleven shares, each group summing to one.

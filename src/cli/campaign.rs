@@ -17,6 +17,7 @@ use crate::planner::{CompressMode, Fixed};
 use crate::proof::draw::Draws;
 use crate::proof::triple::{
     CAMPAIGN_SCHEMA, DrawnWork, Seen, drawn_budget, drawn_model, drawn_work, faults,
+    too_many_refusals,
 };
 use crate::report::RunReport;
 use crate::tier::Tier;
@@ -108,6 +109,9 @@ pub fn campaign(args: &CampaignArgs, talk: &mut Talk, stop: &AtomicBool) -> Resu
         false => say(&shown(&document))?,
     }
     let faulty = document.faulty;
+    if let Some(many) = too_many_refusals(document.refused, outcomes.len()) {
+        return Err(Failure::failed(many).after_document(args.json));
+    }
     match (faulty, outcomes.len() < args.triples) {
         (0, false) => Ok(()),
         (0, true) => Err(
@@ -262,7 +266,8 @@ impl<'a> Campaign<'a> {
         let (name, model) = &self.models[index];
         let work = drawn_work(&mut draws, &model.spec);
         let bounds = self.bounds(model, &work)?;
-        let budget_bytes = drawn_budget(&mut draws, bounds);
+        let most_bytes = self.target.budget.cpu_bytes;
+        let budget_bytes = drawn_budget(&mut draws, bounds).min(most_bytes);
         let first = self.child((number, budget_bytes), name, &work)?;
         let mut outcome = Outcome {
             number,
@@ -326,8 +331,12 @@ impl<'a> Campaign<'a> {
         let less_bytes = (enough_bytes as f64 * LESS) as u64 / MIB * MIB;
         let less = self.child((number, less_bytes), name, work)?;
         if less.enough_bytes.is_none() {
+            let what = match less.seen.done {
+                true => "were enough".to_owned(),
+                false => format!("were not refused but failed: {}", less.error),
+            };
             faults.push(format!(
-                "it named {}, and {} were enough",
+                "it named {}, and {} {what}",
                 show_bytes(enough_bytes),
                 show_bytes(less_bytes)
             ));

@@ -96,9 +96,10 @@ pub struct CampaignArgs {
     /// Triples of model, workload and budget
     #[arg(long, value_name = "T", default_value_t = 200, value_parser = values::count)]
     pub triples: usize,
-    /// Named sizes among the models; the others are small ones of random shape
+    /// Named sizes among the models, the first ones most often; the others are small ones of random shape.
+    /// Budgets reach up to what the largest one wants
     #[arg(long, value_name = "SIZE", value_delimiter = ',', value_parser = values::model_size,
-        default_value = "opt-125m,opt-350m,opt-1.3b")]
+        default_value = "opt-125m,opt-350m,opt-1.3b,opt-2.7b,opt-6.7b")]
     pub sizes: Vec<ModelSpec>,
     /// Save every triple's figures here, as JSON
     #[arg(long, value_name = "FILE", help_heading = "Output")]

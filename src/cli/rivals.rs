@@ -309,45 +309,35 @@ fn fixed_as(policy: &PlanPolicy) -> Fixed {
     }
 }
 
-/// FlexLLMGen's published policies (facts: opt-6.7b, opt-30b, opt-175b on one T4), what was on the GPU
-/// there being in DRAM here.
+/// FlexLLMGen's published policies for opt-6.7b, opt-30b and opt-175b, and its README's advice for little
+/// memory (all weights on disk), each in fp16 and with 4-bit weights; what was on the GPU there is in DRAM here.
 fn published(lines: usize) -> Vec<(String, Fixed)> {
-    let with = |percent: [f64; 6], size: usize, count: usize| Fixed {
-        percent: Some(percent),
-        gpu_batch_size: Some(size.min(lines)),
-        num_gpu_batches: Some(count),
-        compress_weight: Some(false),
-        compress_cache: Some(false),
-        overlap: Some(true),
-        ..Fixed::default()
-    };
     let half = lines.div_ceil(2).max(1);
-    [
+    let near = [0.0, 100.0, 0.0, 100.0, 0.0, 100.0];
+    let policies = [
+        ("opt-6.7b", near, lines, 1),
+        ("opt-30b", near, half, 2),
+        ("opt-175b", [0.0, 50.0, 0.0, 0.0, 0.0, 100.0], half, 2),
         (
-            "published: all near",
-            [0.0, 100.0, 0.0, 100.0, 0.0, 100.0],
+            "weights on disk",
+            [0.0, 0.0, 0.0, 100.0, 0.0, 100.0],
             lines,
             1,
         ),
-        (
-            "published: opt-30b",
-            [0.0, 100.0, 0.0, 100.0, 0.0, 100.0],
-            half,
-            2,
-        ),
-        (
-            "published: opt-175b",
-            [0.0, 50.0, 0.0, 0.0, 0.0, 100.0],
-            half,
-            2,
-        ),
-        (
-            "published: disk",
-            [0.0, 20.0, 0.0, 0.0, 0.0, 100.0],
-            lines,
-            1,
-        ),
-    ]
-    .map(|(name, percent, size, count)| (name.to_owned(), with(percent, size, count)))
-    .into()
+    ];
+    let with = |(name, percent, size, count): (&str, [f64; 6], usize, usize), four_bit: bool| {
+        let format = if four_bit { "4-bit" } else { "fp16" };
+        let fixed = Fixed {
+            percent: Some(percent),
+            gpu_batch_size: Some(size.min(lines)),
+            num_gpu_batches: Some(count),
+            compress_weight: Some(four_bit),
+            compress_cache: Some(false),
+            overlap: Some(true),
+            ..Fixed::default()
+        };
+        (format!("published: {name}, {format}"), fixed)
+    };
+    let both = |policy| [with(policy, false), with(policy, true)];
+    policies.into_iter().flat_map(both).collect()
 }

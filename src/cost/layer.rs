@@ -1,31 +1,50 @@
 //! The work of one decoder layer, of a pass's two ends and of the first fill, as affine terms: the
-//! engine's tasks counted, each priced by rates.rs. Which row then binds is terms.rs.
+//! engine's computations and weights counted, each priced by rates.rs. What else moves is traffic.rs's;
+//! which row then binds is terms.rs's.
 
-use crate::cost::affine::{Affine, CACHE, HIDDEN};
-use crate::cost::footprint::{HIDDEN_VALUE_BYTES, STREAM_CHUNK_BYTES, embedding_piece_bytes};
+use crate::cost::affine::{CACHE, ShareVector};
+use crate::cost::footprint::{HIDDEN_VALUE_BYTES, chunk_panels};
 use crate::cost::rates::{AttentionWork, Rates, smallness};
 use crate::cost::steps::Step;
 use crate::cost::terms::{TermInput, Work};
+use crate::cost::traffic::{Copies, constant, spanned_bytes, whole};
 use crate::dtype::Dtype;
 use crate::model::{Matrix, MatrixKind, ModelSpec};
 use crate::placement::WeightHome;
 use crate::policy::{DeviceKind, Policy};
-use crate::tier::{Lane, PerLane, Phase, Tier};
-use crate::units::{PAGE_BYTES, round_up};
+use crate::tier::{Lane, Phase, Tier};
 
-/// Operations started for one chunk of a layer: two norms, four products, append, attention, two adds.
-const LAUNCHES_PER_CHUNK: f64 = 10.0;
+/// Operations started for one chunk of a layer besides products and attention: two norms, two adds.
+const ROWWISE_LAUNCHES: f64 = 4.0;
 /// A norm reads and writes its rows once; a residual add reads two and writes one: two of each.
 const ROWWISE_PASSES: f64 = 10.0;
+/// With norms after the sums, rows are gathered before a product as well.
+const POST_NORM_LAUNCHES: f64 = 2.0;
+const POST_NORM_PASSES: f64 = 4.0;
+/// Appending and attending.
+const ATTENTION_LAUNCHES: f64 = 2.0;
+/// Rows are looked up (read, written) and get their positions added (two read, one written).
+const EMBEDDING_PASSES: f64 = 5.0;
+const EMBEDDING_LAUNCHES: f64 = 2.0;
+/// The final norm.
+const HEAD_PASSES: f64 = 2.0;
 
 pub struct LayerBuilder<'a> {
-    model: &'a ModelSpec,
-    policy: &'a Policy,
-    rates: &'a Rates,
-    gpu: bool,
+    pub(super) model: &'a ModelSpec,
+    pub(super) policy: &'a Policy,
+    pub(super) rates: &'a Rates,
+    pub(super) gpu: bool,
     cpu_side: bool,
+    at: Option<ShareVector>,
     layer: Vec<Matrix>,
-    ends: Vec<Matrix>,
+    pub(super) ends: Vec<Matrix>,
+}
+
+/// The pieces in which a home's part of a matrix is read, shipped or multiplied.
+#[derive(Clone, Copy)]
+struct Pieces {
+    count: f64,
+    bytes: f64,
 }
 
 impl<'a> LayerBuilder<'a> {
@@ -41,9 +60,17 @@ impl<'a> LayerBuilder<'a> {
             rates: input.rates,
             gpu: input.rates.device.has_gpu(),
             cpu_side: input.cpu_side && input.rates.device.has_gpu(),
+            at: input.at,
             layer,
             ends,
         }
+    }
+
+    /// The share that some homes have together where the table is read: what their pieces are cut from.
+    /// All of it where that is not known, or nothing is there.
+    pub(super) fn part(&self, homes: &[usize]) -> f64 {
+        let shares = self.at.map(|at| homes.iter().map(|&i| at[i]).sum::<f64>());
+        shares.filter(|&part| part > 0.0).unwrap_or(1.0)
     }
 
     /// Bytes of all weight panels.
@@ -57,6 +84,26 @@ impl<'a> LayerBuilder<'a> {
         self.layer.iter().map(|m| self.matrix_bytes(m)).sum()
     }
 
+    /// Bytes of one layer that come to where they are multiplied, where shares are known; all, where not.
+    pub fn streamed_bytes(&self) -> f64 {
+        let streamed = WeightHome::ALL.into_iter().filter(|&h| self.is_streamed(h));
+        let shares = self.at.map(|at| streamed.map(|h| at[h as usize]).sum());
+        self.layer_bytes() * shares.unwrap_or(1.0)
+    }
+
+    /// The pieces in which they come.
+    pub fn streamed_pieces(&self) -> f64 {
+        let there = |home: WeightHome| self.at.is_none_or(|at| at[home as usize] > 0.0);
+        let homes = WeightHome::ALL
+            .into_iter()
+            .filter(|&h| self.is_streamed(h) && there(h));
+        let pieces = homes.map(|home| {
+            let of = |matrix: &Matrix| self.pieces(matrix, home).count;
+            self.layer.iter().map(of).sum::<f64>()
+        });
+        pieces.sum::<f64>().max(1.0)
+    }
+
     pub fn hidden_row_bytes(&self) -> f64 {
         (self.model.hidden as u64 * HIDDEN_VALUE_BYTES) as f64
     }
@@ -65,11 +112,11 @@ impl<'a> LayerBuilder<'a> {
         matrix.format(self.model.dtype, self.policy.compress_weight)
     }
 
-    fn matrix_bytes(&self, matrix: &Matrix) -> f64 {
+    pub(super) fn matrix_bytes(&self, matrix: &Matrix) -> f64 {
         (matrix.panels() as u64 * self.format(matrix).panel_bytes(matrix.inputs)) as f64
     }
 
-    fn computer(&self) -> (Tier, Lane) {
+    pub(super) fn computer(&self) -> (Tier, Lane) {
         if self.gpu {
             (Tier::Gpu, Lane::GpuCompute)
         } else {
@@ -86,7 +133,7 @@ impl<'a> LayerBuilder<'a> {
             self.stream(&mut work, matrix);
         }
         self.rowwise(&mut work, step);
-        self.attention(&mut work, step, &chunks);
+        self.attention(&mut work, step);
         self.cache_traffic(&mut work, step);
         self.hidden_traffic(&mut work, step);
         work
@@ -109,27 +156,32 @@ impl<'a> LayerBuilder<'a> {
                 }
             }
         }
-        let (tier, lane) = self.computer();
-        let rows = step.sequences() * step.rows + sequences;
-        let seconds = self
-            .rates
-            .rowwise_s(tier, 2.0 * rows * self.hidden_row_bytes());
-        work.lanes[lane].constant += seconds + 4.0 * self.rates.launch_s(tier);
+        self.end_rows(&mut work, step);
         let logits = sequences * (self.model.vocab as u64 * HIDDEN_VALUE_BYTES) as f64;
         if self.gpu {
-            self.link(&mut work, Lane::GpuToCpu, &constant(logits), logits);
+            let copies = Copies::one(logits);
+            work.hidden.gpu_to_cpu = self.copy(&mut work, Lane::GpuToCpu, &copies);
         }
-        let sampling = self.rates.sampling_s(logits);
-        work.lanes[Lane::CpuCompute].constant += sampling;
+        // Whatever the device, the host draws when the logits are there.
+        let sampling = constant(self.rates.sampling_s(logits));
+        work.lanes.cpu_compute.add(&sampling);
+        // It wakes up for that, and so does the lane that begins the next pass.
+        let woken = constant(2.0 * self.rates.handover_s);
+        work.hidden.cpu_compute.add(&sampling.plus(&woken));
         work.dram_bytes.constant += logits;
-        // The head comes once, for the whole block: no batch waits for another.
-        Work {
-            lanes: work.lanes,
-            small: work.small,
-            bytes: work.bytes,
-            dram_bytes: work.dram_bytes,
-            ..Work::default()
-        }
+        work
+    }
+
+    /// Embedded rows with their positions, and the last rows' norm.
+    fn end_rows(&self, work: &mut Work, step: &Step) {
+        let (tier, lane) = self.computer();
+        let chunks: f64 = step.chunks().iter().map(|c| c.1).sum();
+        let passes = EMBEDDING_PASSES * step.rows + HEAD_PASSES;
+        let bytes = passes * step.sequences() * self.hidden_row_bytes();
+        let launches = EMBEDDING_LAUNCHES * chunks + step.batch_count();
+        let seconds = self.rates.rowwise_s(tier, bytes) + launches * self.rates.launch_s(tier);
+        work.lanes[lane].constant += seconds;
+        work.rowwise.constant += seconds;
     }
 
     /// Before the first product of a job: the first streamed pieces on their way.
@@ -138,7 +190,10 @@ impl<'a> LayerBuilder<'a> {
         let Some(first) = self.layer.first() else {
             return work;
         };
-        let part = (STREAM_CHUNK_BYTES as f64 / self.matrix_bytes(first)).min(1.0);
+        let bytes = self.matrix_bytes(first);
+        let piece =
+            chunk_panels(bytes as u64 / first.panels() as u64) as f64 / first.panels() as f64;
+        let part = piece.min(1.0);
         let mut whole = Work::default();
         self.stream(&mut whole, first);
         for lane in [Lane::DiskToCpu, Lane::CpuToGpu] {
@@ -147,44 +202,103 @@ impl<'a> LayerBuilder<'a> {
         work
     }
 
+    /// True for panels that are at home elsewhere than where they are multiplied.
+    fn is_streamed(&self, home: WeightHome) -> bool {
+        match home {
+            WeightHome::Gpu | WeightHome::CpuCompute => false,
+            WeightHome::CpuShip => self.gpu,
+            WeightHome::DiskShip | WeightHome::DiskCompute => true,
+        }
+    }
+
+    fn pieces(&self, matrix: &Matrix, home: WeightHome) -> Pieces {
+        let (bytes, panels) = (self.matrix_bytes(matrix), matrix.panels() as f64);
+        let most = chunk_panels((bytes / panels) as u64) as f64 * bytes / panels;
+        let bytes = self.part(&[home as usize]) * bytes;
+        let mut count = 1.0f64;
+        if self.is_streamed(home) {
+            let pieces = bytes / most;
+            count = if self.at.is_some() {
+                pieces.ceil()
+            } else {
+                pieces
+            }
+            .max(1.0);
+        }
+        Pieces {
+            count,
+            bytes: bytes / count,
+        }
+    }
+
     /// One matrix times its rows, by home: every computer multiplies its own share of the outputs.
     fn product(&self, work: &mut Work, matrix: &Matrix, chunks: &[(f64, f64)]) {
-        let format = self.format(matrix);
-        let stored = (format, self.policy.arithmetic(format));
-        let weights = matrix.rows as f64 * matrix.inputs as f64;
-        let seconds_on = |tier| -> f64 {
-            let one = |&(m, count): &(f64, f64)| {
-                let wide = (format, self.policy.is_wide());
-                let products = count * self.rates.products(tier, wide, m);
-                products * weights * self.rates.weight_s(tier, stored, m, weights)
-            };
-            chunks.iter().map(one).sum()
-        };
+        let bytes = self.matrix_bytes(matrix);
         let passes: f64 = chunks.iter().map(|c| c.1).sum();
-        let traffic = passes * self.matrix_bytes(matrix);
         let (tier, lane) = self.computer();
-        let seconds = seconds_on(tier);
-        let side = if self.cpu_side {
-            seconds_on(Tier::Cpu)
-        } else {
-            0.0
-        };
+        let mut last = (f64::NAN, tier, 0.0);
         for home in WeightHome::ALL {
             let index = home as usize;
-            let by_cpu = matches!(home, WeightHome::CpuCompute | WeightHome::DiskCompute);
-            if self.gpu && by_cpu {
-                work.lanes[Lane::CpuCompute].coef[index] += side;
-                work.side_products.coef[index] += side;
-                work.dram_bytes.coef[index] += traffic;
-            } else {
-                work.lanes[lane].coef[index] += seconds;
-                work.products.coef[index] += seconds;
-                work.dram_bytes.coef[index] += if self.on_dram() { traffic } else { 0.0 };
+            let beside =
+                self.gpu && matches!(home, WeightHome::CpuCompute | WeightHome::DiskCompute);
+            if beside && !self.cpu_side {
+                continue;
             }
+            let (tier, lane) = if beside {
+                (Tier::Cpu, Lane::CpuCompute)
+            } else {
+                (tier, lane)
+            };
+            let pieces = self.pieces(matrix, home);
+            if (last.0, last.1) != (pieces.bytes, tier) {
+                let of_all = pieces.bytes / bytes;
+                last = (
+                    pieces.bytes,
+                    tier,
+                    self.products_s(matrix, chunks, (tier, of_all)),
+                );
+            }
+            // The program counts a product's first operation among the layer's.
+            let more = pieces.count - if self.at.is_none() { 1.0 } else { 0.0 };
+            let launches = passes * more / self.part(&[index]);
+            let seconds = last.2 + launches * self.rates.launch_s(tier);
+            work.lanes[lane].coef[index] += seconds;
+            let of = if beside {
+                &mut work.side_products
+            } else {
+                &mut work.products
+            };
+            of.coef[index] += seconds;
+            if beside || self.on_dram() {
+                work.dram_bytes.coef[index] += passes * bytes;
+            }
+        }
+        if self.at.is_none() {
+            let launches = passes * self.rates.launch_s(tier);
+            work.lanes[lane].constant += launches;
+            work.products.constant += launches;
         }
         if self.cpu_side {
             self.side_rows(work, matrix, chunks);
         }
+    }
+
+    /// Seconds of all of a matrix, multiplied in pieces of so much of it.
+    fn products_s(
+        &self,
+        matrix: &Matrix,
+        chunks: &[(f64, f64)],
+        (tier, of_all): (Tier, f64),
+    ) -> f64 {
+        let format = self.format(matrix);
+        let stored = (format, self.policy.arithmetic(format));
+        let weights = matrix.rows as f64 * matrix.inputs as f64;
+        let one = |&(m, count): &(f64, f64)| {
+            let wide = (format, self.policy.is_wide());
+            let products = count * self.rates.products(tier, wide, m);
+            products * weights * self.rates.weight_s(tier, stored, m, weights * of_all)
+        };
+        chunks.iter().map(one).sum()
     }
 
     /// True where the compute device works in DRAM.
@@ -196,273 +310,171 @@ impl<'a> LayerBuilder<'a> {
     fn side_rows(&self, work: &mut Work, matrix: &Matrix, chunks: &[(f64, f64)]) {
         let value = HIDDEN_VALUE_BYTES as f64;
         for &(m, count) in chunks {
-            let down = m * matrix.inputs as f64 * value;
-            let before = work.serial;
-            self.link(work, Lane::GpuToCpu, &constant(count * down), down);
-            let up = m * matrix.rows as f64 * value;
-            let mut results = Affine::default();
+            let down = Copies {
+                count,
+                ..Copies::one(m * matrix.inputs as f64 * value)
+            };
+            let sent = self.copy(work, Lane::GpuToCpu, &down);
+            work.side.gpu_to_cpu.add(&sent);
             for home in [WeightHome::CpuCompute, WeightHome::DiskCompute] {
-                results.coef[home as usize] = count * up;
+                let index = home as usize;
+                let up = Copies {
+                    home: Some(index),
+                    part: self.part(&[index]),
+                    count,
+                    bytes: m * matrix.rows as f64 * value,
+                };
+                let returned = self.copy(work, Lane::CpuToGpu, &up);
+                work.side.cpu_to_gpu.add(&returned);
             }
-            self.link(work, Lane::CpuToGpu, &results, up);
-            work.side_links.add(&grown(&before, &work.serial));
         }
     }
 
     /// Panels that are not at home where they are multiplied arrive once per pass.
     fn stream(&self, work: &mut Work, matrix: &Matrix) {
         let bytes = self.matrix_bytes(matrix);
-        let chunk = bytes.min(STREAM_CHUNK_BYTES as f64);
-        let read_s = self.rates.disk_read_s(bytes, chunk);
+        let panel = (bytes / matrix.panels() as f64) as u64;
         for home in [WeightHome::DiskShip, WeightHome::DiskCompute] {
-            work.lanes.disk_to_cpu.coef[home as usize] += read_s;
-            work.small.disk_to_cpu.coef[home as usize] += read_s * smallness(chunk);
-            work.streams.disk_to_cpu.coef[home as usize] += read_s;
-            work.bytes.disk_to_cpu.coef[home as usize] += bytes;
-            work.dram_bytes.coef[home as usize] += bytes;
+            let index = home as usize;
+            let part = self.part(&[index]);
+            let pieces = self.pieces(matrix, home);
+            let span = if self.at.is_some() {
+                spanned_bytes(pieces.bytes, panel)
+            } else {
+                pieces.bytes
+            };
+            let read_s = pieces.count * self.rates.disk_read_s(span, span) / part;
+            work.lanes.disk_to_cpu.coef[index] += read_s;
+            work.small.disk_to_cpu.coef[index] += read_s * smallness(span);
+            work.streams.disk_to_cpu.coef[index] += read_s;
+            work.bytes.disk_to_cpu.coef[index] += pieces.count * span / part;
+            work.dram_bytes.coef[index] += bytes;
         }
         if !self.gpu {
             return;
         }
-        let chunks = bytes / chunk;
         for (home, pinned) in [
             (WeightHome::CpuShip, self.policy.pin_weight),
             (WeightHome::DiskShip, true),
         ] {
-            let seconds = chunks * self.rates.link_s(Lane::CpuToGpu, chunk, pinned);
-            work.lanes.cpu_to_gpu.coef[home as usize] += seconds;
-            work.streams.cpu_to_gpu.coef[home as usize] += seconds;
-            work.bytes.cpu_to_gpu.coef[home as usize] += bytes;
-            work.dram_bytes.coef[home as usize] += bytes;
+            let index = home as usize;
+            let pieces = self.pieces(matrix, home);
+            let up_s = pieces.count * self.rates.link_s(Lane::CpuToGpu, pieces.bytes, pinned);
+            let seconds = up_s / self.part(&[index]);
+            work.lanes.cpu_to_gpu.coef[index] += seconds;
+            work.streams.cpu_to_gpu.coef[index] += seconds;
+            work.bytes.cpu_to_gpu.coef[index] += bytes;
+            work.dram_bytes.coef[index] += bytes;
         }
-    }
-
-    /// Copies over a link outside the weights: `bytes` in pieces of `piece`, through pinned staging,
-    /// each waited for by its batch.
-    fn link(&self, work: &mut Work, lane: Lane, bytes: &Affine, piece: f64) {
-        if piece <= 0.0 {
-            return;
-        }
-        let per_byte = self.rates.link_s(lane, piece, true) / piece;
-        work.lanes[lane].add_scaled(bytes, per_byte);
-        work.serial[lane].add_scaled(bytes, per_byte);
-        work.bytes[lane].add(bytes);
-        work.dram_bytes.add(bytes);
     }
 
     fn rowwise(&self, work: &mut Work, step: &Step) {
         let (tier, lane) = self.computer();
         let rows = step.sequences() * step.rows;
-        let bytes = ROWWISE_PASSES * rows * self.hidden_row_bytes();
-        let launches: f64 = step.chunks().iter().map(|c| c.1).sum::<f64>() * LAUNCHES_PER_CHUNK;
-        let append = self.rates.append_s(
-            tier,
-            self.policy.kv_format(),
-            2.0 * rows * self.hidden_row_bytes(),
-        );
+        let chunks: f64 = step.chunks().iter().map(|c| c.1).sum();
+        let (mut passes, mut launches) = (ROWWISE_PASSES, ROWWISE_LAUNCHES);
+        if !self.model.pre_norm {
+            passes += POST_NORM_PASSES;
+            launches += POST_NORM_LAUNCHES;
+        }
+        let bytes = passes * rows * self.hidden_row_bytes();
         let seconds =
-            self.rates.rowwise_s(tier, bytes) + launches * self.rates.launch_s(tier) + append;
+            self.rates.rowwise_s(tier, bytes) + chunks * launches * self.rates.launch_s(tier);
         work.lanes[lane].constant += seconds;
-        work.serial[lane].constant += seconds;
+        work.rowwise.constant += seconds;
     }
 
     /// Attention by where the cache is at home.
-    fn attention(&self, work: &mut Work, step: &Step, chunks: &[(f64, f64)]) {
-        let format = self.policy.kv_format();
-        let record = self.model.kv_record_bytes(format) as f64;
-        let kv_bytes = step.sequences() * step.context * record;
-        let flop = 4.0 * self.model.hidden as f64 * step.sequences() * step.keys;
-        let attended = match step.phase {
-            Phase::Decode => AttentionWork::Decode {
-                kv_bytes,
-                tokens: step.context,
-            },
-            Phase::Prefill => AttentionWork::Prefill {
-                flop,
-                tokens: step.context,
-            },
-        };
-        let (tier, lane) = self.computer();
+    fn attention(&self, work: &mut Work, step: &Step) {
+        let chunks = step.chunks();
+        let launches: f64 = ATTENTION_LAUNCHES * chunks.iter().map(|c| c.1).sum::<f64>();
+        let (on, lane) = self.computer();
+        if self.at.is_none() {
+            let seconds = launches * self.rates.launch_s(on);
+            work.lanes[lane].constant += seconds;
+            work.attention.constant += seconds;
+        }
         for home in Tier::ALL {
             let index = CACHE + home as usize;
-            let away = self.gpu && home != Tier::Gpu && self.policy.cpu_cache_compute;
+            let away = self.attends_beside(home);
             let (tier, lane) = if away {
                 (Tier::Cpu, Lane::CpuCompute)
             } else {
-                (tier, lane)
+                (on, lane)
             };
-            let priced = match step.phase {
-                Phase::Decode => format,
-                Phase::Prefill => {
-                    let wide = (format, self.policy.is_wide());
-                    self.rates.prompt_format(tier, wide)
-                }
-            };
-            let seconds = self.rates.attention_s(tier, priced, attended);
+            let same: Vec<usize> = Tier::ALL
+                .into_iter()
+                .filter(|&h| self.attends_beside(h) == away)
+                .map(|h| CACHE + h as usize)
+                .collect();
+            let mut seconds = self.attend_s(step, tier);
+            let part = whole(
+                self.part(&same),
+                step.sequences() / step.batch_count().max(1.0),
+            );
+            if self.at.is_some() {
+                seconds += launches * self.rates.launch_s(tier) / part;
+            }
             work.lanes[lane].coef[index] += seconds;
-            work.serial[lane].coef[index] += seconds;
             if away || self.on_dram() {
-                work.dram_bytes.coef[index] += kv_bytes;
+                work.dram_bytes.coef[index] += self.kv_bytes(step);
             }
             if away {
-                let before = work.serial;
-                self.attended_rows(work, index, chunks);
-                work.beside.add(&grown(&before, &work.serial));
-                work.beside.coef[index] += seconds;
+                work.beside.cpu_compute.coef[index] += seconds;
+                self.attended_rows(work, (index, part), &chunks);
             } else {
                 work.attention.coef[index] += seconds;
             }
         }
     }
 
-    /// Queries, keys and values go down to the CPU and attended rows come up.
-    fn attended_rows(&self, work: &mut Work, index: usize, chunks: &[(f64, f64)]) {
-        for &(m, count) in chunks {
-            let row = self.hidden_row_bytes();
-            let (down, up) = (3.0 * m * row, m * row);
-            self.link(work, Lane::GpuToCpu, &share(index, count * down), down);
-            self.link(work, Lane::CpuToGpu, &share(index, count * up), up);
-        }
+    pub(super) fn attends_beside(&self, home: Tier) -> bool {
+        self.gpu && home != Tier::Gpu && self.policy.cpu_cache_compute
     }
 
-    /// Cached tokens on their way to attention and back home.
-    fn cache_traffic(&self, work: &mut Work, step: &Step) {
+    fn kv_bytes(&self, step: &Step) -> f64 {
         let record = self.model.kv_record_bytes(self.policy.kv_format()) as f64;
-        let sequences = step.sequences();
-        let fresh = step.rows * record;
-        // A fresh sequence's prefill finds nothing in the cache.
-        let old = if step.phase == Phase::Decode {
-            (step.context - step.rows).max(0.0) * record
-        } else {
-            0.0
+        step.sequences() * step.context * record
+    }
+
+    /// Appending the new rows and attending, all sequences on one tier.
+    fn attend_s(&self, step: &Step, tier: Tier) -> f64 {
+        let format = self.policy.kv_format();
+        let hidden = self.model.hidden as f64;
+        let (work, format_s) = match step.phase {
+            Phase::Decode => (
+                AttentionWork::Decode {
+                    kv_bytes: self.kv_bytes(step),
+                    tokens: step.context,
+                },
+                format,
+            ),
+            Phase::Prefill => (
+                AttentionWork::Prefill {
+                    flop: 4.0 * hidden * step.sequences() * step.keys,
+                    tokens: step.context,
+                },
+                self.rates
+                    .prompt_format(tier, (format, self.policy.is_wide())),
+            ),
         };
-        let disk = CACHE + Tier::Disk as usize;
-        let write = round_up(fresh.ceil() as u64, PAGE_BYTES) as f64;
-        let read_s = self.rates.disk_read_s(sequences * old, old);
-        work.lanes.disk_to_cpu.coef[disk] += read_s;
-        work.small.disk_to_cpu.coef[disk] += read_s * smallness(old);
-        if self.gpu && !self.policy.cpu_cache_compute {
-            work.cache_reads.coef[disk] += read_s;
-        }
-        work.bytes.disk_to_cpu.coef[disk] += sequences * old;
-        let write_s = self.rates.disk_write_s(sequences * write, write, true);
-        work.lanes.cpu_to_disk.coef[disk] += write_s;
-        work.small.cpu_to_disk.coef[disk] += write_s * smallness(write);
-        work.bytes.cpu_to_disk.coef[disk] += sequences * write;
-        work.dram_bytes.coef[disk] += sequences * (old + write);
-        if !self.gpu || self.policy.cpu_cache_compute {
-            return;
-        }
-        for home in [Tier::Cpu, Tier::Disk] {
-            let index = CACHE + home as usize;
-            for &(n, count) in &step.batches {
-                let (up, down) = (n * old, n * fresh);
-                self.prefetch(work, (Lane::CpuToGpu, index), count, up);
-                self.prefetch(work, (Lane::GpuToCpu, index), count, down);
-            }
-        }
+        let values = 2.0 * step.sequences() * step.rows * self.hidden_row_bytes();
+        self.rates.append_s(tier, format, values) + self.rates.attention_s(tier, format_s, work)
     }
 
-    /// A copy for one share that no batch waits for: it is made while another batch computes.
-    fn prefetch(&self, work: &mut Work, (lane, index): (Lane, usize), count: f64, bytes: f64) {
-        let seconds = count * self.rates.link_s(lane, bytes, true);
-        work.lanes[lane].coef[index] += seconds;
-        work.bytes[lane].coef[index] += count * bytes;
-        work.dram_bytes.coef[index] += count * bytes;
-    }
-
-    /// Hidden states that are at home elsewhere come before a layer and go back after it; the first
-    /// layer's come from the embedding and the last layer's go to the head.
-    fn hidden_traffic(&self, work: &mut Work, step: &Step) {
-        let inner = 1.0 - 1.0 / self.model.layers as f64;
-        let sequence = step.rows * self.hidden_row_bytes();
-        let block = round_up(sequence.ceil() as u64, PAGE_BYTES) as f64;
-        let bytes = step.sequences() * block * inner;
-        let disk = HIDDEN + Tier::Disk as usize;
-        let read_s = self.rates.disk_read_s(bytes, block);
-        let write_s = self.rates.disk_write_s(bytes, block, false);
-        for (lane, seconds) in [(Lane::DiskToCpu, read_s), (Lane::CpuToDisk, write_s)] {
-            work.lanes[lane].coef[disk] += seconds;
-            work.small[lane].coef[disk] += seconds * smallness(block);
-            work.serial[lane].coef[disk] += seconds;
-            work.bytes[lane].coef[disk] += bytes;
-            work.dram_bytes.coef[disk] += bytes;
-        }
-        if !self.gpu {
-            return;
-        }
-        for home in [Tier::Cpu, Tier::Disk] {
-            let index = HIDDEN + home as usize;
-            for &(n, count) in &step.batches {
-                let piece = n * sequence;
-                let all = share(index, count * piece * inner);
-                self.link(work, Lane::CpuToGpu, &all, piece);
-                self.link(work, Lane::GpuToCpu, &all, piece);
-            }
+    /// Queries, keys and values go down to the CPU and attended rows come up.
+    fn attended_rows(&self, work: &mut Work, (index, part): (usize, f64), chunks: &[(f64, f64)]) {
+        for &(m, count) in chunks {
+            let rows = |values: f64| Copies {
+                home: Some(index),
+                part,
+                count,
+                bytes: values * m * self.hidden_row_bytes(),
+            };
+            let down = self.copy(work, Lane::GpuToCpu, &rows(3.0));
+            let up = self.copy(work, Lane::CpuToGpu, &rows(1.0));
+            work.beside.gpu_to_cpu.add(&down);
+            work.beside.cpu_to_gpu.add(&up);
         }
     }
-
-    /// Looking tokens up, chunk by chunk: panels of the table that are not at home on the compute device
-    /// come whole, in runs of neighbours, for every chunk again.
-    pub fn tokens(&self, step: &Step) -> Work {
-        let mut work = Work::default();
-        let is_table = |m: &&Matrix| m.kind == MatrixKind::Embedding;
-        let table = self.ends.iter().find(is_table).or(self.ends.last());
-        let Some(table) = table else {
-            return work;
-        };
-        let panels = table.panels() as f64;
-        let panel = self.matrix_bytes(table) / panels;
-        let most = (embedding_piece_bytes(panel as u64) as f64 / panel)
-            .floor()
-            .max(1.0);
-        for (rows, count) in step.chunks() {
-            // Panels that at least one of the rows falls into, and how many of them lie side by side.
-            let part = 1.0 - (1.0 - 1.0 / panels).powf(rows);
-            let run = (1.0 / (1.0 - part).max(1.0 / panels)).clamp(1.0, most) * panel;
-            self.table_panels(&mut work, count * part * panels * panel, run);
-        }
-        work
-    }
-
-    fn table_panels(&self, work: &mut Work, bytes: f64, run: f64) {
-        let read_s = self.rates.disk_read_s(bytes, run);
-        for home in [WeightHome::DiskShip, WeightHome::DiskCompute] {
-            work.lanes.disk_to_cpu.coef[home as usize] += read_s;
-            work.small.disk_to_cpu.coef[home as usize] += read_s * smallness(run);
-            work.bytes.disk_to_cpu.coef[home as usize] += bytes;
-            work.dram_bytes.coef[home as usize] += bytes;
-        }
-        let per_byte = self.rates.link_s(Lane::CpuToGpu, run, false) / run;
-        let away = WeightHome::ALL
-            .into_iter()
-            .filter(|h| h.tier() != Tier::Gpu);
-        for home in away.filter(|_| self.gpu) {
-            work.lanes.cpu_to_gpu.coef[home as usize] += bytes * per_byte;
-            work.bytes.cpu_to_gpu.coef[home as usize] += bytes;
-            work.dram_bytes.coef[home as usize] += bytes;
-        }
-    }
-}
-
-/// What all lanes together have more than before.
-fn grown(before: &PerLane<Affine>, after: &PerLane<Affine>) -> Affine {
-    let mut more = Affine::default();
-    for lane in Lane::ALL {
-        more.add(&after[lane].minus(&before[lane]));
-    }
-    more
-}
-
-fn constant(value: f64) -> Affine {
-    Affine {
-        constant: value,
-        ..Affine::default()
-    }
-}
-
-fn share(index: usize, value: f64) -> Affine {
-    let mut affine = Affine::default();
-    affine.coef[index] = value;
-    affine
 }

@@ -4,14 +4,18 @@ pub mod affine;
 pub mod block;
 pub mod cuda_buffers;
 pub mod curves;
+pub mod cycles;
 pub mod estimate;
 pub mod figures;
 pub mod footprint;
 pub mod layer;
 pub mod rates;
+mod serial;
 pub mod spill;
 pub mod steps;
 pub mod terms;
+mod traffic;
+mod waits;
 
 use crate::model::ModelSpec;
 use crate::units::{MIB, PAGE_BYTES};

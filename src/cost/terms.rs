@@ -2,23 +2,20 @@
 //! each lane's seconds and bytes and each tier's home bytes as constant + Σ coefficient · share. The
 //! linear program, the estimator and the ladder read this table; nobody else writes formulas.
 //!
-//! A stage's time is the largest of its rows: its lanes, the resources that lanes share, pairs of
-//! lanes that slow each other, and the chain that one batch must pass in order. Without overlap it is
-//! the sum of the lanes.
+//! A stage's time is the largest of its rows (cycles.rs).
 
-use crate::cost::affine::{Affine, CACHE, HIDDEN};
-use crate::cost::footprint::{CHUNK_ROWS_MAX, RUN_AHEAD_BYTES};
+use crate::cost::affine::{Affine, CACHE, HIDDEN, ShareVector};
+use crate::cost::cycles::{Place, Turn, parallel_rows};
+use crate::cost::footprint::CHUNK_ROWS_MAX;
 use crate::cost::layer::LayerBuilder;
 use crate::cost::rates::Rates;
-use crate::cost::steps::{Moments, Step, steps};
+use crate::cost::serial::serial_rows;
+use crate::cost::steps::{Moments, steps};
 use crate::model::ModelSpec;
 use crate::policy::{DeviceKind, Policy};
 use crate::tier::{Lane, PerLane, PerTier, Phase, Resource, Tier};
 
-/// Of a layer's products the first one's part: 3 of 12 hidden² weights where ffn = 4 · hidden.
-const FIRST_PRODUCT: f64 = 0.25;
-
-/// What a table is made from. The policy's shares are not looked at.
+/// What a table is made from. The policy's own shares are not looked at.
 #[derive(Clone, Copy)]
 pub struct TermInput<'a> {
     pub model: &'a ModelSpec,
@@ -28,6 +25,10 @@ pub struct TermInput<'a> {
     /// On a device with a GPU: may the CPU multiply rows beside it? That costs transfers of the
     /// inputs whatever the share, so it is a choice of its own.
     pub cpu_side: bool,
+    /// The shares at which the table will be read, where they are known: the first piece of anything
+    /// brings operations and waits of its own, which no affine term can say. The linear program's tables
+    /// go without them and are nowhere above.
+    pub at: Option<ShareVector>,
 }
 
 /// Which part of a pass.
@@ -50,19 +51,19 @@ pub enum Bound {
     Resource(Resource),
     /// The second lane, slowed while the first runs.
     Pair(Lane, Lane),
-    /// One batch passing its steps in order; the lane that takes most of it.
-    Chain(Lane),
-    /// The same by way of the products that the CPU makes beside a GPU.
-    SideChain(Lane),
+    /// A cycle of waits: which, on which of a computation's ways, and the lane that takes most of it.
+    Cycle(Turn, u8, Lane),
     /// The GPU waiting for attention on the CPU, for its products, or for both, batch after batch.
     Attending,
     Multiplying,
     AttendingAndMultiplying,
-    /// The same with the CPU's results waiting on the link.
-    Queued,
+    /// What visits over a lane waiting there behind weights.
+    Queued(Lane),
     /// Weights that can only come once the layer before is nearly done with its own.
     Stall(Lane),
-    /// No overlap: all lanes one after another.
+    /// No overlap: tasks one after another, in each the longest of what it sets going.
+    Serial(u8),
+    /// Everything one after another.
     Sum,
 }
 
@@ -102,27 +103,27 @@ pub struct Work {
     pub bytes: PerLane<Affine>,
     /// Bytes that pass the DRAM bus.
     pub dram_bytes: Affine,
-    /// What a batch must do in order, besides products.
-    pub serial: PerLane<Affine>,
     /// Products of the compute device, and those that the CPU makes beside it.
     pub products: Affine,
     pub side_products: Affine,
     /// Rows down to the CPU for its products, and its results up.
-    pub side_links: Affine,
+    pub side: PerLane<Affine>,
+    /// Norms and sums.
+    pub rowwise: Affine,
     /// Attention on the compute device, and on the CPU beside it with its rows down and up.
     pub attention: Affine,
-    pub beside: Affine,
-    /// Streamed weights on their lane.
+    pub beside: PerLane<Affine>,
+    /// Streamed weights, cache and hidden state on their lanes.
     pub streams: PerLane<Affine>,
-    /// Cache on its way up from disk.
-    pub cache_reads: Affine,
+    pub cache: PerLane<Affine>,
+    pub hidden: PerLane<Affine>,
     /// The lanes' seconds times how small their requests are.
     pub small: PerLane<Affine>,
 }
 
 impl Work {
     /// How small a lane's requests are on average, at equal shares.
-    fn smallness(&self, lane: Lane) -> f64 {
+    pub(super) fn smallness(&self, lane: Lane) -> f64 {
         let sum = |affine: &Affine| affine.constant + affine.coef.iter().sum::<f64>();
         let all = sum(&self.lanes[lane]);
         if all > 0.0 {
@@ -138,20 +139,35 @@ impl Terms {
         let policy = input.policy;
         let all = steps(input.moments, policy.gpu_batch_size, policy.num_gpu_batches);
         let builder = LayerBuilder::new(input);
+        let (streamed_bytes, streamed_pieces) =
+            (builder.streamed_bytes(), builder.streamed_pieces());
         let mut segments = Vec::with_capacity(2 * all.len() + 1);
         for step in &all {
+            let place = |part| Place {
+                step,
+                part,
+                streamed_bytes,
+                streamed_pieces,
+            };
             let layers = step.times * input.model.layers as f64;
-            let layer = builder.layer(step);
-            segments.push(segment(input, step, (Part::Layer, layers), layer));
-            let tokens = builder.tokens(step);
-            segments.push(segment(input, step, (Part::Tokens, step.times), tokens));
-            let ends = builder.ends(step);
-            segments.push(segment(input, step, (Part::Ends, step.times), ends));
+            for (part, times, work) in [
+                (Part::Layer, layers, builder.layer(step)),
+                (Part::Tokens, step.times, builder.tokens(step)),
+                (Part::Ends, step.times, builder.ends(step)),
+            ] {
+                segments.push(segment(input, (place(part), times), work));
+            }
         }
         if policy.overlap
             && let Some(first) = all.first()
         {
-            segments.push(segment(input, first, (Part::Fill, 1.0), builder.fill()));
+            let place = Place {
+                step: first,
+                part: Part::Fill,
+                streamed_bytes,
+                streamed_pieces,
+            };
+            segments.push(segment(input, (place, 1.0), builder.fill()));
         }
         segments.retain(|s| !s.rows.is_empty());
         Terms {
@@ -207,11 +223,13 @@ fn homes(input: &TermInput, builder: &LayerBuilder) -> PerTier<Affine> {
     homes
 }
 
-fn segment(input: &TermInput, step: &Step, (part, times): (Part, f64), work: Work) -> Segment {
-    let rows = if part == Part::Fill || !input.policy.overlap {
-        serial_rows(&work)
-    } else {
-        parallel_rows(input, step, &work)
+fn segment(input: &TermInput, (place, times): (Place, f64), work: Work) -> Segment {
+    let (step, part) = (place.step, place.part);
+    let rows = match part {
+        Part::Fill => vec![sum_row(&work)],
+        Part::Tokens if !input.policy.overlap => vec![sum_row(&work)],
+        _ if !input.policy.overlap => serial_rows(input, &place, &work),
+        _ => parallel_rows(input, &place, &work),
     };
     let mut smallness = PerLane::default();
     Lane::ALL
@@ -228,159 +246,13 @@ fn segment(input: &TermInput, step: &Step, (part, times): (Part, f64), work: Wor
     }
 }
 
-fn serial_rows(work: &Work) -> Vec<Row> {
-    let mut sum = Affine::default();
-    Lane::ALL.iter().for_each(|&l| sum.add(&work.lanes[l]));
-    vec![Row {
+fn sum_row(work: &Work) -> Row {
+    let mut seconds = Affine::default();
+    Lane::ALL.iter().for_each(|&l| seconds.add(&work.lanes[l]));
+    Row {
         bound: Bound::Sum,
-        seconds: sum,
-    }]
-}
-
-fn parallel_rows(input: &TermInput, step: &Step, work: &Work) -> Vec<Row> {
-    let mut rows: Vec<Row> = Lane::ALL
-        .iter()
-        .map(|&lane| Row {
-            bound: Bound::Lane(lane),
-            seconds: work.lanes[lane],
-        })
-        .collect();
-    rows.extend(resource_rows(input, work));
-    rows.extend(pair_rows(input.rates, work));
-    rows.extend(chain_rows(step, work));
-    if input.rates.device.has_gpu() {
-        rows.extend(beside_rows(work));
-    }
-    rows.extend(stall_rows(input, step, work));
-    rows
-}
-
-/// What reads and writes cost each other on the disk is measured: see `pair_rows`.
-fn resource_rows(input: &TermInput, work: &Work) -> [Row; 2] {
-    let lanes = &work.lanes;
-    let mut cores = lanes.cpu_compute;
-    if input.rates.device == DeviceKind::Host {
-        // The CPU plays the GPU and the links too.
-        cores.add(&lanes.gpu_compute);
-        cores.add(&lanes.cpu_to_gpu);
-        cores.add(&lanes.gpu_to_cpu);
-    }
-    let bus = work
-        .dram_bytes
-        .scaled(1.0 / input.rates.dram_read_bytes_per_s);
-    [(Resource::DramBus, bus), (Resource::CpuCores, cores)].map(|(resource, seconds)| Row {
-        bound: Bound::Resource(resource),
         seconds,
-    })
-}
-
-/// Two lanes with a and b seconds of their own, keeping ka and kb of their rates while both run, take
-/// max(b + a·(1−kb)/ka, a + b·(1−ka)/kb): the shorter one is slow throughout, the longer one only as
-/// long as that. Where running together would be slower than one after the other, it is the sum.
-fn pair_rows(rates: &Rates, work: &Work) -> Vec<Row> {
-    let mut rows = Vec::new();
-    for a in Lane::ALL {
-        for b in Lane::ALL {
-            let with_small = |lane| (lane, work.smallness(lane));
-            let (first, second) = (with_small(a), with_small(b));
-            let (keep_a, keep_b) = (rates.keep(first, &[second]), rates.keep(second, &[first]));
-            if a == b || keep_b >= 1.0 || work.lanes[a].is_zero() || work.lanes[b].is_zero() {
-                continue;
-            }
-            let mut seconds = work.lanes[b];
-            let delay = ((1.0 - keep_b) / keep_a).min(1.0);
-            seconds.add_scaled(&work.lanes[a], delay);
-            rows.push(Row {
-                bound: Bound::Pair(a, b),
-                seconds,
-            });
-        }
     }
-    rows
-}
-
-/// A layer of one batch waits for the same batch's layer before it, so that a layer can take no less
-/// than one batch's own way through it: attention and transfers, then the slower of the two computers.
-fn chain_rows(step: &Step, work: &Work) -> Vec<Row> {
-    let mut common = Affine::default();
-    let mut longest = (Lane::CpuCompute, 0.0);
-    for lane in Lane::ALL {
-        common.add(&work.serial[lane]);
-        let weight = work.serial[lane].constant + work.serial[lane].coef.iter().sum::<f64>();
-        if weight > longest.1 {
-            longest = (lane, weight);
-        }
-    }
-    let part = 1.0 / step.batch_count().max(1.0);
-    let ways = [
-        (Bound::Chain(longest.0), work.products),
-        (Bound::SideChain(longest.0), work.side_products),
-    ];
-    ways.into_iter()
-        .filter(|(_, products)| !products.is_zero())
-        .map(|(bound, products)| Row {
-            bound,
-            seconds: common.plus(&products).scaled(part),
-        })
-        .collect()
-}
-
-/// Operations of one lane run in the order of the schedule, a batch's after those of the batch before:
-/// while the CPU attends or multiplies for a batch, the GPU has nothing else to do. What the CPU sends up
-/// waits on the link behind the next batch's cache and weights, and what comes after waits for it.
-fn beside_rows(work: &Work) -> Vec<Row> {
-    let gpu = &work.lanes.gpu_compute;
-    let mut rows = Vec::new();
-    let attending = gpu.minus(&work.attention).plus(&work.beside);
-    if !work.beside.is_zero() {
-        rows.push((Bound::Attending, attending));
-    }
-    if !work.side_products.is_zero() {
-        let side = work.side_products.plus(&work.side_links);
-        let multiplying = |other: &Affine| other.minus(&work.products).plus(&side);
-        rows.push((Bound::Multiplying, multiplying(gpu)));
-        rows.push((Bound::AttendingAndMultiplying, multiplying(&attending)));
-        let mut queued = work.lanes.cpu_to_gpu.plus(&work.cache_reads);
-        queued.add(&multiplying(gpu));
-        queued.add_scaled(&work.side_products, -FIRST_PRODUCT);
-        rows.push((Bound::Queued, queued));
-    }
-    rows.into_iter()
-        .map(|(bound, seconds)| Row { bound, seconds })
-        .collect()
-}
-
-/// Where several products meet a layer's streamed weights, the ring holds one layer and little more: the
-/// next layer's come in while the last product lets go of its own, and are waited for by the next first
-/// one. What lies between has the lane to itself.
-fn stall_rows(input: &TermInput, step: &Step, work: &Work) -> Vec<Row> {
-    let gpu = input.rates.device.has_gpu();
-    let products = step.chunks().iter().map(|c| c.1).sum::<f64>();
-    let overlapped = if work.beside.is_zero() { 2.0 } else { 1.0 };
-    if products <= overlapped {
-        return Vec::new();
-    }
-    let between = 1.0 - overlapped / products;
-    let mut busy = if gpu {
-        work.lanes.gpu_compute
-    } else {
-        work.lanes.cpu_compute
-    };
-    if !work.beside.is_zero() {
-        busy = busy.minus(&work.attention).plus(&work.beside);
-    }
-    let row = |lane: Lane| {
-        let mut seconds = work.streams[lane];
-        seconds.constant -= input.rates.stream_s(lane, RUN_AHEAD_BYTES as f64);
-        seconds.add_scaled(&busy, between);
-        Row {
-            bound: Bound::Stall(lane),
-            seconds,
-        }
-    };
-    let lanes = [Lane::DiskToCpu, Lane::CpuToGpu];
-    let streaming = lanes.into_iter().filter(|&l| !work.streams[l].is_zero());
-    streaming.map(row).collect()
 }
 
 /// Drops rows that can never be the largest.

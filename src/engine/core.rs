@@ -31,6 +31,8 @@ pub struct RunFacts {
     pub matrix_offsets: Vec<u64>,
     /// Rows on disk that are not taken from there.
     pub own: OwnRows,
+    /// False where rows of the token table are priced by themselves (replay.rs): none are fetched then.
+    pub fetches_tokens: bool,
 }
 
 impl RunFacts {

@@ -79,6 +79,7 @@ fn facts(job: &RunJob) -> RunFacts {
         footprint,
         device: job.device,
         matrix_offsets: job.packed.matrix_offsets.clone(),
+        fetches_tokens: true,
     }
 }
 

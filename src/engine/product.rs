@@ -216,6 +216,10 @@ impl Core<'_> {
         };
         let split = self.facts.placement.splits[index];
         let resident = split.first(home)..split.first(home) + split.count(home);
+        if !self.facts.fetches_tokens {
+            let all = 0..self.facts.placement.matrices[index].panels();
+            return self.embed_from((index, all, 0), ids, to);
+        }
         if let Some(at) = self.layout.home(index, home) {
             self.embed_from((index, resident.clone(), at), ids, to);
         }

@@ -8,7 +8,9 @@ use super::sampling::Sampling;
 use super::step::{Sequence, Step};
 use crate::cost::estimate::{EstimateInput, estimate, estimate_parts};
 use crate::cost::figures::{Figures, LaneFigures};
-use crate::cost::footprint::{BlockShape, CHUNK_ROWS_MAX, Footprint, FootprintInput};
+use crate::cost::footprint::{
+    BlockShape, CHUNK_ROWS_MAX, Footprint, FootprintInput, RUN_AHEAD_BYTES,
+};
 use crate::cost::spill::OwnRows;
 use crate::cost::steps::{self, Moments};
 use crate::cost::terms::Part;
@@ -16,7 +18,7 @@ use crate::machine::price::Pricer;
 use crate::machine::virtual_time::VirtualMachine;
 use crate::machine::{Machine, MachineError};
 use crate::model::ModelSpec;
-use crate::placement::Placement;
+use crate::placement::{Placement, WeightHome};
 use crate::tier::{Lane, PerLane, Phase, Tier};
 use crate::units::{PAGE_BYTES, round_up};
 use std::sync::atomic::AtomicBool;
@@ -25,9 +27,12 @@ use std::sync::atomic::AtomicBool;
 const WHOLE_JOB_OPERATIONS: usize = 12_000;
 /// Operations of one layer and chunk, roughly.
 const OPERATIONS_PER_CHUNK: usize = 14;
-/// Layers of the two shortened models. The first ones meet a pipeline that is filling.
+/// Layers of the shorter of two shortened models, beside those that weights may run ahead of their use:
+/// the first ones meet a pipeline that is filling. The longer one has two more.
 const FEW_LAYERS: usize = 2;
-const MORE_LAYERS: usize = 4;
+const MORE_LAYERS: usize = 2;
+/// Decode passes before the first timed one: what runs ahead of a pass must be there.
+const WARM_PASSES: usize = 2;
 /// Chunks of one sampled pass, all batches together: larger chunks stand for many of 512 rows.
 const SAMPLED_CHUNKS: u64 = 64;
 
@@ -53,8 +58,8 @@ pub fn replay(input: &EstimateInput) -> Option<Figures> {
     Some(figures)
 }
 
-/// Fetching token rows takes thousands of small operations that nothing else can overlap with: replayed
-/// sequences repeat one token, and the closed form's part for the real ones is added.
+/// Fetching token rows takes thousands of small operations that nothing else can overlap with. Replayed
+/// sequences repeat one token and fetch nothing; the closed form's part for real ones is added.
 fn looked_up(input: &EstimateInput) -> Figures {
     let realised = Placement::new(input.model, input.policy).realised();
     estimate_parts(input, (&realised, |part| part == Part::Tokens))
@@ -114,6 +119,7 @@ fn run_facts_with(input: &EstimateInput, change: impl Fn(&mut BlockShape)) -> Ru
         footprint,
         device,
         matrix_offsets,
+        fetches_tokens: false,
     }
 }
 
@@ -169,17 +175,33 @@ fn sampled(input: &EstimateInput) -> Result<Timed, EngineError> {
     let (size, batches) = (input.policy.gpu_batch_size, input.policy.num_gpu_batches);
     let all = steps::steps(&moments, size, batches);
     let layers = input.model.layers;
-    let mut timed = if layers <= FEW_LAYERS + MORE_LAYERS {
+    let few_layers = FEW_LAYERS + layers_ahead(input);
+    let mut timed = if layers <= 2 * few_layers + MORE_LAYERS {
         run_steps(input, &all)?
     } else {
-        let few = run_steps(&shortened(input, FEW_LAYERS).input(input), &all)?;
-        let more = run_steps(&shortened(input, MORE_LAYERS).input(input), &all)?;
-        let beyond = (layers - MORE_LAYERS) as f64 / (MORE_LAYERS - FEW_LAYERS) as f64;
-        more.grown(&few, beyond)
+        let longer = few_layers + MORE_LAYERS;
+        let few = run_steps(&shortened(input, few_layers).input(input), &all)?;
+        let more = run_steps(&shortened(input, longer).input(input), &all)?;
+        more.grown(&few, (layers - longer) as f64 / MORE_LAYERS as f64)
     };
     timed.generated_tokens = moments.generated_tokens;
     timed.first_tokens = moments.first_tokens;
     Ok(timed)
+}
+
+/// Layers whose streamed weights fit into what may be read ahead.
+fn layers_ahead(input: &EstimateInput) -> usize {
+    let placement = Placement::new(input.model, input.policy);
+    let homes = [
+        WeightHome::CpuShip,
+        WeightHome::DiskShip,
+        WeightHome::DiskCompute,
+    ];
+    let streamed = homes.map(|home| placement.stage_bytes(1, home));
+    match streamed.iter().sum::<u64>() {
+        0 => 0,
+        layer => (RUN_AHEAD_BYTES / layer) as usize,
+    }
 }
 
 /// The same model with fewer layers.
@@ -218,7 +240,9 @@ fn run_steps(input: &EstimateInput, all: &[steps::Step]) -> Result<Timed, Engine
                 timed.add(&block.pass(&mut core, step.phase)?, 1.0_f64.min(times));
                 times -= 1.0;
             } else if step.phase == Phase::Decode && before == Some(Phase::Prefill) {
-                block.pass(&mut core, step.phase)?;
+                for _ in 0..WARM_PASSES {
+                    block.pass(&mut core, step.phase)?;
+                }
             }
             if times > 0.0 {
                 timed.add(&block.pass(&mut core, step.phase)?, times);

@@ -153,18 +153,18 @@ impl WeightStream {
         slot: u64,
     ) -> Option<Visitor> {
         let grant = self.gpu_ring.grant(slot)?;
-        Some(self.ship(machine, (from, bytes), &grant, Fences::none()))
+        let after = Fences::none();
+        Some(self.ship(machine, (from, bytes, self.pinned), (&grant, after)))
     }
 
     fn ship(
         &self,
         machine: &mut dyn Machine,
-        (from, bytes): (u64, u64),
-        to: &Grant,
-        after: Fences,
+        (from, bytes, pinned): (u64, u64, bool),
+        (to, after): (&Grant, Fences),
     ) -> Visitor {
         let op = Op::Copy {
-            pinned: self.pinned,
+            pinned,
             pieces: vec![Copy2d::flat(from, to.offset, bytes)],
         };
         let ready = machine.submit(Lane::CpuToGpu, op, &after.join(&to.after));
@@ -212,7 +212,8 @@ impl WeightStream {
                 ticket: cpu.ticket,
             });
         };
-        let visitor = self.ship(machine, (offset, bytes), &gpu, read.into());
+        // Whatever the weights' homes are, the ring is page-locked.
+        let visitor = self.ship(machine, (offset, bytes, true), (&gpu, read.into()));
         self.cpu_ring.release(cpu.ticket, visitor.ready);
         Some(visitor)
     }

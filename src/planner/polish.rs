@@ -4,7 +4,7 @@
 use crate::cost::affine::{CACHE, GROUPS, SHARES, ShareVector, share_vector};
 use crate::cost::estimate::total_s;
 use crate::placement::WeightHome;
-use crate::planner::realise::{Built, Realised};
+use crate::planner::realise::{Built, Realised, Realiser};
 use crate::planner::space::{Priced, Space};
 
 /// Moves begin this many panels or sequences wide and end with single ones.
@@ -14,6 +14,9 @@ const GAIN: f64 = 1e-12;
 /// Moves that are built, at most: each takes about as long as a solve.
 const TRIES: usize = 96;
 
+/// Sequences that are moved together with weights, at most.
+const SHIFTS: usize = 8;
+
 /// The best neighbour's neighbour … of a policy, or the policy itself. What the caller fixed stays.
 pub fn polish(space: &Space, start: Realised) -> Realised {
     if !space.equalities().is_empty() {
@@ -22,7 +25,14 @@ pub fn polish(space: &Space, start: Realised) -> Realised {
     let priced = space.price(&start.candidate);
     let allowed = space.allowed(&start.candidate);
     let mut tries = TRIES;
+    let realiser = Realiser {
+        space,
+        candidate: &start.candidate.clone(),
+        priced: &priced,
+        equalities: &[],
+    };
     let mut best = start;
+    let mut shifts = SHIFTS;
     let mut width = WIDEST;
     while width >= 1.0 && tries > 0 {
         let moved = moves(&allowed)
@@ -30,6 +40,14 @@ pub fn polish(space: &Space, start: Realised) -> Realised {
         match moved {
             Some(found) => best = found,
             None => width /= 4.0,
+        }
+        if width < 1.0 && shifts > 0 {
+            // A sequence elsewhere may only gain by the weights that take its place.
+            shifts -= 1;
+            if let Some(found) = realiser.shifted(&best) {
+                best = found;
+                width = 1.0;
+            }
         }
     }
     best

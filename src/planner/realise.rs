@@ -5,6 +5,7 @@
 use crate::cost::affine::{CACHE, HIDDEN, SHARES, ShareVector, share_vector, shares_from};
 use crate::cost::estimate::total_s;
 use crate::cost::footprint::{BlockShape, Footprint};
+use crate::cost::terms::{TermInput, Terms};
 use crate::placement::Placement;
 use crate::planner::lp::{Equality, Optimum, Program};
 use crate::planner::space::{Candidate, Priced, Space};
@@ -33,7 +34,7 @@ pub struct Realised {
     pub policy: Policy,
     pub placement: Placement,
     pub footprint: Footprint,
-    /// The table's seconds at the realised shares, per token where the block is free.
+    /// Seconds at the realised shares, as the estimate has them, per token where the block is free.
     pub cost_s: f64,
 }
 
@@ -79,9 +80,18 @@ impl Built {
     }
 
     pub fn realised(self, space: &Space, candidate: &Candidate, priced: &Priced) -> Realised {
-        let shares = share_vector(&self.placement.realised());
+        let realised = self.placement.realised();
+        let shares = share_vector(&realised);
+        let terms = Terms::new(&TermInput {
+            model: space.model,
+            moments: &priced.moments,
+            rates: &space.rates,
+            policy: &self.policy,
+            cpu_side: realised.weights.by_cpu() > 0.0,
+            at: Some(shares),
+        });
         Realised {
-            cost_s: total_s(&priced.terms, &shares) / priced.per(space.job),
+            cost_s: total_s(&terms, &shares) / priced.per(space.job),
             candidate: *candidate,
             policy: self.policy,
             placement: self.placement,
@@ -178,6 +188,51 @@ impl Realiser<'_, '_> {
         let mut starts: Vec<Start> = sets.filter_map(|set| self.settle(relaxed, set)).collect();
         starts.sort_by(|a, b| a.optimum.seconds.total_cmp(&b.optimum.seconds));
         starts
+    }
+
+    /// The best policy with one sequence's cache or hidden state somewhere else and the weights solved anew
+    /// for what that leaves; none where that is no faster.
+    pub fn shifted(&self, best: &Realised) -> Option<Realised> {
+        let open = self.space.allowed(self.candidate);
+        let shares = share_vector(&best.placement.realised());
+        let start = Start {
+            optimum: Optimum {
+                shares,
+                seconds: 0.0,
+            },
+            open,
+            overhead_bytes: self.priced.overhead_bytes,
+        };
+        let mut found: Option<Realised> = None;
+        for group in [CACHE..HIDDEN, HIDDEN..SHARES] {
+            for (from, to) in group
+                .clone()
+                .flat_map(|a| group.clone().map(move |b| (a, b)))
+            {
+                if from == to || shares[from] <= 0.0 || !open[to] {
+                    continue;
+                }
+                let counts = self.with_one_moved(&shares, (from, to));
+                let limit_s = found.as_ref().unwrap_or(best).cost_s * (1.0 - EQUALLY_FAST);
+                let next = self.fit(&counts, &start);
+                found = next.filter(|n| n.cost_s < limit_s).or(found);
+            }
+        }
+        found
+    }
+
+    /// Cache and hidden states as they are, but for one sequence.
+    fn with_one_moved(&self, shares: &ShareVector, (from, to): (usize, usize)) -> Vec<Equality> {
+        let slots = self.candidate.slots() as f64;
+        let counts = (CACHE..SHARES).map(|index| {
+            let moved = f64::from(index == to) - f64::from(index == from);
+            ((shares[index] * slots).round() + moved, index)
+        });
+        let fixed = counts.map(|(count, index)| Equality {
+            terms: vec![(index, 1.0)],
+            value: count / slots,
+        });
+        fixed.collect()
     }
 
     /// A set's optimum, with the buffers that it brings with it.

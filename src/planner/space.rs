@@ -332,6 +332,7 @@ impl<'a> Space<'a> {
             rates: &self.rates,
             policy: &policy,
             cpu_side: candidate.cpu_side,
+            at: None,
         });
         if self.host.unpacked {
             // Without a store rows at home on disk are what is written there.

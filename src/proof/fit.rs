@@ -122,15 +122,16 @@ fn equations_of(profile: &HardwareProfile, sample: &Sample) -> Result<Vec<Equati
 fn lanes_of(rates: &Rates, sample: &Sample) -> Vec<f64> {
     let realised = Placement::new(sample.model, sample.policy).realised();
     let moments = Moments::new(&sample.workload);
-    let w = &realised.weights;
+    let shares = share_vector(&realised);
     let terms = Terms::new(&TermInput {
         model: sample.model,
         moments: &moments,
         rates,
         policy: sample.policy,
-        cpu_side: w.cpu_compute + w.disk_compute > 0.0,
+        cpu_side: realised.weights.by_cpu() > 0.0,
+        at: Some(shares),
     });
-    seconds_of(&figures(&terms, &moments, rates, &share_vector(&realised)))
+    seconds_of(&figures(&terms, &moments, rates, &shares))
 }
 
 fn seconds_of(figures: &Figures) -> Vec<f64> {

@@ -11,8 +11,11 @@ pub const CAMPAIGN_SCHEMA: &str = "loadmaster.campaign/1";
 /// A plan's bytes may be above what the run took by this part, or by this much.
 const NEAR_PART: f64 = 0.02;
 const NEAR_BYTES: u64 = 16 * MIB;
-/// Drawn budgets below what is enough: at most this part of all triples.
-const SHORT_PART: f64 = 0.07;
+/// Drawn budgets below what is enough: about this part of all triples.
+const SHORT_PART: f64 = 0.05;
+/// Refusals may be at most this part of so many triples or more; with fewer, chance decides.
+const REFUSED_PART: f64 = 0.1;
+const REFUSALS_COUNT_FROM: usize = 50;
 
 /// A workload of a triple.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -140,6 +143,13 @@ pub fn faults(seen: &Seen) -> Vec<String> {
     faults
 }
 
+/// A planner that refuses more often than budgets were drawn too small refuses what would run.
+pub fn too_many_refusals(refused: usize, triples: usize) -> Option<String> {
+    let many = refused as f64 > REFUSED_PART * triples as f64;
+    (triples >= REFUSALS_COUNT_FROM && many)
+        .then(|| format!("{refused} of {triples} triples were refused: more than a tenth"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -186,6 +196,13 @@ mod tests {
         };
         assert_eq!(faults(&large(7850)), [""; 0], "within two percent");
         one(large(7800));
+    }
+
+    #[test]
+    fn a_tenth_may_be_refused() {
+        assert_eq!(too_many_refusals(20, 200), None);
+        assert!(too_many_refusals(21, 200).is_some_and(|w| w.contains("21 of 200")));
+        assert_eq!(too_many_refusals(3, 10), None, "too few to tell");
     }
 
     #[test]

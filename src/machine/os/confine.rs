@@ -61,10 +61,11 @@ impl MemoryGroup {
             Version::Two => "memory.max",
         };
         group.write(limit, &limit_bytes.to_string())?;
-        if version == Version::Two {
-            // Absent where swap is not counted.
-            let _ = group.write("memory.swap.max", "0");
-        }
+        // Nothing may be swapped out instead. Absent where swap is not counted.
+        let _ = match version {
+            Version::One => group.write("memory.memsw.limit_in_bytes", &limit_bytes.to_string()),
+            Version::Two => group.write("memory.swap.max", "0"),
+        };
         Ok(group)
     }
 
