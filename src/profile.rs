@@ -202,6 +202,9 @@ pub struct AttentionRates {
     pub decode_by_tokens: Vec<(usize, f64)>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub prefill_by_tokens: Vec<(usize, f64)>,
+    /// Seconds that one call of one-token attention takes besides what its bytes take.
+    #[serde(default)]
+    pub decode_call_s: f64,
 }
 
 impl AttentionRates {
@@ -300,9 +303,30 @@ impl HardwareProfile {
                     .map(|keep| (format!("contention.{pair}"), *keep)),
             );
         }
+        for (key, seconds) in self.delays_s() {
+            need_not_negative(key, seconds)?;
+        }
         rates
             .into_iter()
             .try_for_each(|(key, value)| need_positive(key, value))
+    }
+
+    /// Seconds that are added to others: they may be zero.
+    fn delays_s(&self) -> Vec<(String, f64)> {
+        let mut delays_s = vec![
+            ("cpu.launch_s".to_owned(), self.cpu.launch_s),
+            ("cpu.handover_s".to_owned(), self.cpu.handover_s),
+        ];
+        let mut calls = |device: &str, attention: &BTreeMap<String, AttentionRates>| {
+            let key = |format| format!("{device}.attention.{format}.decode_call_s");
+            delays_s.extend(attention.iter().map(|(f, a)| (key(f), a.decode_call_s)));
+        };
+        calls("cpu", &self.cpu.attention);
+        if let Some(gpu) = &self.gpu {
+            calls("gpu", &gpu.attention);
+            delays_s.push(("gpu.launch_s".to_owned(), gpu.launch_s));
+        }
+        delays_s
     }
 }
 
@@ -342,6 +366,17 @@ fn need_point(key: &str, points: usize) -> Result<(), ProfileError> {
         value: "empty".into(),
     };
     (points > 0).then_some(()).ok_or_else(error)
+}
+
+fn need_not_negative(key: String, value: f64) -> Result<(), ProfileError> {
+    if value.is_finite() && value >= 0.0 {
+        return Ok(());
+    }
+    Err(ProfileError::Value {
+        key,
+        rule: "zero or more",
+        value: value.to_string(),
+    })
 }
 
 fn need_positive(key: String, value: f64) -> Result<(), ProfileError> {

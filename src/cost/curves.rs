@@ -137,6 +137,8 @@ fn shape_curves(table: &GemmCurve, factor: f64) -> Vec<ShapeCurve> {
 pub struct AttentionCurves {
     decode: Vec<(f64, f64)>,
     prefill: Vec<(f64, f64)>,
+    /// Of a call, besides its bytes.
+    pub decode_call_s: f64,
 }
 
 impl AttentionCurves {
@@ -185,6 +187,7 @@ pub fn attention_curves(
                 slow / smaller,
             ),
             prefill: token_curve(&rates.prefill_by_tokens, rates.prefill_flop_per_s, slow),
+            decode_call_s: rates.decode_call_s,
         });
     }
     all.try_into().ok()

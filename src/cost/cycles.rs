@@ -268,7 +268,10 @@ fn slowest_row(input: &TermInput, place: &Place, work: &Work) -> Option<Row> {
         (seconds > 0.0).then_some(seconds)
     });
     let handover_s = input.rates.handover_s;
-    let cycle = Waits::new(durations, batches > 1.0, handover_s).slowest(0.0)?;
+    // A cycle within what a lane is busy anyway tells nothing new.
+    let lanes_s = Lane::ALL.map(|lane| work.lanes[lane].at(at) / batches);
+    let busiest_s = lanes_s.into_iter().fold(0.0, f64::max);
+    let cycle = Waits::new(durations, batches > 1.0, handover_s).slowest(busiest_s)?;
     let mut seconds = constant(batches * cycle.wakes_s / cycle.steps);
     for node in cycle.nodes {
         seconds.add_scaled(&operations[node as usize], 1.0 / cycle.steps);

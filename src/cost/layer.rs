@@ -387,10 +387,11 @@ impl<'a> LayerBuilder<'a> {
     /// Attention by where the cache is at home.
     fn attention(&self, work: &mut Work, step: &Step) {
         let chunks = step.chunks();
-        let launches: f64 = ATTENTION_LAUNCHES * chunks.iter().map(|c| c.1).sum::<f64>();
+        let calls: f64 = chunks.iter().map(|c| c.1).sum();
+        let begin_s = |tier| calls * self.attention_call_s(step.phase, tier);
         let (on, lane) = self.computer();
         if self.at.is_none() {
-            let seconds = launches * self.rates.launch_s(on);
+            let seconds = begin_s(on);
             work.lanes[lane].constant += seconds;
             work.attention.constant += seconds;
         }
@@ -413,7 +414,7 @@ impl<'a> LayerBuilder<'a> {
                 step.sequences() / step.batch_count().max(1.0),
             );
             if self.at.is_some() {
-                seconds += launches * self.rates.launch_s(tier) / part;
+                seconds += begin_s(tier) / part;
             }
             work.lanes[lane].coef[index] += seconds;
             if away || self.on_dram() {
@@ -425,6 +426,15 @@ impl<'a> LayerBuilder<'a> {
             } else {
                 work.attention.coef[index] += seconds;
             }
+        }
+    }
+
+    /// What a chunk's attention takes however little it looks at.
+    fn attention_call_s(&self, phase: Phase, tier: Tier) -> f64 {
+        let launches_s = ATTENTION_LAUNCHES * self.rates.launch_s(tier);
+        match phase {
+            Phase::Prefill => launches_s,
+            Phase::Decode => launches_s + self.rates.decode_call_s(tier, self.policy.kv_format()),
         }
     }
 

@@ -228,6 +228,13 @@ impl Rates {
         self.calibrated("attention", on.name(), seconds)
     }
 
+    /// Seconds of one call of one-token attention besides its launch and its bytes: until memory delivers at
+    /// its rate and all threads have something to do.
+    pub fn decode_call_s(&self, on: Tier, format: Dtype) -> f64 {
+        let seconds = self.on(on).attention[format as usize].decode_call_s;
+        self.calibrated("attention", on.name(), seconds)
+    }
+
     /// Seconds to turn `value_bytes` of fp32 K and V values into the cache's format and put them there.
     pub fn append_s(&self, on: Tier, format: Dtype, value_bytes: f64) -> f64 {
         let rates = self.on(on);

@@ -100,7 +100,11 @@ impl Pricer {
             };
             self.rates.attention_s(on, format, work)
         };
-        attention.items.iter().map(item_s).sum()
+        let call_s = match attention.items.iter().any(|item| item.decode) {
+            true => self.rates.decode_call_s(on, attention.format),
+            false => 0.0,
+        };
+        call_s + attention.items.iter().map(item_s).sum::<f64>()
     }
 
     /// Seconds until an idle lane begins what it waited for.

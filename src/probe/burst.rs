@@ -3,7 +3,7 @@
 
 use super::ProbeError;
 use super::bench::Bench;
-use super::compute::{handed_over_s, product_s};
+use super::products::product_s;
 use super::samples::Series;
 use super::scale::{DiskStep, Extent};
 use crate::cost::rates::Rates;
@@ -106,32 +106,21 @@ fn slowdown(burst: Burst, bench: &mut Bench, place: &BurstPlace) -> Result<f64, 
     Ok(took_s / priced_s.max(1e-12))
 }
 
-/// (seconds taken, seconds priced) of a product: of many rows alone, as in a prompt; of few together with
-/// the norm that hands them over, as in a decoding layer.
+/// (seconds taken, seconds priced) of a product as the probe measures it.
 fn product(
     product: (Dtype, Arithmetic, usize),
     bench: &mut Bench,
     place: &BurstPlace,
 ) -> Result<(f64, f64), ProbeError> {
     let (format, arithmetic, rows) = product;
-    let few = rows < MANY_ROWS;
-    let shape = SHAPES[usize::from(!few)];
+    let (inputs, outputs) = SHAPES[usize::from(rows >= MANY_ROWS)];
     let mut took_s = Series::default();
     for _ in 0..SAMPLES {
         std::hint::black_box(memory_read_sum(&bench.pool, bench.isa, &bench.arena));
-        took_s.push(match few {
-            true => handed_over_s(bench, product, shape)?,
-            false => product_s(bench, product, shape)?,
-        });
+        took_s.push(product_s(bench, product, (inputs, outputs))?);
     }
     let stored = (format, arithmetic);
-    let mut priced_s = place
-        .rates
-        .gemm_s(Tier::Cpu, stored, rows, shape.0, shape.1);
-    if few {
-        let bytes = 2 * 4 * rows * shape.0;
-        priced_s += place.rates.rowwise_s(Tier::Cpu, bytes as f64);
-    }
+    let priced_s = place.rates.gemm_s(Tier::Cpu, stored, rows, inputs, outputs);
     Ok((took_s.median().unwrap_or(priced_s), priced_s))
 }
 

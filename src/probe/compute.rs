@@ -3,20 +3,19 @@
 
 use super::ProbeError;
 use super::bench::Bench;
-use super::samples::{Series, tidy};
+use super::products::{normalise, product_s};
+use super::samples::{Series, median, tidy};
 use super::scale::Extent;
 use crate::dtype::{Arithmetic, Dtype, panels};
 use crate::engine::sampling::{Draw, Sampling, sample};
 use crate::machine::arena::AlignedBuffer;
 use crate::machine::cpu::kernels::{
-    Activation, AppendArgs, AttendArgs, AttendItem, GemmArgs, Isa, KvView, NormArgs, PackSource,
-    Slots, append_kv, attend, copy_bytes, gemm, layer_norm, memory_read_sum, pack_panels,
+    AppendArgs, AttendArgs, AttendItem, Isa, KvView, PackSource, Slots, append_kv, attend,
+    copy_bytes, memory_read_sum, pack_panels,
 };
 use crate::machine::cpu::pool::Pool;
-use crate::machine::disk::DiskError;
 use crate::profile::{AttentionRates, CpuFacts, GemmCurve, QuantiseRates};
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 /// Attention is measured at the width of opt-1.3b.
 pub const HIDDEN: usize = 2048;
@@ -54,6 +53,8 @@ struct KvPoint {
     tokens: usize,
     /// Bytes or FLOP per second.
     rate: Series,
+    /// Of decoding: what a call of one sequence takes more than its bytes at that rate.
+    call_s: Series,
 }
 
 /// The CPU's measurements.
@@ -88,6 +89,7 @@ impl ComputeArea {
             decode,
             tokens,
             rate: Series::default(),
+            call_s: Series::default(),
         };
         let contexts = |format| {
             let decode = extent.decode_tokens.iter().map(move |&t| (format, true, t));
@@ -115,11 +117,15 @@ impl ComputeArea {
         self.memory(bench)?;
         self.products(bench)?;
         for point in &mut self.attention {
-            point.rate.push(if point.decode {
-                decode(bench, point.format, point.tokens)?
-            } else {
-                prefill(bench, point.format, point.tokens)?
-            });
+            if !point.decode {
+                point.rate.push(prefill(bench, point.format, point.tokens)?);
+                continue;
+            }
+            let (bytes, seconds) = decode(bench, (point.format, point.tokens), MAX_SEQUENCES)?;
+            let rate = bytes / seconds;
+            point.rate.push(rate);
+            let (bytes, seconds) = decode(bench, (point.format, point.tokens), 1)?;
+            point.call_s.push((seconds - bytes / rate).max(0.0));
         }
         self.small_work(bench)
     }
@@ -194,12 +200,15 @@ impl ComputeArea {
                 .collect()
         };
         let (decode, prefill) = (curve(true), curve(false));
+        let calls = self.attention.iter().filter(|p| p.format == format);
+        let calls: Vec<f64> = calls.filter_map(|p| p.call_s.median()).collect();
         let long = |points: &[(usize, f64)]| points.last().map_or(0.0, |p| p.1);
         AttentionRates {
             decode_bytes_per_s: long(&decode),
             prefill_flop_per_s: long(&prefill),
             decode_by_tokens: decode,
             prefill_by_tokens: prefill,
+            decode_call_s: tidy(median(&calls).unwrap_or(0.0)),
         }
     }
 
@@ -221,97 +230,14 @@ fn product(bench: &mut Bench, point: &GemmPoint) -> Result<f64, ProbeError> {
     product_s(bench, (point.format, point.arithmetic, point.rows), shape)
 }
 
-/// Seconds of one product of so many rows with a weight matrix (inputs, outputs). Neither the weights nor
-/// the rows are in a cache: in a layer, other products and their weights come between.
-pub fn product_s(
+/// KV bytes and seconds of one new token for at most `most` sequences of so many tokens.
+fn decode(
     bench: &mut Bench,
-    product: (Dtype, Arithmetic, usize),
-    (inputs, outputs): (usize, usize),
-) -> Result<f64, ProbeError> {
-    bench.time(|b| {
-        let x_bytes = 4 * product.2 * inputs;
-        let x = b.rotate(x_bytes);
-        let weights = rotate_weights(b, product.0, (inputs, outputs));
-        let x = bytemuck::cast_slice(&b.arena[x..x + x_bytes]);
-        let operands = (x, &b.arena[weights], b.outputs.as_mut_slice_of());
-        multiply((&b.pool, b.isa), operands, product, (inputs, outputs));
-    })
-}
-
-/// Seconds of a norm and the product of its rows, which one thread or several hand over to all: what a
-/// decoding layer is made of, and slower than a product alone where the threads' cores are far apart.
-pub fn handed_over_s(
-    bench: &mut Bench,
-    product: (Dtype, Arithmetic, usize),
-    (inputs, outputs): (usize, usize),
-) -> Result<f64, ProbeError> {
-    let floats = product.2 * inputs;
-    bench.time(|b| {
-        let from = b.rotate(4 * floats);
-        let weights = rotate_weights(b, product.0, (inputs, outputs));
-        let from = bytemuck::cast_slice(&b.arena[from..from + 4 * floats]);
-        let x = &mut b.inputs.as_mut_slice_of()[..floats];
-        normalise((&b.pool, b.isa), (from, x), (product.2, inputs));
-        let operands = (&*x, &b.arena[weights], b.outputs.as_mut_slice_of());
-        multiply((&b.pool, b.isa), operands, product, (inputs, outputs));
-    })
-}
-
-fn rotate_weights(
-    bench: &mut Bench,
-    format: Dtype,
-    (inputs, outputs): (usize, usize),
-) -> Range<usize> {
-    let bytes = panels(outputs) * format.panel_bytes(inputs) as usize;
-    let begin = bench.rotate(bytes);
-    begin..begin + bytes
-}
-
-fn multiply(
-    (pool, isa): (&Pool, Isa),
-    (x, weights, out): (&[f32], &[u8], &mut [f32]),
-    (format, arithmetic, m): (Dtype, Arithmetic, usize),
-    (inputs, outputs): (usize, usize),
-) {
-    let args = GemmArgs {
-        x,
-        ldx: inputs,
-        m,
-        inputs,
-        weights,
-        format,
-        arithmetic,
-        rows: outputs,
-        bias: None,
-        activation: Activation::None,
-        out,
-        ldo: outputs,
-    };
-    gemm(pool, isa, args);
-}
-
-fn normalise(
-    (pool, isa): (&Pool, Isa),
-    (x, out): (&[f32], &mut [f32]),
-    (m, width): (usize, usize),
-) {
-    let args = NormArgs {
-        x,
-        rows: None,
-        m,
-        width,
-        weight: None,
-        bias: None,
-        eps: 1e-5,
-        out,
-    };
-    layer_norm(pool, isa, args);
-}
-
-/// KV bytes per second of one new token for many sequences of so many tokens.
-fn decode(bench: &mut Bench, format: Dtype, tokens: usize) -> Result<f64, ProbeError> {
+    (format, tokens): (Dtype, usize),
+    most: usize,
+) -> Result<(f64, f64), ProbeError> {
     let sequence_bytes = tokens * 2 * format.row_bytes(HIDDEN) as usize;
-    let sequences = (bench.arena.len() / 2 / sequence_bytes).clamp(1, MAX_SEQUENCES);
+    let sequences = (bench.arena.len() / 2 / sequence_bytes).clamp(1, most);
     let bytes = sequences * sequence_bytes;
     let seconds = bench.time(|b| {
         let begin = b.rotate(bytes);
@@ -327,7 +253,7 @@ fn decode(bench: &mut Bench, format: Dtype, tokens: usize) -> Result<f64, ProbeE
             (&b.inputs, &mut b.outputs),
         );
     })?;
-    Ok(bytes as f64 / seconds)
+    Ok((bytes as f64, seconds))
 }
 
 /// FLOP per second of the attention of as many prompts as make a chunk of rows.
@@ -463,29 +389,4 @@ fn rowwise(bench: &mut Bench) -> Result<f64, ProbeError> {
         normalise((&b.pool, b.isa), (x, to), (rows, HIDDEN));
     })?;
     Ok((2 * bytes) as f64 / seconds)
-}
-
-/// A step of the compute lane for races with the disk: a decode of 32 sequences over fp16 weights,
-/// heavy on memory and on arithmetic alike. Returns FLOP.
-pub fn product_step<'a>(
-    (pool, isa): (&'a Pool, Isa),
-    memory: &'a [u8],
-    (inputs, outputs): (&'a AlignedBuffer, &'a mut AlignedBuffer),
-) -> Box<dyn FnMut() -> Result<Option<f64>, DiskError> + Send + 'a> {
-    const ROWS: usize = 32;
-    const WIDTH: usize = 512;
-    const OUTPUTS: usize = 2048;
-    let bytes = panels(OUTPUTS) * Dtype::F16.panel_bytes(WIDTH) as usize;
-    let mut begin = 0;
-    Box::new(move || {
-        if begin + bytes > memory.len() {
-            begin = 0;
-        }
-        let weights = &memory[begin..begin + bytes];
-        let operands = (inputs.as_slice_of(), weights, outputs.as_mut_slice_of());
-        let product = (Dtype::F16, Arithmetic::Fp32, ROWS);
-        multiply((pool, isa), operands, product, (WIDTH, OUTPUTS));
-        begin += bytes;
-        Ok(Some(2.0 * (ROWS * WIDTH * OUTPUTS) as f64))
-    })
 }

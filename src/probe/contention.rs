@@ -3,8 +3,8 @@
 
 use super::ProbeError;
 use super::bench::Bench;
-use super::compute::product_step;
 use super::disk::DiskArea;
+use super::products::product_step;
 use super::samples::Series;
 use crate::machine::disk::{DiskError, IoRequest};
 use crate::profile::{LARGE_REQUEST_BYTES, SMALL_REQUEST_BYTES, SMALL_SUFFIX};

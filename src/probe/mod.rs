@@ -10,6 +10,7 @@ mod disk;
 mod gpu;
 mod gpu_work;
 mod launch;
+mod products;
 mod samples;
 mod saved;
 mod scale;

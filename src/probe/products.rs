@@ -1,0 +1,104 @@
+//! Products and norms as a layer has them, for whoever measures them: the compute lane's grid, bursts, and
+//! races with the disk.
+
+use super::ProbeError;
+use super::bench::Bench;
+use crate::dtype::{Arithmetic, Dtype, panels};
+use crate::machine::arena::AlignedBuffer;
+use crate::machine::cpu::kernels::{Activation, GemmArgs, Isa, NormArgs, gemm, layer_norm};
+use crate::machine::cpu::pool::Pool;
+use crate::machine::disk::DiskError;
+use std::ops::Range;
+
+/// Seconds of one product of so many rows with a weight matrix (inputs, outputs). Neither the weights nor
+/// the rows are in a cache: in a layer, other products and their weights come between.
+pub fn product_s(
+    bench: &mut Bench,
+    product: (Dtype, Arithmetic, usize),
+    (inputs, outputs): (usize, usize),
+) -> Result<f64, ProbeError> {
+    bench.time(|b| {
+        let x_bytes = 4 * product.2 * inputs;
+        let x = b.rotate(x_bytes);
+        let weights = rotate_weights(b, product.0, (inputs, outputs));
+        let x = bytemuck::cast_slice(&b.arena[x..x + x_bytes]);
+        let operands = (x, &b.arena[weights], b.outputs.as_mut_slice_of());
+        multiply((&b.pool, b.isa), operands, product, (inputs, outputs));
+    })
+}
+
+fn rotate_weights(
+    bench: &mut Bench,
+    format: Dtype,
+    (inputs, outputs): (usize, usize),
+) -> Range<usize> {
+    let bytes = panels(outputs) * format.panel_bytes(inputs) as usize;
+    let begin = bench.rotate(bytes);
+    begin..begin + bytes
+}
+
+fn multiply(
+    (pool, isa): (&Pool, Isa),
+    (x, weights, out): (&[f32], &[u8], &mut [f32]),
+    (format, arithmetic, m): (Dtype, Arithmetic, usize),
+    (inputs, outputs): (usize, usize),
+) {
+    let args = GemmArgs {
+        x,
+        ldx: inputs,
+        m,
+        inputs,
+        weights,
+        format,
+        arithmetic,
+        rows: outputs,
+        bias: None,
+        activation: Activation::None,
+        out,
+        ldo: outputs,
+    };
+    gemm(pool, isa, args);
+}
+
+pub fn normalise(
+    (pool, isa): (&Pool, Isa),
+    (x, out): (&[f32], &mut [f32]),
+    (m, width): (usize, usize),
+) {
+    let args = NormArgs {
+        x,
+        rows: None,
+        m,
+        width,
+        weight: None,
+        bias: None,
+        eps: 1e-5,
+        out,
+    };
+    layer_norm(pool, isa, args);
+}
+
+/// A step of the compute lane for races with the disk: a decode of 32 sequences over fp16 weights,
+/// heavy on memory and on arithmetic alike. Returns FLOP.
+pub fn product_step<'a>(
+    (pool, isa): (&'a Pool, Isa),
+    memory: &'a [u8],
+    (inputs, outputs): (&'a AlignedBuffer, &'a mut AlignedBuffer),
+) -> Box<dyn FnMut() -> Result<Option<f64>, DiskError> + Send + 'a> {
+    const ROWS: usize = 32;
+    const WIDTH: usize = 512;
+    const OUTPUTS: usize = 2048;
+    let bytes = panels(OUTPUTS) * Dtype::F16.panel_bytes(WIDTH) as usize;
+    let mut begin = 0;
+    Box::new(move || {
+        if begin + bytes > memory.len() {
+            begin = 0;
+        }
+        let weights = &memory[begin..begin + bytes];
+        let operands = (inputs.as_slice_of(), weights, outputs.as_mut_slice_of());
+        let product = (Dtype::F16, Arithmetic::Fp32, ROWS);
+        multiply((pool, isa), operands, product, (WIDTH, OUTPUTS));
+        begin += bytes;
+        Ok(Some(2.0 * (ROWS * WIDTH * OUTPUTS) as f64))
+    })
+}
