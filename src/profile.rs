@@ -369,23 +369,20 @@ fn need_point(key: &str, points: usize) -> Result<(), ProfileError> {
 }
 
 fn need_not_negative(key: String, value: f64) -> Result<(), ProfileError> {
-    if value.is_finite() && value >= 0.0 {
-        return Ok(());
-    }
-    Err(ProfileError::Value {
-        key,
-        rule: "zero or more",
-        value: value.to_string(),
-    })
+    need(value >= 0.0, "zero or more", (key, value))
 }
 
 fn need_positive(key: String, value: f64) -> Result<(), ProfileError> {
-    if value.is_finite() && value > 0.0 {
+    need(value > 0.0, "positive", (key, value))
+}
+
+fn need(holds: bool, rule: &'static str, (key, value): (String, f64)) -> Result<(), ProfileError> {
+    if holds && value.is_finite() {
         return Ok(());
     }
     Err(ProfileError::Value {
         key,
-        rule: "positive",
+        rule,
         value: value.to_string(),
     })
 }

@@ -3,15 +3,15 @@
 
 use super::ProbeError;
 use super::bench::Bench;
-use super::products::{normalise, product_s};
+use super::products::product_s;
 use super::samples::{Series, median, tidy};
 use super::scale::Extent;
 use crate::dtype::{Arithmetic, Dtype, panels};
 use crate::engine::sampling::{Draw, Sampling, sample};
 use crate::machine::arena::AlignedBuffer;
 use crate::machine::cpu::kernels::{
-    AppendArgs, AttendArgs, AttendItem, Isa, KvView, PackSource, Slots, append_kv, attend,
-    copy_bytes, memory_read_sum, pack_panels,
+    AppendArgs, AttendArgs, AttendItem, Isa, KvView, NormArgs, PackSource, Slots, append_kv,
+    attend, copy_bytes, layer_norm, memory_read_sum, pack_panels,
 };
 use crate::machine::cpu::pool::Pool;
 use crate::profile::{AttentionRates, CpuFacts, GemmCurve, QuantiseRates};
@@ -384,9 +384,17 @@ fn rowwise(bench: &mut Bench) -> Result<f64, ProbeError> {
         } else {
             0
         };
-        let x = bytemuck::cast_slice(&b.arena[begin..begin + bytes]);
-        let to = bytemuck::cast_slice_mut(&mut b.outputs[out..out + bytes]);
-        normalise((&b.pool, b.isa), (x, to), (rows, HIDDEN));
+        let args = NormArgs {
+            x: bytemuck::cast_slice(&b.arena[begin..begin + bytes]),
+            rows: None,
+            m: rows,
+            width: HIDDEN,
+            weight: None,
+            bias: None,
+            eps: 1e-5,
+            out: bytemuck::cast_slice_mut(&mut b.outputs[out..out + bytes]),
+        };
+        layer_norm(&b.pool, b.isa, args);
     })?;
     Ok((2 * bytes) as f64 / seconds)
 }

@@ -1,14 +1,13 @@
-//! Products and norms as a layer has them, for whoever measures them: the compute lane's grid, bursts, and
-//! races with the disk.
+//! Products as a layer has them, for whoever measures them: the compute lane's grid, bursts, and races with
+//! the disk.
 
 use super::ProbeError;
 use super::bench::Bench;
 use crate::dtype::{Arithmetic, Dtype, panels};
 use crate::machine::arena::AlignedBuffer;
-use crate::machine::cpu::kernels::{Activation, GemmArgs, Isa, NormArgs, gemm, layer_norm};
+use crate::machine::cpu::kernels::{Activation, GemmArgs, Isa, gemm};
 use crate::machine::cpu::pool::Pool;
 use crate::machine::disk::DiskError;
-use std::ops::Range;
 
 /// Seconds of one product of so many rows with a weight matrix (inputs, outputs). Neither the weights nor
 /// the rows are in a cache: in a layer, other products and their weights come between.
@@ -17,24 +16,15 @@ pub fn product_s(
     product: (Dtype, Arithmetic, usize),
     (inputs, outputs): (usize, usize),
 ) -> Result<f64, ProbeError> {
+    let bytes = panels(outputs) * product.0.panel_bytes(inputs) as usize;
+    let x_bytes = 4 * product.2 * inputs;
     bench.time(|b| {
-        let x_bytes = 4 * product.2 * inputs;
-        let x = b.rotate(x_bytes);
-        let weights = rotate_weights(b, product.0, (inputs, outputs));
+        let (x, begin) = (b.rotate(x_bytes), b.rotate(bytes));
         let x = bytemuck::cast_slice(&b.arena[x..x + x_bytes]);
-        let operands = (x, &b.arena[weights], b.outputs.as_mut_slice_of());
+        let weights = &b.arena[begin..begin + bytes];
+        let operands = (x, weights, b.outputs.as_mut_slice_of());
         multiply((&b.pool, b.isa), operands, product, (inputs, outputs));
     })
-}
-
-fn rotate_weights(
-    bench: &mut Bench,
-    format: Dtype,
-    (inputs, outputs): (usize, usize),
-) -> Range<usize> {
-    let bytes = panels(outputs) * format.panel_bytes(inputs) as usize;
-    let begin = bench.rotate(bytes);
-    begin..begin + bytes
 }
 
 fn multiply(
@@ -58,24 +48,6 @@ fn multiply(
         ldo: outputs,
     };
     gemm(pool, isa, args);
-}
-
-pub fn normalise(
-    (pool, isa): (&Pool, Isa),
-    (x, out): (&[f32], &mut [f32]),
-    (m, width): (usize, usize),
-) {
-    let args = NormArgs {
-        x,
-        rows: None,
-        m,
-        width,
-        weight: None,
-        bias: None,
-        eps: 1e-5,
-        out,
-    };
-    layer_norm(pool, isa, args);
 }
 
 /// A step of the compute lane for races with the disk: a decode of 32 sequences over fp16 weights,
