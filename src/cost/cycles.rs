@@ -186,8 +186,12 @@ fn pair_rows(rates: &Rates, work: &Work) -> Vec<Row> {
 /// seconds, as often as there are steps in the layer. Where the shares are known, the slowest of all
 /// cycles is looked for; the linear program has the two that need nothing to be there.
 fn cycle_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> {
-    if input.at.is_some() && place.part == Part::Layer {
-        return slowest_row(input, place, work).into_iter().collect();
+    if let Some(at) = input.at.as_ref().filter(|_| place.part == Part::Layer) {
+        // A cycle within what a lane is busy anyway tells nothing new.
+        let lanes_s = Lane::ALL.map(|lane| work.lanes[lane].at(at));
+        let busiest_s = lanes_s.into_iter().fold(0.0, f64::max);
+        let slowest = slowest_row(input, place, work, busiest_s);
+        return slowest.into_iter().collect();
     }
     let hidden = sum(&work.hidden);
     let cache = sum(&work.cache);
@@ -258,8 +262,8 @@ fn operations(input: &TermInput, place: &Place, work: &Work) -> [Affine; NODES] 
     all
 }
 
-/// The slowest cycle of waits at given shares.
-fn slowest_row(input: &TermInput, place: &Place, work: &Work) -> Option<Row> {
+/// The slowest cycle of waits at given shares, where a layer takes longer by it than `floor_s`.
+fn slowest_row(input: &TermInput, place: &Place, work: &Work, floor_s: f64) -> Option<Row> {
     let at = input.at.as_ref()?;
     let operations = operations(input, place, work);
     let batches = place.batches();
@@ -267,11 +271,8 @@ fn slowest_row(input: &TermInput, place: &Place, work: &Work) -> Option<Row> {
         let seconds = seconds.at(at) / batches;
         (seconds > 0.0).then_some(seconds)
     });
-    let handover_s = input.rates.handover_s;
-    // A cycle within what a lane is busy anyway tells nothing new.
-    let lanes_s = Lane::ALL.map(|lane| work.lanes[lane].at(at) / batches);
-    let busiest_s = lanes_s.into_iter().fold(0.0, f64::max);
-    let cycle = Waits::new(durations, batches > 1.0, handover_s).slowest(busiest_s)?;
+    let waits = Waits::new(durations, batches > 1.0, input.rates.handover_s);
+    let cycle = waits.slowest(floor_s / batches)?;
     let mut seconds = constant(batches * cycle.wakes_s / cycle.steps);
     for node in cycle.nodes {
         seconds.add_scaled(&operations[node as usize], 1.0 / cycle.steps);
@@ -401,10 +402,7 @@ fn pace(input: &TermInput, place: &Place, work: &Work) -> Affine {
         streams: PerLane::default(),
         ..work.clone()
     };
-    match slowest_row(input, place, &resident) {
-        Some(row) if row.seconds.at(at) > busy.at(at) => row.seconds,
-        _ => busy,
-    }
+    slowest_row(input, place, &resident, busy.at(at)).map_or(busy, |row| row.seconds)
 }
 
 /// What comes over a lane besides weights.
