@@ -202,6 +202,9 @@ pub struct AttentionRates {
     pub decode_by_tokens: Vec<(usize, f64)>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub prefill_by_tokens: Vec<(usize, f64)>,
+    /// One-token attention over the width of the keys: (hidden, bytes per second), at the same tokens.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub decode_by_hidden: Vec<(usize, f64)>,
     /// Seconds that one call of one-token attention takes besides what its bytes take.
     #[serde(default)]
     pub decode_call_s: f64,
@@ -213,7 +216,8 @@ impl AttentionRates {
         let curves = self
             .decode_by_tokens
             .iter_mut()
-            .chain(&mut self.prefill_by_tokens);
+            .chain(&mut self.prefill_by_tokens)
+            .chain(&mut self.decode_by_hidden);
         [&mut self.decode_bytes_per_s, &mut self.prefill_flop_per_s]
             .into_iter()
             .chain(curves.map(|point| &mut point.1))

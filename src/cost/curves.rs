@@ -8,9 +8,77 @@ use std::collections::BTreeMap;
 /// Seconds per weight over M, for one measured shape.
 #[derive(Clone, Debug)]
 pub struct ShapeCurve {
-    pub weights: f64,
+    /// √(inputs ÷ outputs): at one number of weights it goes with inputs and with 1 ÷ outputs.
+    aspect: f64,
     /// (M, seconds per weight), rising.
     pub points: Vec<(f64, f64)>,
+}
+
+/// The measured shapes of one number of weights, by aspect.
+#[derive(Clone, Debug)]
+pub struct SizeCurves {
+    weights: f64,
+    shapes: Vec<ShapeCurve>,
+}
+
+impl SizeCurves {
+    /// Seconds per weight, linear in the aspect: weights are multiplied once for each row, x is made ready once for
+    /// each input. Few outputs are dearer than any that was measured, many are not cheaper.
+    fn per_weight_s(&self, m: f64, aspect: f64, floor_s: f64) -> f64 {
+        let at = |shape: &ShapeCurve| (shape.aspect, per_weight_s(&shape.points, m, floor_s));
+        let above = self.shapes.partition_point(|s| s.aspect < aspect);
+        let last = self.shapes.len() - 1;
+        let (a, b) = match above {
+            0 => return at(&self.shapes[0]).1,
+            _ if last == 0 => return at(&self.shapes[0]).1,
+            _ => (
+                at(&self.shapes[above.min(last) - 1]),
+                at(&self.shapes[above.min(last)]),
+            ),
+        };
+        let part = (aspect - a.0) / (b.0 - a.0);
+        let seconds = a.1 + (b.1 - a.1) * part;
+        if part > 1.0 {
+            seconds.max(b.1)
+        } else {
+            seconds
+        }
+    }
+}
+
+/// Seconds per weight of a product of M rows with a matrix (inputs, outputs): between two measured sizes
+/// linear in the size's logarithm, above the largest as there. Below the smallest, a product takes what is
+/// left of two sizes when their weights are taken off: it has a beginning and an end however small it is.
+pub fn gemm_s_per_weight(
+    sizes: &[SizeCurves],
+    m: f64,
+    (inputs, outputs): (f64, f64),
+    floor_s: f64,
+) -> f64 {
+    let (weights, aspect) = (inputs * outputs, (inputs / outputs).sqrt());
+    let at = |size: &SizeCurves| size.per_weight_s(m, aspect, floor_s);
+    let above = sizes.partition_point(|s| s.weights < weights);
+    match (sizes.get(above.wrapping_sub(1)), sizes.get(above)) {
+        (Some(small), Some(large)) => {
+            let t = (weights / small.weights).ln() / (large.weights / small.weights).ln();
+            at(small) * (1.0 - t) + at(large) * t
+        }
+        (None, Some(small)) => {
+            let large = sizes.get(1).unwrap_or(small);
+            let fixed_s = fixed_s((small.weights, at(small)), (large.weights, at(large)));
+            at(small) + fixed_s * (1.0 / weights - 1.0 / small.weights)
+        }
+        (Some(only), None) => at(only),
+        (None, None) => f64::INFINITY,
+    }
+}
+
+/// What a product takes besides its weights, from two sizes of (weights, seconds per weight).
+fn fixed_s((few, few_s): (f64, f64), (many, many_s): (f64, f64)) -> f64 {
+    match many > few {
+        true => ((few_s - many_s) * few * many / (many - few)).clamp(0.0, few_s * few),
+        false => 0.0,
+    }
 }
 
 /// Bytes of one element in long rows.
@@ -20,7 +88,7 @@ pub fn element_bytes(format: Dtype) -> f64 {
 
 /// Piecewise linear between measured M; above the last by FLOPs; below the first in proportion, but
 /// not under the time that reading the weight takes.
-pub fn per_weight_s(points: &[(f64, f64)], m: f64, floor_s: f64) -> f64 {
+fn per_weight_s(points: &[(f64, f64)], m: f64, floor_s: f64) -> f64 {
     let (first, last) = (points[0], points[points.len() - 1]);
     if m <= first.0 {
         return (first.1 * m / first.0).max(floor_s).min(first.1);
@@ -81,13 +149,13 @@ fn stand_ins(format: Dtype) -> [Dtype; 4] {
 pub fn gemm_curves(
     tables: &BTreeMap<String, GemmCurve>,
     slow: f64,
-) -> Option<[[Vec<ShapeCurve>; 4]; 3]> {
-    let mut all: [[Vec<ShapeCurve>; 4]; 3] = Default::default();
+) -> Option<[[Vec<SizeCurves>; 4]; 3]> {
+    let mut all: [[Vec<SizeCurves>; 4]; 3] = Default::default();
     for arithmetic in [Arithmetic::Fp32, Arithmetic::Bf16, Arithmetic::Int8] {
         for format in Dtype::ALL {
             let (found, table) = measured(tables, arithmetic, format)?;
             let larger = (element_bytes(format) / element_bytes(found)).max(1.0);
-            all[arithmetic as usize][format as usize] = shape_curves(table, larger * slow);
+            all[arithmetic as usize][format as usize] = size_curves(table, larger * slow);
         }
     }
     Some(all)
@@ -106,29 +174,34 @@ fn measured(
     by(arithmetic).or_else(|| by(Arithmetic::Fp32))
 }
 
-fn shape_curves(table: &GemmCurve, factor: f64) -> Vec<ShapeCurve> {
-    let mut shapes = BTreeMap::<u64, BTreeMap<usize, f64>>::new();
-    for &(m, inputs, rows, seconds) in &table.points {
-        let weights = (inputs * rows).max(1) as u64;
-        let per_weight_s = factor * seconds / weights as f64;
-        shapes
-            .entry(weights)
-            .or_default()
-            .insert(m.max(1), per_weight_s);
+fn size_curves(table: &GemmCurve, factor: f64) -> Vec<SizeCurves> {
+    let mut sizes = BTreeMap::<u64, BTreeMap<usize, BTreeMap<usize, f64>>>::new();
+    for &(m, inputs, outputs, seconds) in &table.points {
+        let weights = (inputs * outputs).max(1) as u64;
+        let of_size = sizes.entry(weights).or_default();
+        let of_shape = of_size.entry(inputs.max(1)).or_default();
+        of_shape.insert(m.max(1), factor * seconds / weights as f64);
     }
-    let rising = |points: BTreeMap<usize, f64>| {
-        let mut most = 0.0f64;
-        let rise = |(m, s): (usize, f64)| {
-            most = most.max(s);
-            (m as f64, most)
-        };
-        points.into_iter().map(rise).collect()
-    };
-    let curve = |(weights, points)| ShapeCurve {
+    let curve = |(weights, shapes): (u64, BTreeMap<usize, _>)| SizeCurves {
         weights: weights as f64,
-        points: rising(points),
+        shapes: shapes
+            .into_iter()
+            .map(|(inputs, points)| ShapeCurve {
+                aspect: inputs as f64 / (weights as f64).sqrt(),
+                points: rising(points),
+            })
+            .collect(),
     };
-    shapes.into_iter().map(curve).collect()
+    sizes.into_iter().map(curve).collect()
+}
+
+fn rising(points: BTreeMap<usize, f64>) -> Vec<(f64, f64)> {
+    let mut most = 0.0f64;
+    let rise = |(m, s): (usize, f64)| {
+        most = most.max(s);
+        (m as f64, most)
+    };
+    points.into_iter().map(rise).collect()
 }
 
 /// What attention takes over the tokens that it looks at: (tokens, seconds per byte or FLOP), rising
@@ -137,32 +210,40 @@ fn shape_curves(table: &GemmCurve, factor: f64) -> Vec<ShapeCurve> {
 pub struct AttentionCurves {
     decode: Vec<(f64, f64)>,
     prefill: Vec<(f64, f64)>,
+    /// Of decoding over the width of the keys: (hidden, seconds per byte ÷ those at the width of `decode`).
+    by_width: Vec<(f64, f64)>,
     /// Of a call, besides its bytes.
     pub decode_call_s: f64,
 }
 
 impl AttentionCurves {
-    pub fn decode_s_per_byte(&self, tokens: f64) -> f64 {
-        over_tokens(&self.decode, tokens)
+    /// Of keys and values of `hidden` values each: what a row takes besides its bytes weighs more where rows
+    /// are short.
+    pub fn decode_s_per_byte(&self, tokens: f64, hidden: f64) -> f64 {
+        let narrow = match self.by_width.is_empty() {
+            true => 1.0,
+            false => reciprocal(&self.by_width, hidden),
+        };
+        narrow * reciprocal(&self.decode, tokens)
     }
 
     pub fn prefill_s_per_flop(&self, tokens: f64) -> f64 {
-        over_tokens(&self.prefill, tokens)
+        reciprocal(&self.prefill, tokens)
     }
 }
 
-/// A sequence costs a + b · tokens, so that seconds per token are linear in 1 ÷ tokens; constant above
-/// the last point, and below the first never less than there.
-fn over_tokens(points: &[(f64, f64)], tokens: f64) -> f64 {
+/// What costs a + b · n takes seconds per n that are linear in 1 ÷ n (tokens of a sequence, values of a row);
+/// constant above the last point, and below the first never less than there.
+fn reciprocal(points: &[(f64, f64)], n: f64) -> f64 {
     let (first, last) = (points[0], points[points.len() - 1]);
-    if points.len() == 1 || tokens >= last.0 {
+    if points.len() == 1 || n >= last.0 {
         return last.1;
     }
-    let above = points.partition_point(|p| p.0 < tokens).max(1);
+    let above = points.partition_point(|p| p.0 < n).max(1);
     let (a, b) = (points[above - 1], points[above]);
-    let part = (1.0 / tokens.max(1.0) - 1.0 / a.0) / (1.0 / b.0 - 1.0 / a.0);
+    let part = (1.0 / n.max(1.0) - 1.0 / a.0) / (1.0 / b.0 - 1.0 / a.0);
     let seconds = a.1 + (b.1 - a.1) * part;
-    if tokens < first.0 {
+    if n < first.0 {
         seconds.max(first.1)
     } else {
         seconds
@@ -187,6 +268,7 @@ pub fn attention_curves(
                 slow / smaller,
             ),
             prefill: token_curve(&rates.prefill_by_tokens, rates.prefill_flop_per_s, slow),
+            by_width: width_curve(&rates.decode_by_hidden),
             decode_call_s: rates.decode_call_s,
         });
     }
@@ -202,6 +284,14 @@ fn token_curve(points: &[(usize, f64)], rate: f64, slow: f64) -> Vec<(f64, f64)>
         .into_iter()
         .map(|(t, r)| (t as f64, slow / r))
         .collect()
+}
+
+/// Against the widest, which is the width of all other figures.
+fn width_curve(points: &[(usize, f64)]) -> Vec<(f64, f64)> {
+    let sorted: BTreeMap<usize, f64> = points.iter().map(|&(w, r)| (w.max(1), r)).collect();
+    let widest = sorted.values().next_back().copied().unwrap_or(1.0);
+    let factor = |(w, r): (usize, f64)| (w as f64, (widest / r).max(1.0));
+    sorted.into_iter().map(factor).collect()
 }
 
 /// Where (de)quantising was not measured, it takes four times as long as a row-wise pass.

@@ -292,11 +292,12 @@ impl<'a> LayerBuilder<'a> {
     ) -> f64 {
         let format = self.format(matrix);
         let stored = (format, self.policy.arithmetic(format));
-        let weights = matrix.rows as f64 * matrix.inputs as f64;
+        let (inputs, outputs) = (matrix.inputs as f64, matrix.rows as f64);
+        let piece = (inputs, outputs * of_all);
         let one = |&(m, count): &(f64, f64)| {
             let wide = (format, self.policy.is_wide());
             let products = count * self.rates.products(tier, wide, m);
-            products * weights * self.rates.weight_s(tier, stored, m, weights * of_all)
+            products * inputs * outputs * self.rates.weight_s(tier, stored, m, piece)
         };
         chunks.iter().map(one).sum()
     }
@@ -456,6 +457,7 @@ impl<'a> LayerBuilder<'a> {
                 AttentionWork::Decode {
                     kv_bytes: self.kv_bytes(step),
                     tokens: step.context,
+                    hidden,
                 },
                 format,
             ),

@@ -8,8 +8,8 @@
 //! fast as fp32.
 
 use crate::cost::curves::{
-    AttentionCurves, ShapeCurve, attention_curves, disk_curve, disk_s, element_bytes, gemm_curves,
-    per_weight_s, rate_at, slow_quantise,
+    AttentionCurves, SizeCurves, attention_curves, disk_curve, disk_s, element_bytes, gemm_curves,
+    gemm_s_per_weight, rate_at, slow_quantise,
 };
 use crate::cost::footprint::STREAM_CHUNK_BYTES;
 use crate::dtype::{Arithmetic, Dtype};
@@ -35,8 +35,12 @@ pub enum RatesError {
 /// Attention of sequences that each look at so many tokens.
 #[derive(Clone, Copy, Debug)]
 pub enum AttentionWork {
-    /// One new token each: the KV bytes that are read.
-    Decode { kv_bytes: f64, tokens: f64 },
+    /// One new token each: the KV bytes that are read, and the values of a key.
+    Decode {
+        kv_bytes: f64,
+        tokens: f64,
+        hidden: f64,
+    },
     /// Prompts: 4 · hidden · keys seen, summed over the queries.
     Prefill { flop: f64, tokens: f64 },
 }
@@ -45,7 +49,7 @@ pub enum AttentionWork {
 #[derive(Clone, Debug)]
 struct ComputeRates {
     /// By arithmetic and format.
-    gemm: [[Vec<ShapeCurve>; 4]; 3],
+    gemm: [[Vec<SizeCurves>; 4]; 3],
     attention: [AttentionCurves; 4],
     memory_bytes_per_s: f64,
     rowwise_bytes_per_s: f64,
@@ -167,32 +171,22 @@ impl Rates {
         inputs: usize,
         rows: usize,
     ) -> f64 {
-        let weights = inputs as f64 * rows as f64;
-        weights * self.weight_s(on, stored, m as f64, weights)
+        let shape = (inputs as f64, rows as f64);
+        shape.0 * shape.1 * self.weight_s(on, stored, m as f64, shape)
     }
 
-    /// Seconds per weight at M rows, for a matrix of `weights` elements, by how it is stored and
-    /// multiplied.
+    /// Seconds per weight at M rows, for a matrix of (inputs, outputs), by how it is stored and multiplied.
     pub fn weight_s(
         &self,
         on: Tier,
         (format, arithmetic): (Dtype, Arithmetic),
         m: f64,
-        weights: f64,
+        shape: (f64, f64),
     ) -> f64 {
         let rates = self.on(on);
         let floor_s = element_bytes(format) / rates.memory_bytes_per_s;
         let curves = &rates.gemm[arithmetic as usize][format as usize];
-        let at = |curve: &ShapeCurve| per_weight_s(&curve.points, m, floor_s);
-        let above = curves.partition_point(|c| c.weights < weights);
-        let seconds = match (curves.get(above.wrapping_sub(1)), curves.get(above)) {
-            (Some(small), Some(large)) => {
-                let t = (weights / small.weights).ln() / (large.weights / small.weights).ln();
-                at(small) * (1.0 - t) + at(large) * t
-            }
-            (Some(only), None) | (None, Some(only)) => at(only),
-            (None, None) => f64::INFINITY,
-        };
+        let seconds = gemm_s_per_weight(curves, m, shape, floor_s);
         self.calibrated("gemm", on.name(), seconds)
     }
 
@@ -220,9 +214,11 @@ impl Rates {
     pub fn attention_s(&self, on: Tier, format: Dtype, work: AttentionWork) -> f64 {
         let curves = &self.on(on).attention[format as usize];
         let seconds = match work {
-            AttentionWork::Decode { kv_bytes, tokens } => {
-                kv_bytes * curves.decode_s_per_byte(tokens)
-            }
+            AttentionWork::Decode {
+                kv_bytes,
+                tokens,
+                hidden,
+            } => kv_bytes * curves.decode_s_per_byte(tokens, hidden),
             AttentionWork::Prefill { flop, tokens } => flop * curves.prefill_s_per_flop(tokens),
         };
         self.calibrated("attention", on.name(), seconds)

@@ -70,6 +70,7 @@ fn a_missing_format_is_never_faster_than_what_stands_in() {
         let work = AttentionWork::Decode {
             kv_bytes,
             tokens: 1024.0,
+            hidden: 4096.0,
         };
         rates.attention_s(Tier::Cpu, format, work)
     };
@@ -144,6 +145,7 @@ fn short_contexts_cost_what_was_measured_for_them() {
         let work = AttentionWork::Decode {
             kv_bytes: tokens,
             tokens,
+            hidden: 4096.0,
         };
         rates.attention_s(Tier::Cpu, Dtype::F16, work)
     };
@@ -154,4 +156,54 @@ fn short_contexts_cost_what_was_measured_for_them() {
         (seconds(2000.0) - 2020.0).abs() < 1e-9,
         "by the last point's rate"
     );
+}
+
+#[test]
+fn products_are_priced_by_size_and_aspect() {
+    let mut profile = t4();
+    let table = profile.cpu.gemm.get_mut("f16").unwrap();
+    // A product takes 1 for each weight, 100 for each input and a million.
+    let seconds = |i: usize, o: usize| (i * o + 100 * i + 1_000_000) as f64;
+    let shapes = [(512, 2048), (2048, 512), (1024, 4096), (4096, 1024)];
+    table.points = shapes.map(|(i, o)| (1, i, o, seconds(i, o))).into();
+    profile.cpu.dram_read_bytes_per_s = 1e12;
+    let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
+    let off = |(i, o)| rates.gemm_s(Tier::Cpu, F16, 1, i, o) / seconds(i, o) - 1.0;
+    // As measured; between two aspects; of fewer outputs than any.
+    for shape in shapes
+        .into_iter()
+        .chain([(2048, 2048), (8192, 128), (16384, 256)])
+    {
+        assert!(off(shape).abs() < 1e-12, "{shape:?}: {}", off(shape));
+    }
+    // Between two sizes, and half of the smallest: its weights are fewer, its beginning and its end are not.
+    for shape in [(768, 2304), (2304, 768), (512, 1024), (1024, 512)] {
+        assert!(off(shape).abs() < 0.06, "{shape:?}: {}", off(shape));
+    }
+}
+
+#[test]
+fn short_keys_are_read_more_slowly() {
+    let mut profile = t4();
+    let table = profile.cpu.attention.get_mut("f16").unwrap();
+    // A key takes 512 units and one a value.
+    table.decode_by_hidden = vec![(512, 0.5), (2048, 0.8)];
+    let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
+    let seconds = |hidden: f64| {
+        let work = AttentionWork::Decode {
+            kv_bytes: 1e9,
+            tokens: 64.0,
+            hidden,
+        };
+        rates.attention_s(Tier::Cpu, Dtype::F16, work)
+    };
+    let against = |hidden: f64| (hidden + 512.0) / hidden / 1.25;
+    for hidden in [512.0, 768.0, 1024.0, 2048.0] {
+        let ratio = seconds(hidden) / seconds(2048.0);
+        assert!(
+            (ratio / against(hidden) - 1.0).abs() < 1e-9,
+            "{hidden}: {ratio}"
+        );
+    }
+    assert_eq!(seconds(7168.0), seconds(2048.0));
 }

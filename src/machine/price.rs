@@ -85,6 +85,7 @@ impl Pricer {
                 AttentionWork::Decode {
                     kv_bytes: tokens * record,
                     tokens,
+                    hidden: attention.hidden as f64,
                 }
             } else {
                 let keys_seen = rows * item.past as f64 + rows * (rows + 1.0) / 2.0;

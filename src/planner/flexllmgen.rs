@@ -234,11 +234,11 @@ impl Setup<'_> {
         }
     }
 
-    fn products_s(&self, weights: f64, tensor: f64, rows: f64) -> f64 {
+    fn products_s(&self, weights: f64, shape: (f64, f64), rows: f64) -> f64 {
         let m = rows * self.flags.gpu_batch_size as f64;
         let per_weight = self
             .rates
-            .weight_s(Tier::Gpu, (Dtype::F16, Arithmetic::Fp32), m, tensor);
+            .weight_s(Tier::Gpu, (Dtype::F16, Arithmetic::Fp32), m, shape);
         let packed = if self.flags.compress_weight {
             weights
         } else {
@@ -272,6 +272,7 @@ impl Setup<'_> {
         let on_gpu = AttentionWork::Decode {
             kv_bytes: gpu_bytes,
             tokens: context,
+            hidden: self.model.hidden as f64,
         };
         cpu_bytes / self.rates.dram_read_bytes_per_s
             + self.dequantise_s(packed)
@@ -290,8 +291,8 @@ impl Setup<'_> {
         };
         let (store, hidden) = (self.cache_store(rows), self.hidden(rows));
         let attention_s =
-            self.products_s(4.0 * h * h, h * h, rows) + self.attention_s(rows, context);
-        let ffn_s = self.products_s(2.0 * h * ffn, h * ffn, rows);
+            self.products_s(4.0 * h * h, (h, h), rows) + self.attention_s(rows, context);
+        let ffn_s = self.products_s(2.0 * h * ffn, (h, ffn), rows);
         let batches = self.flags.num_gpu_batches;
         let when = |yes: bool, load: Load| if yes { load } else { none };
         let attend = (0..batches).map(|k| {
@@ -312,8 +313,9 @@ impl Setup<'_> {
 
     /// Logits of every position while prompts are read; the tables are fetched for each pass.
     fn ends_s(&self, homes: &Homes, rows: f64) -> f64 {
-        let table = self.model.vocab as f64 * self.model.hidden as f64;
-        let compute_s = self.flags.num_gpu_batches as f64 * self.products_s(table, table, rows);
+        let table = (self.model.hidden as f64, self.model.vocab as f64);
+        let products_s = self.products_s(table.0 * table.1, table, rows);
+        let compute_s = self.flags.num_gpu_batches as f64 * products_s;
         self.weights(&homes.ends).step_s(compute_s)
     }
 

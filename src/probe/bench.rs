@@ -3,7 +3,6 @@
 
 use super::ProbeError;
 use super::compute::{HIDDEN, MAX_SEQUENCES};
-use super::samples::Series;
 use super::scale::Extent;
 use crate::machine::arena::AlignedBuffer;
 use crate::machine::cpu::kernels::Isa;
@@ -11,7 +10,7 @@ use crate::machine::cpu::pool::Pool;
 use crate::machine::os;
 use crate::units::{MIB, PAGE_BYTES, round_up};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Memory, threads and limits of one probe.
 pub struct Bench<'a> {
@@ -93,21 +92,18 @@ impl<'a> Bench<'a> {
         self.rotate(bytes)
     }
 
-    /// Seconds of one call: the median of as many calls as fill a sample, so that being interrupted
-    /// now and then does not count.
+    /// Seconds of one call: the mean of as many calls as fill a sample. A run, too, pays for what interrupts
+    /// it now and then; a sample that was hit badly is no median of the rounds.
     pub fn time(&mut self, mut call: impl FnMut(&mut Self)) -> Result<f64, ProbeError> {
         self.check_stop()?;
-        let mut calls = Series::default();
-        let mut begin = Instant::now();
-        let end = begin + Duration::from_secs_f64(self.extent.sample_s);
+        let (mut calls, begin) = (0, Instant::now());
         loop {
             call(self);
-            let now = Instant::now();
-            calls.push((now - begin).as_secs_f64());
-            begin = now;
-            if now >= end {
+            calls += 1;
+            let seconds = begin.elapsed().as_secs_f64();
+            if seconds >= self.extent.sample_s {
                 // A clock too coarse for the call would make it look free.
-                return Ok(calls.median().unwrap_or(0.0).max(1e-9));
+                return Ok((seconds / f64::from(calls)).max(1e-9));
             }
         }
     }

@@ -20,7 +20,7 @@ use std::time::Instant;
 /// Inputs and outputs of a burst's product, for few rows and for many: shapes of the probe's own grid. A
 /// call must be short, so that its median over a burst is one of many samples, each as long as the probe's
 /// and, like there, after something else went through the caches.
-const SHAPES: [(usize, usize); 2] = [(4096, 4096), (1024, 4096)];
+const SHAPES: [(usize, usize); 2] = [(8192, 2048), (1024, 4096)];
 const MANY_ROWS: usize = 64;
 const SAMPLES: usize = 12;
 /// Bytes of one read or write of a burst, and how many there are; the median counts.
@@ -48,6 +48,7 @@ static EXTENT: Extent = Extent {
     window_write_bytes: 0,
     small_write_bytes: 0,
     decode_tokens: &[],
+    decode_hidden: &[],
     prompt_tokens: &[],
 };
 

@@ -19,7 +19,9 @@ use std::collections::BTreeMap;
 
 /// Attention is measured at the width of opt-1.3b.
 pub const HIDDEN: usize = 2048;
-const HEADS: usize = 32;
+const HEAD_SIZE: usize = 64;
+/// Tokens over which it is measured at other widths.
+const WIDTH_TOKENS: usize = 64;
 const KV_FORMATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Q4];
 /// Logits of one position.
 const VOCABULARY: usize = 50272;
@@ -46,15 +48,24 @@ struct GemmPoint {
     seconds: Series,
 }
 
-/// Attention over one format and so many tokens.
+/// Attention over one format and so many tokens of so many values.
 struct KvPoint {
     format: Dtype,
-    decode: bool,
+    kind: KvKind,
     tokens: usize,
+    hidden: usize,
     /// Bytes or FLOP per second.
     rate: Series,
     /// Of decoding: what a call of one sequence takes more than its bytes at that rate.
     call_s: Series,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum KvKind {
+    Decode,
+    /// Decoding, for what the width of the keys makes of it.
+    Width,
+    Prefill,
 }
 
 /// The CPU's measurements.
@@ -84,25 +95,9 @@ impl ComputeArea {
                 }));
             }
         }
-        let kv = |(format, decode, tokens): (Dtype, bool, usize)| KvPoint {
-            format,
-            decode,
-            tokens,
-            rate: Series::default(),
-            call_s: Series::default(),
-        };
-        let contexts = |format| {
-            let decode = extent.decode_tokens.iter().map(move |&t| (format, true, t));
-            decode.chain(
-                extent
-                    .prompt_tokens
-                    .iter()
-                    .map(move |&t| (format, false, t)),
-            )
-        };
         ComputeArea {
             gemm: grid,
-            attention: KV_FORMATS.into_iter().flat_map(contexts).map(kv).collect(),
+            attention: kv_points(extent),
             read_bytes_per_s: Series::default(),
             copy_bytes_per_s: Series::default(),
             rowwise_bytes_per_s: Series::default(),
@@ -117,15 +112,20 @@ impl ComputeArea {
         self.memory(bench)?;
         self.products(bench)?;
         for point in &mut self.attention {
-            if !point.decode {
-                point.rate.push(prefill(bench, point.format, point.tokens)?);
-                continue;
+            match point.kind {
+                KvKind::Prefill => point.rate.push(prefill(bench, point.format, point.tokens)?),
+                KvKind::Width => {
+                    let (bytes, seconds) = decode(bench, point, MAX_SEQUENCES)?;
+                    point.rate.push(bytes / seconds);
+                }
+                KvKind::Decode => {
+                    let (bytes, seconds) = decode(bench, point, MAX_SEQUENCES)?;
+                    let rate = bytes / seconds;
+                    point.rate.push(rate);
+                    let (bytes, seconds) = decode(bench, point, 1)?;
+                    point.call_s.push((seconds - bytes / rate).max(0.0));
+                }
             }
-            let (bytes, seconds) = decode(bench, (point.format, point.tokens), MAX_SEQUENCES)?;
-            let rate = bytes / seconds;
-            point.rate.push(rate);
-            let (bytes, seconds) = decode(bench, (point.format, point.tokens), 1)?;
-            point.call_s.push((seconds - bytes / rate).max(0.0));
         }
         self.small_work(bench)
     }
@@ -190,16 +190,14 @@ impl ComputeArea {
     }
 
     fn attention_rates(&self, format: Dtype) -> AttentionRates {
-        let curve = |decode| -> Vec<(usize, f64)> {
-            let of_kind = |p: &&KvPoint| p.format == format && p.decode == decode;
-            let rate = |p: &KvPoint| Some((p.tokens, tidy(p.rate.median()?)));
-            self.attention
-                .iter()
-                .filter(of_kind)
-                .filter_map(rate)
-                .collect()
+        let curve = |kind, over: fn(&KvPoint) -> usize| -> Vec<(usize, f64)> {
+            let of_kind = |p: &&KvPoint| p.format == format && p.kind == kind;
+            let rate = |p: &KvPoint| Some((over(p), tidy(p.rate.median()?)));
+            let points = self.attention.iter().filter(of_kind);
+            points.filter_map(rate).collect()
         };
-        let (decode, prefill) = (curve(true), curve(false));
+        let decode = curve(KvKind::Decode, |p| p.tokens);
+        let prefill = curve(KvKind::Prefill, |p| p.tokens);
         let calls = self.attention.iter().filter(|p| p.format == format);
         let calls: Vec<f64> = calls.filter_map(|p| p.call_s.median()).collect();
         let long = |points: &[(usize, f64)]| points.last().map_or(0.0, |p| p.1);
@@ -208,6 +206,7 @@ impl ComputeArea {
             prefill_flop_per_s: long(&prefill),
             decode_by_tokens: decode,
             prefill_by_tokens: prefill,
+            decode_by_hidden: curve(KvKind::Width, |p| p.hidden),
             decode_call_s: tidy(median(&calls).unwrap_or(0.0)),
         }
     }
@@ -230,13 +229,38 @@ fn product(bench: &mut Bench, point: &GemmPoint) -> Result<f64, ProbeError> {
     product_s(bench, (point.format, point.arithmetic, point.rows), shape)
 }
 
-/// KV bytes and seconds of one new token for at most `most` sequences of so many tokens.
-fn decode(
-    bench: &mut Bench,
-    (format, tokens): (Dtype, usize),
-    most: usize,
-) -> Result<(f64, f64), ProbeError> {
-    let sequence_bytes = tokens * 2 * format.row_bytes(HIDDEN) as usize;
+/// Tokens at the usual width, other widths at the same tokens.
+fn kv_points(extent: &Extent) -> Vec<KvPoint> {
+    let decode = extent
+        .decode_tokens
+        .iter()
+        .map(|&t| (KvKind::Decode, t, HIDDEN));
+    let width = |&h: &usize| (KvKind::Width, WIDTH_TOKENS, h);
+    let prefill = extent
+        .prompt_tokens
+        .iter()
+        .map(|&t| (KvKind::Prefill, t, HIDDEN));
+    let all = decode
+        .chain(extent.decode_hidden.iter().map(width))
+        .chain(prefill);
+    let all: Vec<_> = all.collect();
+    let of_format = |format| {
+        all.iter().map(move |&(kind, tokens, hidden)| KvPoint {
+            format,
+            kind,
+            tokens,
+            hidden,
+            rate: Series::default(),
+            call_s: Series::default(),
+        })
+    };
+    KV_FORMATS.into_iter().flat_map(of_format).collect()
+}
+
+/// KV bytes and seconds of one new token for at most `most` sequences of the point's tokens.
+fn decode(bench: &mut Bench, point: &KvPoint, most: usize) -> Result<(f64, f64), ProbeError> {
+    let (format, tokens, hidden) = (point.format, point.tokens, point.hidden);
+    let sequence_bytes = tokens * 2 * format.row_bytes(hidden) as usize;
     let sequences = (bench.arena.len() / 2 / sequence_bytes).clamp(1, most);
     let bytes = sequences * sequence_bytes;
     let seconds = bench.time(|b| {
@@ -246,12 +270,8 @@ fn decode(
             .enumerate()
             .map(|(place, bytes)| item(place, (1, tokens - 1), bytes))
             .collect();
-        run_attention(
-            (&b.pool, b.isa),
-            format,
-            &items,
-            (&b.inputs, &mut b.outputs),
-        );
+        let rows = (&b.inputs, &mut b.outputs);
+        run_attention((&b.pool, b.isa), (format, hidden), &items, rows);
     })?;
     Ok((bytes as f64, seconds))
 }
@@ -266,12 +286,8 @@ fn prefill(bench: &mut Bench, format: Dtype, tokens: usize) -> Result<f64, Probe
         let cache = b.arena[begin..begin + bytes].chunks_exact(prompt_bytes);
         let prompt = |(place, bytes)| item(place * tokens, (tokens, 0), bytes);
         let items: Vec<AttendItem> = cache.enumerate().map(prompt).collect();
-        run_attention(
-            (&b.pool, b.isa),
-            format,
-            &items,
-            (&b.inputs, &mut b.outputs),
-        );
+        let rows = (&b.inputs, &mut b.outputs);
+        run_attention((&b.pool, b.isa), (format, HIDDEN), &items, rows);
     })?;
     let pairs = prompts * tokens * (tokens + 1) / 2;
     Ok(4.0 * (pairs * HIDDEN) as f64 / seconds)
@@ -292,7 +308,7 @@ fn item(first_row: usize, (q_rows, past): (usize, usize), bytes: &[u8]) -> Atten
 
 fn run_attention(
     (pool, isa): (&Pool, Isa),
-    format: Dtype,
+    (format, hidden): (Dtype, usize),
     items: &[AttendItem],
     (inputs, outputs): (&AlignedBuffer, &mut AlignedBuffer),
 ) {
@@ -301,13 +317,13 @@ fn run_attention(
         isa,
         AttendArgs {
             qkv: inputs.as_slice_of(),
-            ld: 3 * HIDDEN,
-            heads: HEADS,
-            head_size: HIDDEN / HEADS,
+            ld: 3 * hidden,
+            heads: hidden / HEAD_SIZE,
+            head_size: HEAD_SIZE,
             format,
             items,
             out: outputs.as_mut_slice_of(),
-            ldo: HIDDEN,
+            ldo: hidden,
         },
     );
 }

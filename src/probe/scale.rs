@@ -34,7 +34,7 @@ pub struct Extent {
     /// More, where the largest cache times this is more and the budget has room.
     pub cache_multiple: u64,
     pub gemm_rows: &'static [usize],
-    /// (inputs, outputs).
+    /// (inputs, outputs): several sizes, and of a size several ratios of the two.
     pub gemm_shapes: &'static [(usize, usize)],
     /// A sample repeats its operation until this much time has passed.
     pub sample_s: f64,
@@ -48,6 +48,8 @@ pub struct Extent {
     /// Tokens that a decoding sequence looks at, and those of a prompt, for attention; the longest prompt
     /// is as many rows as row-wise work is measured with.
     pub decode_tokens: &'static [usize],
+    /// Values of a key of a decoding sequence.
+    pub decode_hidden: &'static [usize],
     pub prompt_tokens: &'static [usize],
 }
 
@@ -70,7 +72,14 @@ static FULL: Extent = Extent {
     arena_bytes: 192 * MIB,
     cache_multiple: 6,
     gemm_rows: &[1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
-    gemm_shapes: &[(1024, 1024), (1024, 4096), (4096, 4096), (8192, 2048)],
+    gemm_shapes: &[
+        (512, 2048),
+        (2048, 512),
+        (1024, 4096),
+        (4096, 1024),
+        (2048, 8192),
+        (8192, 2048),
+    ],
     sample_s: 0.008,
     reads: &[
         step(64 * MIB, 4, 4),
@@ -102,6 +111,7 @@ static FULL: Extent = Extent {
     window_write_bytes: 72 * MIB,
     small_write_bytes: 16 * MIB,
     decode_tokens: &[16, 64, 256, 1024],
+    decode_hidden: &[512, 2048],
     prompt_tokens: &[16, 64, 512],
 };
 
@@ -120,6 +130,7 @@ static QUICK: Extent = Extent {
     window_write_bytes: 4 * MIB,
     small_write_bytes: MIB,
     decode_tokens: &[128],
+    decode_hidden: &[512, 2048],
     prompt_tokens: &[32],
 };
 
