@@ -193,6 +193,10 @@ fn nearest_counts(
 
 /// Home tiers of all slots, the share kept within each batch as nearly as whole sequences allow.
 fn split_slots(share: &PerTier<f64>, (per_batch, batches): (usize, usize)) -> Vec<Tier> {
+    let mut used = Tier::ALL.into_iter().filter(|&tier| share[tier] > 0.0);
+    if let (Some(only), None) = (used.next(), used.next()) {
+        return vec![only; per_batch * batches];
+    }
     let mut placed = PerTier::<usize>::default();
     let mut tiers = Vec::with_capacity(per_batch * batches);
     for slot in 0..per_batch * batches {

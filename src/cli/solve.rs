@@ -28,7 +28,8 @@ pub struct Solved {
     pub model: Model,
     pub target: Target,
     pub plan: Plan,
-    /// What to generate from; None where one best block was planned.
+    /// What to generate from; None where one best block was planned. Without results one random prompt
+    /// stands for all.
     pub lines: Option<Vec<Line>>,
 }
 
@@ -73,12 +74,16 @@ pub fn solve(
     stop: &AtomicBool,
 ) -> Result<Solved, Failure> {
     let model = Model::find(&args.model, args.work.seed, asked.sizes_do)?;
+    let (drawn, times) = random_prompts(args, asked);
     let lines = has_work(&args.work)
-        .then(|| read_lines(args, &model))
+        .then(|| read_lines(args, &model, drawn))
         .transpose()?;
     if let Some(lines) = &lines {
         some_good(lines, asked.results)?;
     }
+    let workload = lines.as_deref().map(|lines| Workload {
+        lines: prompts::workload(lines).lines.repeat(times),
+    });
     let mut target = Target::settle(&args.limits, talk, stop)?;
     target.profile = asked
         .changes
@@ -87,7 +92,7 @@ pub fn solve(
     idle_flags(&args.policy, target.device)
         .iter()
         .for_each(|line| talk.note(line));
-    let plan = plan((args, asked), &model, &target, lines.as_deref())?;
+    let plan = plan((args, asked), &model, &target, workload.as_ref())?;
     Ok(Solved {
         model,
         target,
@@ -111,10 +116,20 @@ fn idle_flags(policy: &PolicyArgs, device: DeviceKind) -> Vec<String> {
     lines
 }
 
-fn read_lines(args: &SolveArgs, model: &Model) -> Result<Vec<Line>, Failure> {
+/// Random prompts to draw, and how often each counts: they are equally long, so that one stands for all
+/// where none is generated from.
+fn random_prompts(args: &SolveArgs, asked: Asked) -> (usize, usize) {
+    let prompts = args.work.num_prompts.unwrap_or(1);
+    match asked.results {
+        None if args.work.is_random() => (prompts.min(1), prompts),
+        _ => (prompts, 1),
+    }
+}
+
+fn read_lines(args: &SolveArgs, model: &Model, drawn: usize) -> Result<Vec<Line>, Failure> {
     let work = &args.work;
     let random = Source::Random {
-        prompts: work.num_prompts.unwrap_or(1),
+        prompts: drawn,
         prompt_tokens: work.prompt_len.unwrap_or(DEFAULT_PROMPT_LEN),
     };
     work_lines(work, model, (random, DEFAULT_GEN_LEN))
@@ -144,10 +159,9 @@ fn plan(
     (args, asked): (&SolveArgs, Asked),
     model: &Model,
     target: &Target,
-    lines: Option<&[Line]>,
+    workload: Option<&Workload>,
 ) -> Result<Plan, Failure> {
-    let workload = lines.map(prompts::workload);
-    let job = match &workload {
+    let job = match workload {
         Some(workload) => Job::Given(workload),
         None => Job::BestBlock {
             prompt_tokens: args.work.prompt_len.unwrap_or(DEFAULT_PROMPT_LEN),
@@ -155,7 +169,7 @@ fn plan(
         },
     };
     let fingerprint = model.fingerprint();
-    let prompt_tokens = workload.as_ref().map_or(0, |w| w.prompt_tokens());
+    let prompt_tokens = workload.map_or(0, |w| w.prompt_tokens());
     let stored = |compress| {
         stored_bytes(
             &args.limits.place.offload_dir(),

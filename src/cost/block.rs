@@ -43,14 +43,14 @@ impl BlockShape {
             lines,
             longest: lengths.prompt_tokens_max,
         };
-        let cache_slots = count(&placement.cache_tiers);
-        let hidden_slots = count(&placement.hidden_tiers);
+        let (cache_slots, batch_cache) = count(&placement.cache_tiers, policy);
+        let (hidden_slots, batch_hidden) = count(&placement.hidden_tiers, policy);
         let batch_rows = prompt.for_slots(policy.gpu_batch_size as u64);
         BlockShape {
             kv_tokens: kv.per_tier(&cache_slots),
-            batch_kv_tokens: kv.per_tier(&largest_batch(&placement.cache_tiers, policy)),
+            batch_kv_tokens: kv.per_tier(&batch_cache),
             hidden_rows: prompt.per_tier(&hidden_slots),
-            batch_hidden_rows: prompt.per_tier(&largest_batch(&placement.hidden_tiers, policy)),
+            batch_hidden_rows: prompt.per_tier(&batch_hidden),
             batch_rows,
             chunk_rows: even_chunks(batch_rows),
             slots: policy.slots() as u64,
@@ -94,19 +94,22 @@ impl Spread {
     }
 }
 
-fn count(tiers: &[Tier]) -> PerTier<u64> {
-    let mut slots = PerTier::default();
-    tiers.iter().for_each(|&t| slots[t] += 1);
-    slots
+/// Slots per tier, of all batches and of the largest one.
+fn count(tiers: &[Tier], policy: &Policy) -> (PerTier<u64>, PerTier<u64>) {
+    let (mut all, mut most) = (PerTier::default(), PerTier::default());
+    for batch in tiers.chunks(policy.gpu_batch_size) {
+        for tier in Tier::ALL {
+            let slots = count_of(batch, tier);
+            all[tier] += slots;
+            most[tier] = slots.max(most[tier]);
+        }
+    }
+    (all, most)
 }
 
-fn largest_batch(tiers: &[Tier], policy: &Policy) -> PerTier<u64> {
-    let mut most = PerTier::default();
-    for batch in tiers.chunks(policy.gpu_batch_size) {
-        let slots = count(batch);
-        Tier::ALL
-            .into_iter()
-            .for_each(|t| most[t] = slots[t].max(most[t]));
-    }
-    most
+/// Summed up in bytes, many at a time: blocks of a million slots are looked at, too.
+fn count_of(tiers: &[Tier], tier: Tier) -> u64 {
+    let few = tiers.chunks(usize::from(u8::MAX));
+    few.map(|few| u64::from(few.iter().map(|&t| u8::from(t == tier)).sum::<u8>()))
+        .sum()
 }

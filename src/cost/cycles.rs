@@ -162,12 +162,15 @@ fn resource_rows(input: &TermInput, work: &Work) -> [Row; 2] {
 /// long as that. Where running together would be slower than one after the other, it is the sum.
 fn pair_rows(rates: &Rates, work: &Work) -> Vec<Row> {
     let mut rows = Vec::new();
-    for a in Lane::ALL {
-        for b in Lane::ALL {
-            let with_small = |lane| (lane, work.smallness(lane));
-            let (first, second) = (with_small(a), with_small(b));
+    let busy = Lane::ALL
+        .into_iter()
+        .filter(|&lane| !work.lanes[lane].is_zero());
+    let busy: Vec<(Lane, f64)> = busy.map(|lane| (lane, work.smallness(lane))).collect();
+    for &first in &busy {
+        for &second in &busy {
+            let (a, b) = (first.0, second.0);
             let (keep_a, keep_b) = (rates.keep(first, &[second]), rates.keep(second, &[first]));
-            if a == b || keep_b >= 1.0 || work.lanes[a].is_zero() || work.lanes[b].is_zero() {
+            if a == b || keep_b >= 1.0 {
                 continue;
             }
             let mut seconds = work.lanes[b];

@@ -429,27 +429,27 @@ pub fn chunk_slot_bytes(panels: usize, panel_bytes: u64) -> u64 {
 /// Ring of streamed panels. Where a layer's panels meet several products, all of the layer's must be
 /// there at once; otherwise two chunks are enough. Either way reading may run ahead.
 fn ring_bytes(placement: &Placement, homes: &[WeightHome], reused: bool) -> u64 {
-    let mut stages: BTreeMap<usize, u64> = BTreeMap::new();
-    let mut largest_chunk = 0;
+    let head = placement.matrices.last().map_or(0, |m| m.stage);
+    let (mut layer, mut largest_chunk) = (0, 0);
+    let mut stage = (0, 0);
+    // Matrices come stage by stage.
     for (i, matrix) in placement.matrices.iter().enumerate() {
         if matrix.kind == MatrixKind::Embedding {
             continue;
         }
+        if matrix.stage != stage.0 {
+            stage = (matrix.stage, 0);
+        }
         for &home in homes {
-            for chunk in chunks_of(placement.splits[i].count(home), placement.panel_bytes[i]) {
-                largest_chunk = largest_chunk.max(chunk);
-                *stages.entry(matrix.stage).or_default() += chunk;
-            }
+            let panels = placement.splits[i].count(home);
+            let (all, largest) = chunk_slots(panels, placement.panel_bytes[i]);
+            largest_chunk = largest_chunk.max(largest);
+            stage.1 += all;
+        }
+        if matrix.stage != head {
+            layer = layer.max(stage.1);
         }
     }
-    let head = placement.matrices.last().map_or(0, |m| m.stage);
-    let is_layer = |stage: &usize| *stage != head;
-    let layer = stages
-        .iter()
-        .filter(|(s, _)| is_layer(s))
-        .map(|(_, &b)| b)
-        .max()
-        .unwrap_or(0);
     let at_once = if reused {
         layer.max(largest_chunk)
     } else {
@@ -462,11 +462,15 @@ fn ring_bytes(placement: &Placement, homes: &[WeightHome], reused: bool) -> u64 
     at_once + ahead + largest_chunk
 }
 
-fn chunks_of(panels: usize, panel_bytes: u64) -> impl Iterator<Item = u64> {
+/// Bytes in a ring of all chunks of so many panels, and of the largest one.
+fn chunk_slots(panels: usize, panel_bytes: u64) -> (u64, u64) {
     let most = chunk_panels(panel_bytes);
-    (0..panels)
-        .step_by(most)
-        .map(move |first| chunk_slot_bytes(most.min(panels - first), panel_bytes))
+    let slot = |panels: usize| match panels {
+        0 => 0,
+        _ => chunk_slot_bytes(panels, panel_bytes),
+    };
+    let all = (panels / most) as u64 * slot(most) + slot(panels % most);
+    (all, slot(most.min(panels)))
 }
 
 /// Room for the token table's rows that are not on the compute device: two pieces of a few panels.

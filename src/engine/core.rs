@@ -129,6 +129,7 @@ impl<'m> Core<'m> {
             stage_rows: self.hidden.stage_rows,
             step_rows: self.hidden.step_rows,
             position_offset: POSITION_OFFSET,
+            reads_rows: self.facts.fetches_tokens,
         }
     }
 

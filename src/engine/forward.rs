@@ -26,7 +26,7 @@ impl Core<'_> {
             return self.head(step, task.batch, half);
         }
         for (index, chunk) in batch.chunks.iter().enumerate() {
-            let rows = batch.hidden[half].part(chunk.start, chunk.len());
+            let rows = batch.tables.hidden[half].part(chunk.start, chunk.len());
             let last = self.is_last_batch(step, task.batch) && index + 1 == batch.chunks.len();
             let part = Part {
                 stage: task.stage,
@@ -48,7 +48,7 @@ impl Core<'_> {
     }
 
     fn embed(&mut self, batch: &BatchStep, part: &Part) {
-        let ids = Table::whole(batch.ids.clone()).part(part.chunk.start, part.chunk.len());
+        let ids = batch.tables.ids.part(part.chunk.start, part.chunk.len());
         let model = &self.facts.model;
         let (hidden, width) = (model.hidden, model.embed_width);
         let to = self.hidden_rows(part.rows.clone());
@@ -71,8 +71,8 @@ impl Core<'_> {
         let Some(table) = self.small(SmallKind::Positions, 0) else {
             return;
         };
-        let indices =
-            Table::whole(batch.positions.clone()).part(part.chunk.start, part.chunk.len());
+        let positions = &batch.tables.positions;
+        let indices = positions.part(part.chunk.start, part.chunk.len());
         self.submit(Compute::AddPositions {
             table,
             table_rows,
@@ -239,8 +239,8 @@ impl Core<'_> {
         let row = self.facts.model.hidden as u64 * HIDDEN_VALUE_BYTES;
         let heads = self.buffer(Buffer::HeadRows);
         if !batch.items.is_empty() {
-            let last_row =
-                |i: &super::step::StepItem| batch.hidden[half].as_slice()[i.first_row + i.rows - 1];
+            let rows = batch.tables.hidden[half].as_slice();
+            let last_row = |i: &super::step::StepItem| rows[i.first_row + i.rows - 1];
             let entries = batch.items.iter().map(last_row).collect();
             let from = self.hidden_rows(Table::whole(entries));
             let out = heads + batch.head_first as u64 * row;

@@ -92,10 +92,8 @@ impl Core<'_> {
         (index, home): (usize, WeightHome),
         beside: Option<Beside>,
     ) {
-        for (number, chunk) in self.stream.of_matrix(self.pass, p.stage, index) {
-            if chunk.home != home {
-                continue;
-            }
+        for number in self.stream.of_home(self.pass, p.stage, (index, home)) {
+            let chunk = self.stream.chunk(number);
             let visitor = self.stream.visitor(self.machine, number);
             let panels = chunk.first_panel..chunk.first_panel + chunk.panels;
             let used = self.gemm(
@@ -218,7 +216,7 @@ impl Core<'_> {
         let resident = split.first(home)..split.first(home) + split.count(home);
         if !self.facts.fetches_tokens {
             let all = 0..self.facts.placement.matrices[index].panels();
-            return self.embed_from((index, all, 0), ids, to);
+            return self.submit_embed((index, all, 0), ids.clone(), to.clone());
         }
         if let Some(at) = self.layout.home(index, home) {
             self.embed_from((index, resident.clone(), at), ids, to);
@@ -355,6 +353,15 @@ impl Core<'_> {
             rows: entries,
             ..to.clone()
         };
+        self.submit_embed((index, panels, table), ids, to);
+    }
+
+    fn submit_embed(
+        &mut self,
+        (index, panels, table): (usize, Range<usize>, u64),
+        ids: Table,
+        to: HiddenRows,
+    ) {
         let matrix = self.facts.placement.matrices[index];
         let format = matrix.format(self.facts.model.dtype, self.facts.policy.compress_weight);
         self.submit(Compute::Embed {

@@ -6,7 +6,6 @@ use crate::machine::ops::Table;
 use crate::tier::{PerTier, Phase, Tier};
 use crate::units::{PAGE_BYTES, round_up};
 use std::ops::Range;
-use std::sync::Arc;
 
 /// A line while it is being generated.
 #[derive(Clone, Debug)]
@@ -58,13 +57,19 @@ pub struct HiddenHome {
 pub struct BatchStep {
     pub items: Vec<StepItem>,
     pub rows: usize,
-    pub ids: Arc<[u32]>,
-    pub positions: Arc<[u32]>,
-    /// Row table on the compute device, for each half of the visiting rows' buffer.
-    pub hidden: [Table; 2],
+    pub tables: RowTables,
     pub chunks: Vec<Range<usize>>,
     /// Head rows of earlier batches.
     pub head_first: usize,
+}
+
+/// One entry a row of a batch.
+#[derive(Clone, Debug)]
+pub struct RowTables {
+    pub ids: Table,
+    pub positions: Table,
+    /// Row on the compute device, for each half of the visiting rows' buffer.
+    pub hidden: [Table; 2],
 }
 
 /// One pass over the stages.
@@ -89,6 +94,8 @@ pub struct StepRules {
     pub stage_rows: [u32; 2],
     pub step_rows: u32,
     pub position_offset: usize,
+    /// False where no row is ever read (replay.rs): of tables only the lengths count then.
+    pub reads_rows: bool,
 }
 
 impl Step {
@@ -97,6 +104,7 @@ impl Step {
         let mut next_home = PerTier::<u64>::default();
         let mut active = Vec::new();
         let mut batches = Vec::new();
+        let mut stand_in = Table::whole([].into());
         for batch in 0..rules.batches {
             // A block that is not full may have fewer slots than batches.
             let first = (batch * rules.gpu_batch_size).min(slots.len());
@@ -105,7 +113,12 @@ impl Step {
             let head_first = active.len();
             let sequences: Vec<&Sequence> = members.collect();
             active.extend(sequences.iter().map(|s| s.slot));
-            batches.push(batch_step(rules, &sequences, (&mut next_home, head_first)));
+            let items = step_items(rules, &sequences, &mut next_home);
+            let tables = match rules.reads_rows {
+                true => row_tables(rules, &sequences, &items),
+                false => stand_ins(&mut stand_in, &items),
+            };
+            batches.push(batch_step(rules, items, (tables, head_first)));
         }
         let prompt_rows: usize = items(&batches).filter(|i| !i.decode).map(|i| i.rows).sum();
         let decode_rows = items(&batches).filter(|i| i.decode).count();
@@ -126,18 +139,18 @@ fn items(batches: &[BatchStep]) -> impl Iterator<Item = &StepItem> {
     batches.iter().flat_map(|b| &b.items)
 }
 
-fn batch_step(
+fn step_items(
     rules: &StepRules,
     members: &[&Sequence],
-    (next_home, head_first): (&mut PerTier<u64>, usize),
-) -> BatchStep {
-    let mut items = Vec::with_capacity(members.len());
-    let (mut ids, mut positions) = (Vec::new(), Vec::new());
-    for sequence in members {
+    next_home: &mut PerTier<u64>,
+) -> Vec<StepItem> {
+    let mut first_row = 0;
+    let item = |sequence: &&Sequence| {
         let (past, rows) = (sequence.cached, sequence.next_rows());
         let tier = rules.hidden_tiers[sequence.slot];
-        items.push(StepItem {
-            first_row: ids.len(),
+        first_row += rows;
+        StepItem {
+            first_row: first_row - rows,
             rows,
             past,
             decode: past > 0 && sequence.generated() > 0,
@@ -146,24 +159,60 @@ fn batch_step(
                 tier,
                 at: take_home(rules, next_home, (tier, rows as u64)),
             },
-        });
-        ids.extend_from_slice(&sequence.tokens[past..]);
-        positions.extend((past..past + rows).map(|p| (p + rules.position_offset) as u32));
-    }
-    let rows = ids.len();
+        }
+    };
+    members.iter().map(item).collect()
+}
+
+fn batch_step(
+    rules: &StepRules,
+    items: Vec<StepItem>,
+    (tables, head_first): (RowTables, usize),
+) -> BatchStep {
+    let rows = rows_of(&items);
     let chunks = (0..rows)
         .step_by(rules.chunk_rows.max(1))
         .map(|r| r..(r + rules.chunk_rows).min(rows))
         .collect();
-    let hidden = [0, 1].map(|half| hidden_table(rules, &items, half));
     BatchStep {
         items,
         rows,
-        ids: ids.into(),
-        positions: positions.into(),
-        hidden,
+        tables,
         chunks,
         head_first,
+    }
+}
+
+fn rows_of(items: &[StepItem]) -> usize {
+    items.last().map_or(0, |last| last.first_row + last.rows)
+}
+
+fn row_tables(rules: &StepRules, members: &[&Sequence], items: &[StepItem]) -> RowTables {
+    let rows = rows_of(items);
+    let (mut ids, mut positions) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
+    for (sequence, item) in members.iter().zip(items) {
+        ids.extend_from_slice(&sequence.tokens[item.past..]);
+        let new = item.past..item.past + item.rows;
+        positions.extend(new.map(|p| (p + rules.position_offset) as u32));
+    }
+    RowTables {
+        ids: Table::whole(ids.into()),
+        positions: Table::whole(positions.into()),
+        hidden: [0, 1].map(|half| hidden_table(rules, items, half)),
+    }
+}
+
+/// Tables of the right lengths, all cut from one.
+fn stand_ins(stand_in: &mut Table, items: &[StepItem]) -> RowTables {
+    let rows = rows_of(items);
+    if stand_in.len < rows {
+        *stand_in = Table::whole(vec![0; rows].into());
+    }
+    let table = stand_in.part(0, rows);
+    RowTables {
+        ids: table.clone(),
+        positions: table.clone(),
+        hidden: [table.clone(), table],
     }
 }
 
@@ -181,7 +230,7 @@ fn take_home(rules: &StepRules, next: &mut PerTier<u64>, (tier, rows): (Tier, u6
 /// one after the other, each at a row step that keeps direct reads page-aligned.
 fn hidden_table(rules: &StepRules, items: &[StepItem], half: usize) -> Table {
     let mut visiting = rules.stage_rows[half];
-    let mut entries = Vec::new();
+    let mut entries = Vec::with_capacity(rows_of(items));
     for item in items {
         let rows = item.rows as u32;
         let first = if item.hidden.tier == rules.compute {

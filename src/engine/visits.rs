@@ -406,10 +406,9 @@ impl Core<'_> {
             PAGE_BYTES,
         );
         let home = self.layout.buffer(Tier::Cpu, Buffer::Hidden).offset;
+        let rows = batch.tables.hidden[half].as_slice();
         let piece = |item: &StepItem| {
-            let visiting = self
-                .hidden
-                .offset(batch.hidden[half].as_slice()[item.first_row]);
+            let visiting = self.hidden.offset(rows[item.first_row]);
             let bytes = item.rows as u64 * row_bytes;
             let whole = round_up(bytes, PAGE_BYTES);
             let span = |memory| FileSpan {

@@ -82,11 +82,25 @@ impl WeightStream {
         start + self.stage_first[stage] as u64..start + self.stage_first[stage + 1] as u64
     }
 
-    /// The chunks of one matrix, in order, with their numbers.
-    pub fn of_matrix(&self, pass: u64, stage: usize, matrix: usize) -> Vec<(u64, Chunk)> {
-        let numbers = self.stage(pass, stage);
-        let with_chunk = numbers.map(|n| (n, self.chunks[(n % self.chunks.len() as u64) as usize]));
-        with_chunk.filter(|(_, c)| c.matrix == matrix).collect()
+    /// Numbers of the chunks of one matrix at one home: they follow each other.
+    pub fn of_home(
+        &self,
+        pass: u64,
+        stage: usize,
+        (matrix, home): (usize, WeightHome),
+    ) -> std::ops::Range<u64> {
+        let all = self.stage(pass, stage);
+        let of = |number: &u64| {
+            let chunk = self.chunk(*number);
+            chunk.matrix == matrix && chunk.home == home
+        };
+        let first = all.clone().find(of).unwrap_or(all.end);
+        let count = (first..all.end).take_while(of).count();
+        first..first + count as u64
+    }
+
+    pub fn chunk(&self, number: u64) -> Chunk {
+        self.chunks[(number % self.chunks.len() as u64) as usize]
     }
 
     /// Starts part `part` of `parts` of a stage's chunks, as far as there is room.

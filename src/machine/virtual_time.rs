@@ -62,9 +62,10 @@ impl VirtualMachine {
             .all(|&lane| self.finished[lane] >= fences.mark(lane))
     }
 
-    /// Lanes whose first operation has its fences: a lane that slept meanwhile takes a moment to begin.
-    fn ready(&mut self) -> Vec<(Lane, f64)> {
-        let mut ready = Vec::with_capacity(Lane::ALL.len());
+    /// When each lane begins its first operation, where that has its fences: a lane that slept meanwhile
+    /// takes a moment.
+    fn begins_s(&mut self) -> PerLane<Option<f64>> {
+        let mut begins_s = PerLane::default();
         for lane in Lane::ALL {
             let slept = self.now_s - self.ended_s[lane] > SLEEPS_AFTER_S;
             let reached = self.queues[lane]
@@ -72,37 +73,43 @@ impl VirtualMachine {
                 .is_some_and(|task| self.reached(&task.after));
             if let Some(task) = self.queues[lane].front_mut().filter(|_| reached) {
                 let wake_s = if slept { self.pricer.handover_s() } else { 0.0 };
-                let begins_s = *task.begins_s.get_or_insert(self.now_s + wake_s);
-                ready.push((lane, begins_s));
+                begins_s[lane] = Some(*task.begins_s.get_or_insert(self.now_s + wake_s));
             }
         }
-        ready
+        begins_s
     }
 
     /// Moves the clock to the next begin or end of an operation. False when nothing can run.
     fn step(&mut self) -> bool {
-        let ready = self.ready();
-        let now_s = self.now_s;
-        let runs = |(_, begins_s): &&(Lane, f64)| *begins_s <= now_s;
-        let small = |lane| self.queues[lane].front().map_or(0.0, |task| task.smallness);
-        let with_small = |&(lane, _): &(Lane, f64)| (lane, small(lane));
-        let active: Vec<(Lane, f64)> = ready.iter().filter(runs).map(with_small).collect();
-        let rates: Vec<f64> = active
-            .iter()
-            .map(|&lane| self.pricer.keep(lane, &active))
-            .collect();
-        let time_left = |((lane, _), rate): (&(Lane, f64), &f64)| {
-            self.queues[*lane].front().map_or(0.0, |t| t.left_s / rate)
-        };
-        let ends = active.iter().zip(&rates).map(time_left);
-        let begins = ready.iter().map(|(_, begins_s)| begins_s - now_s);
-        let next = ends.chain(begins.filter(|&dt_s| dt_s > 0.0));
-        let Some(dt_s) = next.min_by(f64::total_cmp) else {
+        let begins_s = self.begins_s();
+        let mut running = [(Lane::CpuCompute, 0.0); Lane::ALL.len()];
+        let mut count = 0;
+        let mut dt_s = f64::INFINITY;
+        for lane in Lane::ALL {
+            match begins_s[lane] {
+                Some(at_s) if at_s > self.now_s => dt_s = dt_s.min(at_s - self.now_s),
+                Some(_) => {
+                    let small = self.queues[lane].front().map_or(0.0, |task| task.smallness);
+                    running[count] = (lane, small);
+                    count += 1;
+                }
+                None => {}
+            }
+        }
+        let running = &running[..count];
+        let mut rates = PerLane::default();
+        for &lane in running {
+            let rate = self.pricer.keep(lane, running);
+            let left_s = self.queues[lane.0].front().map_or(0.0, |task| task.left_s);
+            dt_s = dt_s.min(left_s / rate);
+            rates[lane.0] = rate;
+        }
+        if dt_s == f64::INFINITY {
             return false;
-        };
+        }
         self.now_s += dt_s;
-        for (&(lane, _), &rate) in active.iter().zip(&rates) {
-            self.progress(lane, (dt_s, rate));
+        for &(lane, _) in running {
+            self.progress(lane, (dt_s, rates[lane]));
         }
         true
     }

@@ -6,14 +6,15 @@ use crate::cost::affine::{Affine, GROUPS, SHARES, ShareVector};
 use crate::cost::estimate::total_s;
 use crate::cost::terms::{Bound, Row, Terms};
 use crate::tier::{PerTier, Tier};
-use good_lp::{
-    Expression, ProblemVariables, Solution, SolverModel, Variable, constraint, microlp, variable,
-};
+use microlp::{ComparisonOp, OptimizationDirection, Problem, Variable};
 
 /// Relative room above the least time within which less disk is preferred.
 const TIE_ROOM: f64 = 1e-7;
 /// Shares under this are numerical noise.
 const NOISE: f64 = 1e-9;
+
+/// The shares that need no solving.
+type Known = [Option<f64>; SHARES];
 
 /// Σ coefficient · share = value.
 #[derive(Clone, Debug)]
@@ -95,77 +96,91 @@ impl Program<'_> {
     }
 
     fn solve(&self, stages: &[Stage], limit_s: Option<f64>) -> Option<ShareVector> {
-        if self.is_hopeless() {
+        let sums = self.sums();
+        let known = self.known(&sums)?;
+        if self.is_hopeless(&known) {
             return None;
         }
-        let scale_s = self.scale_s(stages);
-        let mut vars = ProblemVariables::new();
-        let shares: Vec<Option<Variable>> = self
-            .allowed
-            .iter()
-            .map(|&ok| ok.then(|| vars.add(variable().min(0.0).max(1.0))))
-            .collect();
-        let mut total = Expression::with_capacity(stages.len() + SHARES);
-        let mut rows: Vec<(Variable, Expression)> = Vec::new();
-        for stage in stages {
-            let factor = stage.times / scale_s;
-            if let [only] = stage.rows.as_slice() {
-                total += expression(&only.seconds, &shares, factor);
-                continue;
-            }
-            let time = vars.add(variable().min(0.0));
-            total.add_mul(1.0, time);
-            for row in &stage.rows {
-                rows.push((time, expression(&row.seconds, &shares, factor)));
-            }
+        if known.iter().all(Option::is_some) {
+            return tidy(known.map(Option::unwrap_or_default));
         }
-        let goal = match limit_s {
-            None => total.clone(),
-            Some(_) => self.disk_then_dram(&shares),
+        let scale_s = self.scale_s(stages);
+        let stages = stages.iter().map(|stage| stage.reduced(&known, scale_s));
+        let (single, several): (Vec<_>, Vec<_>) = stages.partition(|rows| rows.len() == 1);
+        let mut linear = Affine::default();
+        single.iter().flatten().for_each(|row| linear.add(row));
+        let (goal, time_cost) = match limit_s {
+            None => (linear, 1.0),
+            Some(_) => (self.disk_then_dram(), 0.0),
         };
-        let mut problem = vars.minimise(goal).using(microlp);
-        for (time, row) in rows {
-            problem.add_constraint(constraint!(row <= time));
+        let mut problem = Problem::new(OptimizationDirection::Minimize);
+        let shares: [Option<Variable>; SHARES] = std::array::from_fn(|i| match known[i] {
+            Some(_) => None,
+            None => Some(problem.add_var(goal.coef[i], (0.0, 1.0))),
+        });
+        let mut times = Vec::with_capacity(several.len());
+        for rows in &several {
+            let time = problem.add_var(time_cost, (0.0, f64::INFINITY));
+            times.push((time, 1.0));
+            for row in rows {
+                let terms = terms(row, &shares).chain([(time, -1.0)]);
+                problem.add_constraint(terms, ComparisonOp::Le, -row.constant);
+            }
         }
         if let Some(limit_s) = limit_s {
-            problem.add_constraint(constraint!(total <= limit_s / scale_s));
+            let all = terms(&linear, &shares).chain(times);
+            let most = limit_s / scale_s - linear.constant;
+            problem.add_constraint(all, ComparisonOp::Le, most);
         }
-        for (expression, value) in self.sums(&shares) {
-            problem.add_constraint(constraint!(expression == value));
+        self.add_sums(&mut problem, (&sums, &known, &shares));
+        self.add_tiers(&mut problem, (&known, &shares));
+        let solution = problem.solve().ok()?.into_solution().ok()?;
+        let value = |i: usize| match (known[i], shares[i]) {
+            (None, Some(variable)) => solution.var_value(variable),
+            (share, _) => share.unwrap_or(0.0),
+        };
+        tidy(std::array::from_fn(value))
+    }
+
+    /// What follows from the equations alone: most shares of a policy whose cache and hidden states are
+    /// whole sequences already. None where they contradict each other.
+    fn known(&self, sums: &[Equality]) -> Option<Known> {
+        let mut known = self.allowed.map(|ok| (!ok).then_some(0.0));
+        loop {
+            let mut learnt = false;
+            for sum in sums {
+                let mut open = sum.terms.iter().filter(|term| known[term.0].is_none());
+                let left = sum.left(&known);
+                match (open.next(), open.next()) {
+                    (None, _) if left.abs() > NOISE => return None,
+                    (Some(&(index, factor)), None) => {
+                        let share = left / factor;
+                        if !(-NOISE..=1.0 + NOISE).contains(&share) {
+                            return None;
+                        }
+                        known[index] = Some(share.clamp(0.0, 1.0));
+                        learnt = true;
+                    }
+                    _ => {}
+                }
+            }
+            if !learnt {
+                return Some(known);
+            }
         }
-        for (bytes, capacity) in self.tiers(&shares) {
-            problem.add_constraint(constraint!(bytes <= capacity));
-        }
-        let solution = problem.solve().ok()?;
-        let value = |v: &Option<Variable>| v.map_or(0.0, |v| solution.value(v));
-        let mut found = [0.0; SHARES];
-        for (share, variable) in found.iter_mut().zip(&shares) {
-            *share = value(variable);
-        }
-        tidy(found)
     }
 
     /// True where even the homes that take least do not fit: most large blocks, seen without a solve.
-    fn is_hopeless(&self) -> bool {
-        let fixed = |index: usize| {
-            let single =
-                |e: &&Equality| matches!(e.terms.as_slice(), [(i, f)] if *i == index && *f == 1.0);
-            self.equalities.iter().find(single).map(|e| e.value)
-        };
+    fn is_hopeless(&self, known: &Known) -> bool {
         Tier::ALL.into_iter().any(|tier| {
             let coef = &self.terms.homes[tier].coef;
             let least = |group: &std::ops::Range<usize>| {
-                let known: Vec<(usize, f64)> = group
-                    .clone()
-                    .filter_map(|i| fixed(i).map(|share| (i, share)))
-                    .collect();
-                let taken: f64 = known.iter().map(|(i, share)| share * coef[*i]).sum();
-                let left = 1.0 - known.iter().map(|k| k.1).sum::<f64>();
-                let open = group
-                    .clone()
-                    .filter(|&i| self.allowed[i] && fixed(i).is_none());
+                let share = |i: usize| known[i].unwrap_or(0.0);
+                let taken: f64 = group.clone().map(|i| share(i) * coef[i]).sum();
+                let left = 1.0 - group.clone().map(share).sum::<f64>();
+                let open = group.clone().filter(|&i| known[i].is_none());
                 let cheapest = open.map(|i| coef[i]).fold(f64::INFINITY, f64::min);
-                if left > 1e-9 && cheapest.is_finite() {
+                if left > NOISE && cheapest.is_finite() {
                     taken + left * cheapest
                 } else {
                     taken
@@ -189,7 +204,7 @@ impl Program<'_> {
         sum.max(1e-9)
     }
 
-    fn disk_then_dram(&self, shares: &[Option<Variable>]) -> Expression {
+    fn disk_then_dram(&self) -> Affine {
         let homes = &self.terms.homes;
         let sum = |tier: Tier| homes[tier].coef.iter().sum::<f64>();
         let scale = 1.0 / Tier::ALL.into_iter().map(sum).sum::<f64>().max(1.0);
@@ -197,50 +212,93 @@ impl Program<'_> {
         let mut disk = homes.disk;
         disk.coef[3] = homes.cpu.coef[2];
         disk.coef[4] = homes.cpu.coef[2];
-        expression(&disk, shares, scale) + expression(&homes.cpu, shares, 1e-3 * scale)
+        disk.plus(&homes.cpu.scaled(1e-3)).scaled(scale)
     }
 
-    fn sums(&self, shares: &[Option<Variable>]) -> Vec<(Expression, f64)> {
+    /// The groups', and what the caller fixed.
+    fn sums(&self) -> Vec<Equality> {
         let groups = GROUPS.iter().map(|group| Equality {
             terms: group.clone().map(|i| (i, 1.0)).collect(),
             value: 1.0,
         });
-        groups
-            .chain(self.equalities.iter().cloned())
-            .map(|equality| {
-                let mut sum = Expression::with_capacity(equality.terms.len());
-                for (index, factor) in &equality.terms {
-                    if let Some(variable) = shares[*index] {
-                        sum.add_mul(*factor, variable);
-                    }
-                }
-                (sum, equality.value)
-            })
-            .collect()
+        groups.chain(self.equalities.iter().cloned()).collect()
     }
 
-    fn tiers(&self, shares: &[Option<Variable>]) -> Vec<(Expression, f64)> {
-        let row = |tier: Tier| {
-            let homes = &self.terms.homes[tier];
+    fn add_sums(
+        &self,
+        problem: &mut Problem,
+        (sums, known, shares): (&[Equality], &Known, &[Option<Variable>; SHARES]),
+    ) {
+        for sum in sums {
+            let open = sum.terms.iter().filter_map(|&(i, f)| Some((shares[i]?, f)));
+            let open: Vec<(Variable, f64)> = open.collect();
+            if !open.is_empty() {
+                problem.add_constraint(&open, ComparisonOp::Eq, sum.left(known));
+            }
+        }
+    }
+
+    fn add_tiers(
+        &self,
+        problem: &mut Problem,
+        (known, shares): (&Known, &[Option<Variable>; SHARES]),
+    ) {
+        for tier in Tier::ALL {
+            let homes = reduced(&self.terms.homes[tier], known);
             let scale = homes.coef.iter().fold(1.0f64, |a, &b| a.max(b));
-            let capacity = self.capacity_bytes[tier] / scale;
-            (expression(homes, shares, 1.0 / scale), capacity)
-        };
-        let used = |tier: &Tier| !self.terms.homes[*tier].is_zero();
-        Tier::ALL.into_iter().filter(used).map(row).collect()
+            let room = (self.capacity_bytes[tier] - homes.constant) / scale;
+            let homes = homes.scaled(1.0 / scale);
+            if terms(&homes, shares).next().is_some() {
+                problem.add_constraint(terms(&homes, shares), ComparisonOp::Le, room);
+            }
+        }
     }
 }
 
-fn expression(affine: &Affine, shares: &[Option<Variable>], factor: f64) -> Expression {
-    let mut sum = Expression::with_capacity(SHARES);
-    for (coef, variable) in affine.coef.iter().zip(shares) {
-        if let Some(variable) = variable
-            && *coef != 0.0
-        {
-            sum.add_mul(coef * factor, *variable);
+impl Equality {
+    /// What the shares that are not known sum to.
+    fn left(&self, known: &Known) -> f64 {
+        let there = self.terms.iter();
+        self.value
+            - there
+                .map(|&(i, f)| f * known[i].unwrap_or(0.0))
+                .sum::<f64>()
+    }
+}
+
+impl Stage<'_> {
+    /// The rows in the shares that are open, without those that can never be the largest.
+    fn reduced(&self, known: &Known, scale_s: f64) -> Vec<Affine> {
+        let row = |row: &&Row| reduced(&row.seconds, known).scaled(self.times / scale_s);
+        let mut kept: Vec<Affine> = Vec::with_capacity(self.rows.len());
+        for row in self.rows.iter().map(row) {
+            if !kept.iter().any(|other| row.is_below(other)) {
+                kept.retain(|other| !other.is_below(&row));
+                kept.push(row);
+            }
+        }
+        kept
+    }
+}
+
+/// An affine function of the open shares.
+fn reduced(affine: &Affine, known: &Known) -> Affine {
+    let mut open = *affine;
+    for (coef, share) in open.coef.iter_mut().zip(known) {
+        if let Some(share) = share {
+            open.constant += *coef * share;
+            *coef = 0.0;
         }
     }
-    sum + affine.constant * factor
+    open
+}
+
+fn terms<'a>(
+    affine: &'a Affine,
+    shares: &'a [Option<Variable>; SHARES],
+) -> impl Iterator<Item = (Variable, f64)> + 'a {
+    let pairs = affine.coef.iter().zip(shares);
+    pairs.filter_map(|(&coef, &variable)| Some((variable?, coef)).filter(|_| coef != 0.0))
 }
 
 /// The rows of all segments added up by what they mean. A segment that lost a row to a larger one has
