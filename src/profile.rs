@@ -102,6 +102,10 @@ pub struct GpuFacts {
     pub host_bytes: u64,
     pub copy_bytes_per_s: f64,
     pub launch_s: f64,
+    /// 4-bit weights turned into fp16 before a product of many rows: (their bytes, bytes per second). Empty where
+    /// that was not measured: it is then a part of the products' own figures.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub widen_q4_bytes_per_s: Vec<(u64, f64)>,
     #[serde(default)]
     pub gemm: BTreeMap<String, GemmCurve>,
     #[serde(default)]
@@ -285,6 +289,8 @@ impl HardwareProfile {
         if let Some(gpu) = &self.gpu {
             collect_compute("gpu", &gpu.gemm, &gpu.attention, &mut rates)?;
             rates.push(("gpu.total_bytes".to_owned(), gpu.total_bytes as f64));
+            let widen = gpu.widen_q4_bytes_per_s.iter();
+            rates.extend(widen.map(|p| ("gpu.widen_q4_bytes_per_s".to_owned(), p.1)));
         }
         for (name, link) in [
             ("cpu_to_gpu", &self.links.cpu_to_gpu),

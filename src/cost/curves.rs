@@ -1,8 +1,8 @@
 //! Measured points turned into functions: GEMM seconds over M and size, rates over block size, and
 //! which measured format stands in for a missing one. Which curve an operation uses is rates.rs.
 
-use crate::dtype::{Arithmetic, Dtype};
-use crate::profile::{AttentionRates, DiskPoint, GemmCurve, QuantiseRates};
+use crate::dtype::{Arithmetic, Dtype, SMALL_ROWS};
+use crate::profile::{AttentionRates, DiskPoint, GemmCurve, GpuFacts, QuantiseRates};
 use std::collections::BTreeMap;
 
 /// Seconds per weight over M, for one measured shape.
@@ -202,6 +202,56 @@ fn rising(points: BTreeMap<usize, f64>) -> Vec<(f64, f64)> {
         (m as f64, most)
     };
     points.into_iter().map(rise).collect()
+}
+
+/// 4-bit products of more rows than the small kernels take, on a GPU: weights to fp16, whatever the rows, then a
+/// product of fp16.
+#[derive(Clone, Debug)]
+pub struct Widened {
+    /// (4-bit bytes, bytes per second)
+    rates: Vec<(f64, f64)>,
+    products: Vec<SizeCurves>,
+}
+
+impl Widened {
+    /// None where widening was not measured. The products are the measured 4-bit ones less their widening, or
+    /// else fp16's.
+    pub fn new(gpu: &GpuFacts) -> Option<Widened> {
+        let sorted: BTreeMap<u64, f64> = gpu.widen_q4_bytes_per_s.iter().copied().collect();
+        let rates = sorted.into_iter().map(|(b, r)| (b.max(1) as f64, r));
+        let mut widened = Widened {
+            rates: rates.collect(),
+            products: Vec::new(),
+        };
+        if widened.rates.is_empty() {
+            return None;
+        }
+        let (format, table) = measured(&gpu.gemm, Arithmetic::Fp32, Dtype::Q4)?;
+        let mut table = table.clone();
+        table.points.retain(|point| point.0 > SMALL_ROWS);
+        if format != Dtype::Q4 || table.points.is_empty() {
+            table = measured(&gpu.gemm, Arithmetic::Fp32, Dtype::F16)?.1.clone();
+        } else {
+            for (_, inputs, rows, seconds) in &mut table.points {
+                *seconds = (*seconds - widened.widen_s((*inputs * *rows) as f64)).max(0.0);
+            }
+        }
+        widened.products = size_curves(&table, 1.0);
+        Some(widened)
+    }
+
+    /// Seconds of turning so many weights into fp16.
+    pub fn widen_s(&self, weights: f64) -> f64 {
+        let bytes = weights * element_bytes(Dtype::Q4);
+        bytes / rate_at(&self.rates, bytes)
+    }
+
+    /// Seconds per weight, reading fp16 taking `floor_s`.
+    pub fn per_weight_s(&self, m: f64, shape: (f64, f64), floor_s: f64) -> f64 {
+        let weights = shape.0 * shape.1;
+        let product = gemm_s_per_weight(&self.products, m, shape, floor_s);
+        self.widen_s(weights) / weights + product
+    }
 }
 
 /// What attention takes over the tokens that it looks at: (tokens, seconds per byte or FLOP), rising

@@ -8,11 +8,11 @@
 //! fast as fp32.
 
 use crate::cost::curves::{
-    AttentionCurves, SizeCurves, attention_curves, disk_curve, disk_s, element_bytes, gemm_curves,
-    gemm_s_per_weight, rate_at, slow_quantise,
+    AttentionCurves, SizeCurves, Widened, attention_curves, disk_curve, disk_s, element_bytes,
+    gemm_curves, gemm_s_per_weight, rate_at, slow_quantise,
 };
 use crate::cost::footprint::STREAM_CHUNK_BYTES;
-use crate::dtype::{Arithmetic, Dtype};
+use crate::dtype::{Arithmetic, Dtype, SMALL_ROWS};
 use crate::policy::DeviceKind;
 use crate::profile::{
     GpuLink, HardwareProfile, LARGE_REQUEST_BYTES, QuantiseRates, SMALL_REQUEST_BYTES, SMALL_SUFFIX,
@@ -50,6 +50,7 @@ pub enum AttentionWork {
 struct ComputeRates {
     /// By arithmetic and format.
     gemm: [[Vec<SizeCurves>; 4]; 3],
+    widened: Option<Widened>,
     attention: [AttentionCurves; 4],
     memory_bytes_per_s: f64,
     rowwise_bytes_per_s: f64,
@@ -184,10 +185,24 @@ impl Rates {
         shape: (f64, f64),
     ) -> f64 {
         let rates = self.on(on);
-        let floor_s = element_bytes(format) / rates.memory_bytes_per_s;
+        let floor_s = |format| element_bytes(format) / rates.memory_bytes_per_s;
         let curves = &rates.gemm[arithmetic as usize][format as usize];
-        let seconds = gemm_s_per_weight(curves, m, shape, floor_s);
+        let as_stored = |m: f64| gemm_s_per_weight(curves, m, shape, floor_s(format));
+        let small_m = SMALL_ROWS as f64;
+        let seconds = match &rates.widened {
+            // More rows never take less.
+            Some(widened) if format == Dtype::Q4 && m > small_m => widened
+                .per_weight_s(m, shape, floor_s(Dtype::F16))
+                .max(as_stored(small_m)),
+            _ => as_stored(m),
+        };
         self.calibrated("gemm", on.name(), seconds)
+    }
+
+    /// Seconds of turning 4-bit weights into fp16, where a GPU does so.
+    pub fn widen_s(&self, on: Tier, weights: f64) -> f64 {
+        let widened = self.on(on).widened.as_ref();
+        widened.map_or(0.0, |widened| widened.widen_s(weights))
     }
 
     /// How many products there are of one, where activations must stay in fp32 (`wide`).
@@ -342,6 +357,7 @@ fn cpu_rates(profile: &HardwareProfile, slow: f64) -> Result<ComputeRates, Rates
     let attention = attention_curves(&cpu.attention, slow);
     Ok(ComputeRates {
         gemm: gemm_curves(&cpu.gemm, slow).ok_or_else(|| missing(profile, "cpu.gemm table"))?,
+        widened: None,
         attention: attention.ok_or_else(|| missing(profile, "cpu.attention table"))?,
         memory_bytes_per_s: cpu.dram_read_bytes_per_s,
         rowwise_bytes_per_s: rowwise / slow,
@@ -358,6 +374,7 @@ fn gpu_rates(profile: &HardwareProfile) -> Result<ComputeRates, RatesError> {
     let attention = attention_curves(&gpu.attention, 1.0);
     Ok(ComputeRates {
         gemm: gemm_curves(&gpu.gemm, 1.0).ok_or_else(|| missing(profile, "gpu.gemm table"))?,
+        widened: Widened::new(gpu),
         attention: attention.ok_or_else(|| missing(profile, "gpu.attention table"))?,
         memory_bytes_per_s: gpu.copy_bytes_per_s,
         rowwise_bytes_per_s: gpu.copy_bytes_per_s,

@@ -207,3 +207,60 @@ fn short_keys_are_read_more_slowly() {
     }
     assert_eq!(seconds(7168.0), seconds(2048.0));
 }
+
+const Q4: (Dtype, Arithmetic) = (Dtype::Q4, Arithmetic::Fp32);
+
+/// The T4's assumption as a rate: 2.5625 bytes a weight at 256 GB/s, of which 0.5625 are counted.
+fn t4_that_widens() -> HardwareProfile {
+    let mut profile = t4();
+    let gpu = profile.gpu.as_mut().unwrap();
+    gpu.widen_q4_bytes_per_s = vec![(1 << 20, 256e9 * 0.5625 / 2.5625)];
+    profile
+}
+
+#[test]
+fn widening_4_bit_weights_takes_as_long_for_any_number_of_rows() {
+    let whole = Rates::new(&t4(), DeviceKind::Cuda, 16).unwrap();
+    let parts = Rates::new(&t4_that_widens(), DeviceKind::Cuda, 16).unwrap();
+    let at = |rates: &Rates, m| rates.gemm_s(Tier::Gpu, Q4, m, 7168, 28672);
+    let widen_s = parts.widen_s(Tier::Gpu, 7168.0 * 28672.0);
+    assert!((widen_s - 7168.0 * 28672.0 * 2.5625 / 256e9).abs() < 1e-9);
+    for measured in [1, 16, 128, 512] {
+        assert!((at(&whole, measured) - at(&parts, measured)).abs() < 1e-9);
+    }
+    // Beyond what was measured only the product grows.
+    assert!((at(&parts, 1024) - (2.0 * at(&parts, 512) - widen_s)).abs() < 1e-9);
+    assert!((at(&whole, 1024) - 2.0 * at(&whole, 512)).abs() < 1e-9);
+    for m in 1..2000 {
+        assert!(at(&parts, m) <= at(&parts, m + 1));
+    }
+    // Less than the smallest piece that was measured takes as long as that.
+    let small_s = parts.widen_s(Tier::Gpu, 64.0 * 64.0);
+    assert!((small_s - 1048576.0 / (256e9 * 0.5625 / 2.5625)).abs() < 1e-12);
+    assert_eq!(parts.widen_s(Tier::Cpu, 4096.0), 0.0);
+}
+
+#[test]
+fn fp16_products_stand_in_for_4_bit_ones_after_widening() {
+    let mut profile = t4_that_widens();
+    profile.gpu.as_mut().unwrap().gemm.remove("q4");
+    let rates = Rates::new(&profile, DeviceKind::Cuda, 16).unwrap();
+    let at = |stored, m| rates.gemm_s(Tier::Gpu, stored, m, 7168, 28672);
+    let widen_s = rates.widen_s(Tier::Gpu, 7168.0 * 28672.0);
+    for m in [17, 128, 512] {
+        assert!((at(Q4, m) - at(F16, m) - widen_s).abs() < 1e-9, "{m}");
+    }
+    assert!((at(Q4, 16) - at(F16, 16)).abs() < 1e-12);
+}
+
+#[test]
+fn a_rate_of_widening_must_be_positive() {
+    let mut profile = t4_that_widens();
+    assert!(HardwareProfile::from_toml(&profile.to_toml()).unwrap() == profile);
+    profile.gpu.as_mut().unwrap().widen_q4_bytes_per_s[0].1 = 0.0;
+    let error = HardwareProfile::from_toml(&profile.to_toml()).unwrap_err();
+    assert!(
+        error.to_string().contains("widen_q4_bytes_per_s"),
+        "{error}"
+    );
+}

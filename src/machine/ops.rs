@@ -1,7 +1,7 @@
 //! What can be asked of a machine: reads, writes, copies and the arithmetic of one OPT layer, as plain
 //! data over offsets into the tiers' arenas. Says what is to be done; never does it.
 
-use crate::dtype::{Arithmetic, Dtype};
+use crate::dtype::{Arithmetic, Dtype, panels};
 use crate::model::Activation;
 use crate::tier::{Lane, Tier};
 use std::sync::Arc;
@@ -218,6 +218,23 @@ pub enum Compute {
     Append(Attention),
     /// Softmax(q·k) · v over the items' caches.
     Attend(Attention),
+    /// 4-bit weights to fp16 in a GPU's scratch memory: what it does before a product of many rows, by itself.
+    Widen(Widen),
+}
+
+/// First panel of packed 4-bit weights, and their shape.
+#[derive(Clone, Copy, Debug)]
+pub struct Widen {
+    pub weights: u64,
+    pub inputs: usize,
+    pub rows: usize,
+}
+
+impl Widen {
+    /// Bytes that are read.
+    pub fn bytes(&self) -> u64 {
+        panels(self.rows) as u64 * Dtype::Q4.panel_bytes(self.inputs)
+    }
 }
 
 /// One task for one lane.

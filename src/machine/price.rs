@@ -62,6 +62,7 @@ impl Pricer {
             Compute::AddRows { to, .. } => rowwise(to.rows.len, to.width, 3.0),
             Compute::Append(a) => self.append_s(on, a),
             Compute::Attend(a) => self.attend_s(on, a),
+            Compute::Widen(w) => self.rates.widen_s(on, (w.inputs * w.rows) as f64),
         }
     }
 

@@ -106,6 +106,8 @@ fn faster_gpu(profile: &mut HardwareProfile, factor: f64) -> Option<()> {
     let gpu = profile.gpu.as_mut()?;
     faster_gemm(&mut gpu.gemm, factor);
     gpu.copy_bytes_per_s *= factor;
+    let widen = gpu.widen_q4_bytes_per_s.iter_mut();
+    widen.for_each(|point| point.1 *= factor);
     for rates in gpu.attention.values_mut() {
         rates.all_mut().for_each(|rate| *rate *= factor);
     }

@@ -72,6 +72,7 @@ pub fn measure(
         host_bytes: 0,
         copy_bytes_per_s: memory,
         launch_s: meter.launch()?,
+        widen_q4_bytes_per_s: meter.widening()?,
         gemm: meter.products()?,
         attention: meter.attention()?,
         quantise: None,
@@ -207,6 +208,18 @@ impl Meter<'_> {
             curves.insert(format.name().to_owned(), GemmCurve { points });
         }
         Ok(curves)
+    }
+
+    /// 4-bit bytes per second to fp16, by how many there are.
+    fn widening(&mut self) -> Result<Vec<(u64, f64)>, ProbeError> {
+        let mut curve = Vec::new();
+        for (inputs, outputs) in GEMM_SHAPES {
+            let Some((task, bytes)) = work::widen(&self.room, (inputs, outputs)) else {
+                break;
+            };
+            curve.push((bytes, tidy(bytes as f64 / self.seconds(&task)?)));
+        }
+        Ok(curve)
     }
 
     fn attention(&mut self) -> Result<BTreeMap<String, AttentionRates>, ProbeError> {

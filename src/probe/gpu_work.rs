@@ -5,7 +5,7 @@ use crate::dtype::{Arithmetic, Dtype, panels};
 use crate::machine::arena::Region;
 use crate::machine::cuda::GpuPlaces;
 use crate::machine::ops::{
-    Attention, Compute, Copy2d, Gemm, HiddenRows, KvItem, KvPlace, KvSlots, Op, Table,
+    Attention, Compute, Copy2d, Gemm, HiddenRows, KvItem, KvPlace, KvSlots, Op, Table, Widen,
 };
 use crate::tier::Lane;
 use crate::units::{GIB, MIB};
@@ -183,6 +183,18 @@ pub fn product(
         out_stride: outputs,
     };
     fits.then(|| compute(Compute::Gemm(gemm(room.values()))))
+}
+
+/// 4-bit weights (inputs, outputs) to fp16, and their bytes; None where the room is too small.
+pub fn widen(room: &Room, (inputs, outputs): (usize, usize)) -> Option<(Task, u64)> {
+    let widen = Widen {
+        weights: 0,
+        inputs,
+        rows: outputs,
+    };
+    let bytes = widen.bytes();
+    let fits = bytes <= room.work_bytes && Dtype::F16.panel_bytes(inputs) <= room.scratch_bytes;
+    fits.then(|| (compute(Compute::Widen(widen)), bytes))
 }
 
 /// A product on the CPU over the DRAM arena, as one beside the GPU runs: eight rows.

@@ -29,7 +29,7 @@ pub struct ComputeExecutor {
 impl Executor for ComputeExecutor {
     fn run(&mut self, op: Op) -> Result<(), MachineError> {
         match op {
-            Op::Compute(compute) => self.compute(&compute),
+            Op::Compute(compute) if !matches!(compute, Compute::Widen(_)) => self.compute(&compute),
             other => {
                 return Err(MachineError::Unsupported(format!(
                     "another lane for {other:?}"
@@ -114,6 +114,9 @@ impl ComputeExecutor {
             }
             Compute::Append(a) => a.items.iter().for_each(|item| self.append(a, item)),
             Compute::Attend(a) => self.attend(a),
+            Compute::Widen(_) => {
+                unreachable!("refused by `run`: the CPU multiplies 4-bit weights as they are")
+            }
         }
     }
 

@@ -68,6 +68,7 @@ impl ComputeWork {
             Compute::Gemm(gemm) => self.product(gemm),
             Compute::Append(a) => self.append(number, a),
             Compute::Attend(a) => self.attend(number, a),
+            Compute::Widen(w) => self.widen(w),
             Compute::Embed {
                 table,
                 format,

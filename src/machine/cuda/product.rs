@@ -5,8 +5,9 @@ use super::blas::LargeProduct;
 use super::compute::{ComputeWork, LaunchError, row_grid};
 use super::launch::Arg;
 use crate::dtype::{Dtype, PANEL_ROWS, SMALL_ROWS, panels};
-use crate::machine::ops::Gemm;
+use crate::machine::ops::{Gemm, Widen};
 use crate::model::Activation;
+use std::ops::Range;
 
 /// What is left of a value rounded to fp16 is smaller than it by this.
 const F16_REST: f32 = 2048.0;
@@ -194,7 +195,31 @@ impl ComputeWork {
         product: LargeProduct,
         used_bytes: u64,
     ) -> Result<(), LaunchError> {
-        let wide_panel = Dtype::F16.panel_bytes(g.inputs);
+        self.widened((product.w, g.inputs, g.rows), used_bytes, |wide, part| {
+            self.multiply(&LargeProduct {
+                w: wide,
+                rows: part.len(),
+                out: product.out + 4 * part.start as u64,
+                ..product
+            })
+        })
+    }
+
+    /// As a large product does it, without the product.
+    pub fn widen(&self, w: &Widen) -> Result<(), LaunchError> {
+        let weights = self.device.at(w.weights, w.bytes());
+        self.widened((weights, w.inputs, w.rows), 0, |_, _| Ok(()))
+    }
+
+    /// 4-bit weights (address, inputs, rows) as fp16 behind what of the scratch is used, part by part; `then` gets
+    /// each part's address and rows.
+    fn widened(
+        &self,
+        (weights, inputs, rows): (u64, usize, usize),
+        used_bytes: u64,
+        then: impl Fn(u64, Range<usize>) -> Result<(), LaunchError>,
+    ) -> Result<(), LaunchError> {
+        let wide_panel = Dtype::F16.panel_bytes(inputs);
         let room = self.scratch.bytes - used_bytes;
         let at_once = (room / wide_panel) as usize * PANEL_ROWS;
         assert!(
@@ -202,23 +227,18 @@ impl ComputeWork {
             "no room for one panel of {wide_panel} bytes in {room}"
         );
         let wide = self.device.at(self.scratch.offset + used_bytes, room);
-        for first in (0..g.rows).step_by(at_once) {
-            let rows = at_once.min(g.rows - first);
-            let panel_bytes = g.format.panel_bytes(g.inputs);
+        for first in (0..rows).step_by(at_once) {
+            let part = first..rows.min(first + at_once);
+            let panel_bytes = Dtype::Q4.panel_bytes(inputs);
             let args = [
-                Arg::Address(product.w + (first / PANEL_ROWS) as u64 * panel_bytes),
+                Arg::Address(weights + (first / PANEL_ROWS) as u64 * panel_bytes),
                 Arg::Address(wide),
-                Arg::U32(rows as u32),
-                Arg::U32(g.inputs as u32),
+                Arg::U32(part.len() as u32),
+                Arg::U32(inputs as u32),
             ];
-            let grid = (rows as u32, g.inputs.div_ceil(2048) as u32);
+            let grid = (part.len() as u32, inputs.div_ceil(2048) as u32);
             self.launch("dequantise_q4_f16", (grid, THREADS), &args)?;
-            self.multiply(&LargeProduct {
-                w: wide,
-                rows,
-                out: product.out + 4 * first as u64,
-                ..product
-            })?;
+            then(wide, part)?;
         }
         Ok(())
     }
