@@ -3,14 +3,20 @@
 
 use super::pack::element;
 use super::shared::Shared;
+use super::simd::prefetch;
 use crate::dtype::{Dtype, PANEL_ROWS};
 use crate::machine::cpu::pool::Pool;
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// Columns of one part of what is gathered element by element.
 const PART_COLUMNS: usize = 2048;
 /// Elements of one part: enough that starting it does not count.
 const PART_FLOATS: usize = 16 * 1024;
+/// Elements that are widened together.
+const TOGETHER: usize = 64;
+/// Elements of a panel's row that are asked for ahead of the one in use: each lies in lines of its own.
+const AHEAD: usize = 24;
 
 /// Which row is the i-th.
 #[inline(always)]
@@ -92,10 +98,39 @@ pub fn embed_rows(pool: &Pool, args: EmbedArgs) {
         let at = out_rows[i] as usize * ldo + columns.start;
         // SAFETY: out rows are distinct, pieces of a row too.
         let to = unsafe { out.piece(at, columns.len()) };
-        for (value, k) in to.iter_mut().zip(columns) {
-            *value = element(format, panel, id % PANEL_ROWS, k);
-        }
+        row_of_panel((format, panel), (id % PANEL_ROWS, columns.start), to);
     });
+}
+
+/// Values of one row of a panel from input `first` on.
+fn row_of_panel((format, panel): (Dtype, &[u8]), (row, first): (usize, usize), to: &mut [f32]) {
+    let half = |j: usize| {
+        let at = 2 * ((first + j) * PANEL_ROWS + row);
+        prefetch(&panel[(at + 2 * AHEAD * PANEL_ROWS).min(panel.len() - 1)]);
+        [panel[at], panel[at + 1]]
+    };
+    match format {
+        Dtype::F16 => widen(to, |j| f16::from_le_bytes(half(j))),
+        Dtype::Bf16 => widen(to, |j| bf16::from_le_bytes(half(j))),
+        Dtype::F32 | Dtype::Q4 => {
+            let values = to.iter_mut().enumerate();
+            values.for_each(|(j, to)| *to = element(format, panel, row, first + j));
+        }
+    }
+}
+
+/// to[j] = narrow(j): some at a time, so that whole vectors are widened.
+fn widen<T: Copy + Default>(to: &mut [f32], narrow: impl Fn(usize) -> T)
+where
+    [T]: HalfFloatSliceExt,
+{
+    let mut some = [T::default(); TOGETHER];
+    for (number, to) in to.chunks_mut(TOGETHER).enumerate() {
+        let some = &mut some[..to.len()];
+        let values = some.iter_mut().enumerate();
+        values.for_each(|(j, value)| *value = narrow(number * TOGETHER + j));
+        some.convert_to_f32_slice(to);
+    }
 }
 
 /// A row-major table of F32, F16 or BF16.
@@ -121,20 +156,27 @@ pub fn add_rows_typed(pool: &Pool, x: &mut [f32], rows: &[u32], table: Table, in
         // SAFETY: rows are distinct.
         let to = unsafe { x.piece(rows[i] as usize * width, width) };
         let from = indices[i] as usize * width;
-        for (j, value) in to.iter_mut().enumerate() {
-            *value += table.element(from + j);
+        let mut wide = [0.0; TOGETHER];
+        for (number, to) in to.chunks_mut(TOGETHER).enumerate() {
+            let wide = &mut wide[..to.len()];
+            table.widen(from + number * TOGETHER, wide);
+            to.iter_mut().zip(wide).for_each(|(to, from)| *to += *from);
         }
     });
 }
 
 impl Table<'_> {
-    #[inline(always)]
-    fn element(&self, i: usize) -> f32 {
-        let half = [2 * i, 2 * i + 1];
+    /// Elements from `first` on.
+    fn widen(&self, first: usize, to: &mut [f32]) {
+        let half = |j: usize| [0, 1].map(|b| self.bytes[2 * (first + j) + b]);
+        let whole = |j: usize| [0, 1, 2, 3].map(|b| self.bytes[4 * (first + j) + b]);
         match self.format {
-            Dtype::F32 => f32::from_le_bytes([0, 1, 2, 3].map(|b| self.bytes[4 * i + b])),
-            Dtype::F16 => f16::from_le_bytes(half.map(|b| self.bytes[b])).to_f32(),
-            Dtype::Bf16 => bf16::from_le_bytes(half.map(|b| self.bytes[b])).to_f32(),
+            Dtype::F16 => widen(to, |j| f16::from_le_bytes(half(j))),
+            Dtype::Bf16 => widen(to, |j| bf16::from_le_bytes(half(j))),
+            Dtype::F32 => {
+                let values = to.iter_mut().enumerate();
+                values.for_each(|(j, to)| *to = f32::from_le_bytes(whole(j)));
+            }
             Dtype::Q4 => {
                 unreachable!("positions are never 4-bit: store them in the model's format")
             }
