@@ -70,10 +70,10 @@ fn compared(row: Published, rates: &Rates, profile: &HardwareProfile) -> Result<
         changes: &Changes::default(),
         budget,
         fixed: Fixed::default(),
-        compress: if row.four_bit {
-            CompressMode::Both
-        } else {
-            CompressMode::Never
+        compress: match (row.compress_weight, row.compress_cache) {
+            (false, false) => CompressMode::Never,
+            (false, true) => CompressMode::Cache,
+            _ => CompressMode::Both,
         },
         kv: Dtype::F16,
         threads: profile.machine.threads,
@@ -124,7 +124,7 @@ fn show(rows: &[Compared], profile: &str) -> String {
         table.add_row([
             r.size.to_owned(),
             r.prompt.to_string(),
-            if r.four_bit { "4-bit" } else { "fp16" }.to_owned(),
+            r.format().to_owned(),
             format!("{}x{}", r.gpu_batch_size, r.num_gpu_batches),
             show_percent(r.percent),
             format!(
@@ -189,16 +189,16 @@ pub fn emit(solved: &Solved) -> Result<String, Failure> {
     }
     let rates =
         Rates::new(&target.profile, target.device, target.threads).map_err(Failure::failed)?;
-    let policy = plan.policy.as_ref();
+    let (policy, w) = (plan.policy.as_ref(), &plan.workload);
     let formats = Flags {
         percent: [0.0; 6],
         gpu_batch_size: 1,
         num_gpu_batches: 1,
+        pin_weight: true,
         compress_weight: policy.is_some_and(|p| p.compress_weight),
         compress_cache: policy.is_some_and(|p| p.compress_cache),
         cpu_cache_compute: false,
     };
-    let w = &plan.workload;
     let setup = Setup {
         model: spec,
         rates: &rates,
@@ -206,6 +206,7 @@ pub fn emit(solved: &Solved) -> Result<String, Failure> {
         lengths: Lengths {
             prompt: w.prompt_tokens_max as usize,
             generated: w.gen_tokens_max.max(1) as usize,
+            projected: false,
         },
     };
     let context = target.profile.gpu.as_ref().map_or(0, |g| g.context_bytes);
@@ -214,10 +215,9 @@ pub fn emit(solved: &Solved) -> Result<String, Failure> {
         cpu: target.budget.cpu_bytes,
         disk: target.budget.disk_bytes,
     };
-    let most = if solved.lines.is_some() {
-        w.prompts as usize
-    } else {
-        usize::MAX
+    let most = match solved.lines {
+        Some(_) => w.prompts as usize,
+        None => usize::MAX,
     };
     let nothing = || {
         Failure::failed("no command line of FlexLLMGen fits into this budget")

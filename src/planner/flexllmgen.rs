@@ -4,6 +4,7 @@
 use crate::cost::rates::{AttentionWork, Rates};
 use crate::dtype::{Arithmetic, Dtype};
 use crate::model::ModelSpec;
+use crate::planner::flexllmgen_four_bit::value_bytes;
 use crate::tier::{Lane, PerTier, Tier};
 use crate::units::GIB;
 
@@ -13,9 +14,8 @@ const READ_BLOCK_BYTES: f64 = 128.0 * 1024.0;
 const CPU_ATTENTION_TRAFFIC: f64 = 5.0;
 /// Operations that one layer starts on the GPU (assumption).
 const LAUNCHES: f64 = 16.0;
-/// Before every product and every attention its 4-bit data becomes fp16, in passes of their own: unpacked
-/// (half a byte read, two written), divided and added to (two read and two written each). For every batch.
-const DEQUANTISE_BYTES_PER_VALUE: f64 = 10.5;
+/// Rows of its table of positions.
+const POSITIONS: f64 = 2050.0;
 /// What the biases behind a matrix shift its middle, as part of the layer: it decides on borders only.
 const BIASES: f64 = 1e-6;
 /// Pinned buffers between disk and GPU.
@@ -27,6 +27,7 @@ pub struct Flags {
     pub percent: [f64; 6],
     pub gpu_batch_size: usize,
     pub num_gpu_batches: usize,
+    pub pin_weight: bool,
     pub compress_weight: bool,
     pub compress_cache: bool,
     pub cpu_cache_compute: bool,
@@ -37,6 +38,9 @@ pub struct Flags {
 pub struct Lengths {
     pub prompt: usize,
     pub generated: usize,
+    /// Decode is what ten layers take for the second token, times steps and layers, the two ends counted as a
+    /// layer (`--debug-mode fewer_batch`).
+    pub projected: bool,
 }
 
 /// Bytes of one layer of each kind, and of the two ends, per tier.
@@ -61,6 +65,8 @@ pub struct Setup<'a> {
 /// Seconds of one step's transfers and its computation.
 #[derive(Clone, Copy, Default)]
 struct Load {
+    /// Pageable DRAM is copied to page-locked by the thread that launches everything, before the computation.
+    before_s: f64,
     up_s: f64,
     down_s: f64,
     read_s: f64,
@@ -70,6 +76,7 @@ struct Load {
 impl Load {
     fn plus(self, other: Load) -> Load {
         Load {
+            before_s: self.before_s + other.before_s,
             up_s: self.up_s + other.up_s,
             down_s: self.down_s + other.down_s,
             read_s: self.read_s + other.read_s,
@@ -83,7 +90,7 @@ impl Load {
         let up = self.read_s + if self.read_s > 0.0 { self.up_s } else { 0.0 };
         let down = self.write_s + if self.write_s > 0.0 { self.down_s } else { 0.0 };
         legs.into_iter()
-            .chain([up, down, compute_s])
+            .chain([up, down, self.before_s + compute_s])
             .fold(0.0, f64::max)
     }
 }
@@ -113,26 +120,13 @@ fn tier_at(share: &PerTier<f64>, middle: f64) -> Tier {
 }
 
 impl Setup<'_> {
-    fn weight_bytes(&self) -> f64 {
-        if self.flags.compress_weight {
-            0.5625
-        } else {
-            2.0
-        }
-    }
-
     fn kv_bytes(&self, tokens: f64) -> f64 {
-        let value = if self.flags.compress_cache {
-            0.5625
-        } else {
-            2.0
-        };
-        2.0 * self.model.hidden as f64 * value * self.flags.gpu_batch_size as f64 * tokens
+        value_bytes(self.flags.compress_cache) * self.kv_values(tokens)
     }
 
-    fn dequantise_s(&self, values: f64) -> f64 {
-        let bytes = DEQUANTISE_BYTES_PER_VALUE * values;
-        self.rates.rowwise_s(Tier::Gpu, bytes)
+    /// Keys and values of one batch in one layer.
+    pub(super) fn kv_values(&self, tokens: f64) -> f64 {
+        2.0 * self.model.hidden as f64 * self.flags.gpu_batch_size as f64 * tokens
     }
 
     /// Whole tensors at home by their middles, layer by layer.
@@ -144,10 +138,10 @@ impl Setup<'_> {
             let total: f64 = tensors.iter().sum();
             let (mut bytes, mut before) = (PerTier::<f64>::default(), 0.0);
             for tensor in tensors {
-                let size = tensor * self.weight_bytes();
+                let size = tensor * value_bytes(self.flags.compress_weight);
                 let tier = tier_at(&share, (before + tensor / 2.0) / total);
                 bytes[tier] += size;
-                if tier == Tier::Cpu {
+                if tier == Tier::Cpu && self.flags.pin_weight {
                     rounding += times * ((size as u64).next_power_of_two() as f64 - size);
                 }
                 before += tensor;
@@ -158,7 +152,7 @@ impl Setup<'_> {
         let attention = place(&[h * h; 4], layers);
         let ffn = place(&[h * ffn; 2], layers);
         let table = self.model.vocab as f64 * h;
-        let (first, last) = (place(&[table, 2050.0 * h], 1.0), place(&[table], 1.0));
+        let (first, last) = (place(&[table, POSITIONS * h], 1.0), place(&[table], 1.0));
         let mut ends = PerTier::<f64>::default();
         Tier::ALL
             .into_iter()
@@ -186,7 +180,13 @@ impl Setup<'_> {
     }
 
     fn weights(&self, bytes: &PerTier<f64>) -> Load {
+        let pageable = if self.flags.pin_weight {
+            0.0
+        } else {
+            bytes.cpu
+        };
         Load {
+            before_s: self.relayed_s(pageable),
             up_s: self
                 .rates
                 .link_s(Lane::CpuToGpu, bytes.cpu + bytes.disk, true),
@@ -195,31 +195,50 @@ impl Setup<'_> {
         }
     }
 
-    /// Cache that comes for one batch: nothing where the CPU attends to what lies in DRAM.
+    /// Between pageable and page-locked DRAM.
+    fn relayed_s(&self, bytes: f64) -> f64 {
+        bytes / self.rates.dram_copy_bytes_per_s
+    }
+
+    /// Cache that comes for one batch: nothing where the CPU attends to what lies in DRAM. There it is never
+    /// page-locked ("disable pin_memory due to high memory overhead").
     fn cache_load(&self, tokens: f64) -> Load {
         let share = self.flags.share(2);
         let bytes = self.kv_bytes(tokens);
-        let away = if self.flags.cpu_cache_compute {
-            0.0
-        } else {
-            share.cpu + share.disk
-        };
+        let read_s = self.rates.disk_read_s(bytes * share.disk, READ_BLOCK_BYTES);
+        if self.flags.cpu_cache_compute {
+            return Load {
+                read_s,
+                ..Load::default()
+            };
+        }
+        let away = bytes * (share.cpu + share.disk);
         Load {
-            up_s: self.rates.link_s(Lane::CpuToGpu, bytes * away, true),
-            read_s: self.rates.disk_read_s(bytes * share.disk, READ_BLOCK_BYTES),
+            before_s: self.relayed_s(bytes * share.cpu),
+            up_s: self.rates.link_s(Lane::CpuToGpu, away, true),
+            read_s,
             ..Load::default()
         }
     }
 
+    /// A prompt's keys and values go down through page-locked relays, by threads of their own: while the ones
+    /// are copied on, the others are on the link. A single token's go to pageable DRAM as they are.
     fn cache_store(&self, tokens: f64) -> Load {
         let share = self.flags.share(2);
         let bytes = self.kv_bytes(tokens);
-        let disk = bytes * share.disk;
+        let (to_dram, to_disk) = (bytes * share.cpu, bytes * share.disk);
+        let down = |bytes: f64, pinned: bool| self.rates.link_s(Lane::GpuToCpu, bytes, pinned);
+        let relayed = tokens > 1.0;
+        let on_s = if relayed {
+            self.relayed_s(to_dram) / 2.0
+        } else {
+            0.0
+        };
         Load {
-            down_s: self
+            down_s: down(to_dram, relayed) + on_s + down(to_disk, true),
+            write_s: self
                 .rates
-                .link_s(Lane::GpuToCpu, bytes * (share.cpu + share.disk), true),
-            write_s: self.rates.disk_write_s(disk, disk.min(1048576.0), true),
+                .disk_write_s(to_disk, to_disk.min(1048576.0), true),
             ..Load::default()
         }
     }
@@ -234,17 +253,15 @@ impl Setup<'_> {
         }
     }
 
-    fn products_s(&self, weights: f64, shape: (f64, f64), rows: f64) -> f64 {
+    /// Products with so many equal tensors.
+    fn products_s(&self, tensors: f64, shape: (f64, f64), rows: f64) -> f64 {
         let m = rows * self.flags.gpu_batch_size as f64;
-        let per_weight = self
-            .rates
-            .weight_s(Tier::Gpu, (Dtype::F16, Arithmetic::Fp32), m, shape);
-        let packed = if self.flags.compress_weight {
-            weights
-        } else {
-            0.0
-        };
-        weights * per_weight + self.dequantise_s(packed) + LAUNCHES * self.rates.launch_s(Tier::Gpu)
+        let format = (Dtype::F16, Arithmetic::Fp32);
+        let per_weight = self.rates.weight_s(Tier::Gpu, format, m, shape);
+        let weights = tensors * shape.0 * shape.1;
+        weights * per_weight
+            + self.dequantise_s(weights, tensors)
+            + LAUNCHES * self.rates.launch_s(Tier::Gpu)
     }
 
     /// Attention of one batch: scores of all pairs while prompts are read, one row each afterwards.
@@ -253,7 +270,7 @@ impl Setup<'_> {
         if rows > 1.0 {
             let flop = 4.0 * self.model.hidden as f64 * size * rows * rows;
             let work = AttentionWork::Prefill { flop, tokens: rows };
-            return self.rates.attention_s(Tier::Gpu, Dtype::F16, work);
+            return self.rates.attention_s(Tier::Gpu, Dtype::F16, work) + self.quantise_s(rows);
         }
         let share = self.flags.share(2);
         let on_cpu = if self.flags.cpu_cache_compute {
@@ -261,22 +278,17 @@ impl Setup<'_> {
         } else {
             0.0
         };
-        let values = 2.0 * self.model.hidden as f64 * size * context;
+        let values = self.kv_values(context);
         let cpu_bytes = CPU_ATTENTION_TRAFFIC * 2.0 * values * on_cpu;
-        let packed = if self.flags.compress_cache {
-            values
-        } else {
-            0.0
-        };
-        let gpu_bytes = 2.0 * values * (1.0 - on_cpu);
         let on_gpu = AttentionWork::Decode {
-            kv_bytes: gpu_bytes,
+            kv_bytes: 2.0 * values * (1.0 - on_cpu),
             tokens: context,
             hidden: self.model.hidden as f64,
         };
         cpu_bytes / self.rates.dram_read_bytes_per_s
-            + self.dequantise_s(packed)
+            + self.dequantise_cache_s(context)
             + self.rates.attention_s(Tier::Gpu, Dtype::F16, on_gpu)
+            + self.quantise_s(rows)
     }
 
     /// One attention and one feed-forward layer for all batches, each step ending with a synchronisation.
@@ -290,9 +302,8 @@ impl Setup<'_> {
             self.cache_load(context)
         };
         let (store, hidden) = (self.cache_store(rows), self.hidden(rows));
-        let attention_s =
-            self.products_s(4.0 * h * h, (h, h), rows) + self.attention_s(rows, context);
-        let ffn_s = self.products_s(2.0 * h * ffn, (h, ffn), rows);
+        let attention_s = self.products_s(4.0, (h, h), rows) + self.attention_s(rows, context);
+        let ffn_s = self.products_s(2.0, (h, ffn), rows);
         let batches = self.flags.num_gpu_batches;
         let when = |yes: bool, load: Load| if yes { load } else { none };
         let attend = (0..batches).map(|k| {
@@ -311,11 +322,13 @@ impl Setup<'_> {
         attend.chain(feed).sum()
     }
 
-    /// Logits of every position while prompts are read; the tables are fetched for each pass.
+    /// Logits of every position while prompts are read; the tables are fetched for each pass, and become fp16
+    /// as a whole before tokens are looked up.
     fn ends_s(&self, homes: &Homes, rows: f64) -> f64 {
-        let table = (self.model.hidden as f64, self.model.vocab as f64);
-        let products_s = self.products_s(table.0 * table.1, table, rows);
-        let compute_s = self.flags.num_gpu_batches as f64 * products_s;
+        let (vocab, hidden) = (self.model.vocab as f64, self.model.hidden as f64);
+        let looked_up_s = self.dequantise_s((vocab + POSITIONS) * hidden, 2.0);
+        let batch_s = looked_up_s + self.products_s(1.0, (hidden, vocab), rows);
+        let compute_s = self.flags.num_gpu_batches as f64 * batch_s;
         self.weights(&homes.ends).step_s(compute_s)
     }
 
@@ -327,6 +340,10 @@ impl Setup<'_> {
         let prefill_s =
             layers * self.layer_s(&homes, (prompt, prompt)) + self.ends_s(&homes, prompt);
         let steps = self.lengths.generated.saturating_sub(1) as f64;
+        if self.lengths.projected {
+            let token_s = (layers + 1.0) * self.layer_s(&homes, (1.0, prompt + 1.0));
+            return (prefill_s, steps * token_s);
+        }
         let context = prompt + self.lengths.generated as f64 / 2.0;
         let token_s = layers * self.layer_s(&homes, (1.0, context)) + self.ends_s(&homes, 1.0);
         (prefill_s, steps * token_s)
@@ -424,6 +441,7 @@ mod tests {
             percent,
             gpu_batch_size: 48,
             num_gpu_batches: 3,
+            pin_weight: true,
             compress_weight: false,
             compress_cache: false,
             cpu_cache_compute: true,
@@ -446,6 +464,7 @@ mod tests {
                 lengths: Lengths {
                     prompt: 512,
                     generated: 32,
+                    projected: false,
                 },
             };
             setup.realised_percent().gpu

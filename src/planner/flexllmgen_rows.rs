@@ -5,12 +5,14 @@ use crate::model::ModelSpec;
 use crate::planner::flexllmgen::{Flags, Lengths};
 use crate::units::GIB;
 
-/// One published figure. The rows of 30b and 175b were projected by its authors from ten timed layer steps.
+/// One published figure, by the command line that made it (benchmark/flexllmgen/bench_suite.py). The rows of
+/// 30b and 175b were projected by its authors from ten timed layer steps.
 #[derive(Clone, Copy, Debug)]
 pub struct Published {
     pub size: &'static str,
     pub prompt: usize,
-    pub four_bit: bool,
+    pub compress_weight: bool,
+    pub compress_cache: bool,
     pub gpu_batch_size: usize,
     pub num_gpu_batches: usize,
     pub percent: [f64; 6],
@@ -19,49 +21,61 @@ pub struct Published {
 
 pub const GENERATED: usize = 32;
 
-type Row = (&'static str, usize, bool, (usize, usize), [f64; 6], f64);
+type Row = (
+    &'static str,
+    usize,
+    (bool, bool),
+    (usize, usize),
+    [f64; 6],
+    f64,
+);
+
+/// 4-bit weights and cache. With 30b it compressed the cache alone.
+const FP16: (bool, bool) = (false, false);
+const CACHE: (bool, bool) = (false, true);
+const BOTH: (bool, bool) = (true, true);
 
 const ALL_GPU: [f64; 6] = [100.0, 0.0, 100.0, 0.0, 100.0, 0.0];
 const DRAM: [f64; 6] = [0.0, 100.0, 0.0, 100.0, 0.0, 100.0];
 const DISK: [f64; 6] = [0.0, 50.0, 0.0, 0.0, 0.0, 100.0];
 
 const ROWS: [Row; 15] = [
-    ("opt-6.7b", 256, false, (4, 1), ALL_GPU, 53.29),
-    ("opt-6.7b", 256, true, (128, 1), ALL_GPU, 56.72),
-    ("opt-6.7b", 512, false, (2, 1), ALL_GPU, 25.26),
-    ("opt-6.7b", 512, true, (72, 1), ALL_GPU, 29.12),
-    ("opt-6.7b", 1024, false, (1, 1), ALL_GPU, 13.72),
+    ("opt-6.7b", 256, FP16, (4, 1), ALL_GPU, 53.29),
+    ("opt-6.7b", 256, BOTH, (128, 1), ALL_GPU, 56.72),
+    ("opt-6.7b", 512, FP16, (2, 1), ALL_GPU, 25.26),
+    ("opt-6.7b", 512, BOTH, (72, 1), ALL_GPU, 29.12),
+    ("opt-6.7b", 1024, FP16, (1, 1), ALL_GPU, 13.72),
     (
         "opt-30b",
         256,
-        false,
+        FP16,
         (160, 2),
         [10.0, 90.0, 0.0, 100.0, 0.0, 100.0],
         16.01,
     ),
-    ("opt-30b", 256, true, (128, 8), DRAM, 16.86),
+    ("opt-30b", 256, CACHE, (128, 8), DRAM, 16.86),
     (
         "opt-30b",
         512,
-        false,
+        FP16,
         (48, 3),
         [20.0, 80.0, 0.0, 100.0, 0.0, 100.0],
         7.32,
     ),
-    ("opt-30b", 512, true, (64, 8), DRAM, 8.38),
+    ("opt-30b", 512, CACHE, (64, 8), DRAM, 8.38),
     (
         "opt-30b",
         1024,
-        false,
+        FP16,
         (20, 4),
         [4.0, 96.0, 0.0, 100.0, 0.0, 100.0],
         3.50,
     ),
-    ("opt-175b", 256, false, (64, 8), DISK, 1.36),
-    ("opt-175b", 256, true, (96, 3), DRAM, 2.26),
-    ("opt-175b", 512, false, (32, 8), DISK, 0.69),
-    ("opt-175b", 512, true, (48, 3), DRAM, 1.12),
-    ("opt-175b", 1024, false, (12, 12), DISK, 0.35),
+    ("opt-175b", 256, FP16, (64, 8), DISK, 1.36),
+    ("opt-175b", 256, BOTH, (96, 3), DRAM, 2.26),
+    ("opt-175b", 512, FP16, (32, 8), DISK, 0.69),
+    ("opt-175b", 512, BOTH, (48, 3), DRAM, 1.12),
+    ("opt-175b", 1024, FP16, (12, 12), DISK, 0.35),
 ];
 
 /// All rows.
@@ -69,7 +83,8 @@ pub fn published() -> impl Iterator<Item = Published> {
     ROWS.into_iter().map(|row| Published {
         size: row.0,
         prompt: row.1,
-        four_bit: row.2,
+        compress_weight: row.2.0,
+        compress_cache: row.2.1,
         gpu_batch_size: row.3.0,
         num_gpu_batches: row.3.1,
         percent: row.4,
@@ -78,16 +93,17 @@ pub fn published() -> impl Iterator<Item = Published> {
 }
 
 impl Published {
-    /// Its flags. That the CPU attends wherever an uncompressed cache is not on the GPU is what its
-    /// benchmark suite does for 30b and 175b; it cannot with a compressed one.
+    /// Its flags: the CPU attends wherever an uncompressed cache is not on the GPU, and the weights of 175b
+    /// are not page-locked.
     pub fn flags(&self) -> Flags {
         Flags {
             percent: self.percent,
             gpu_batch_size: self.gpu_batch_size,
             num_gpu_batches: self.num_gpu_batches,
-            compress_weight: self.four_bit,
-            compress_cache: self.four_bit,
-            cpu_cache_compute: !self.four_bit && self.percent[2] < 100.0,
+            pin_weight: self.size != "opt-175b",
+            compress_weight: self.compress_weight,
+            compress_cache: self.compress_cache,
+            cpu_cache_compute: !self.compress_cache && self.percent[2] < 100.0,
         }
     }
 
@@ -95,13 +111,22 @@ impl Published {
         Lengths {
             prompt: self.prompt,
             generated: GENERATED,
+            projected: self.size != "opt-6.7b",
+        }
+    }
+
+    pub fn format(&self) -> &'static str {
+        match (self.compress_weight, self.compress_cache) {
+            (false, false) => "fp16",
+            (false, true) => "4-bit cache",
+            _ => "4-bit",
         }
     }
 
     /// Tokens per second by its own cost model as its code has it, with its fitted T4 constants and the
     /// shares of the flags. None with 4-bit formats, which that model does not price.
     pub fn its_model(&self, model: &ModelSpec) -> Option<f64> {
-        if self.four_bit {
+        if self.compress_cache {
             return None;
         }
         let gib = GIB as f64;

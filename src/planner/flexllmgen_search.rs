@@ -84,6 +84,7 @@ mod tests {
                 percent: [0.0; 6],
                 gpu_batch_size: 1,
                 num_gpu_batches: 1,
+                pin_weight: true,
                 compress_weight: false,
                 compress_cache: false,
                 cpu_cache_compute: false,
@@ -91,6 +92,7 @@ mod tests {
             lengths: Lengths {
                 prompt: 512,
                 generated: 32,
+                projected: false,
             },
         };
         let budget = PerTier {

@@ -5,6 +5,7 @@ pub mod changes;
 pub mod document;
 pub mod explain;
 pub mod flexllmgen;
+mod flexllmgen_four_bit;
 pub mod flexllmgen_rows;
 pub mod flexllmgen_search;
 pub mod ladder;
