@@ -329,10 +329,14 @@ def offload(args):
 
 
 def offload_rows(percent):
-    """With the peer's peak RSS as the budget, and besides with no more of the weights in DRAM than it has."""
-    rows = [("loadmaster-exact", ""), ("same-weights-in-DRAM", f"--percent 0 {percent:.1f} 0 100 0 100")]
+    """With the peer's peak RSS as the budget, and besides with no more of the weights in DRAM than it has (a
+    little less, so that the buffers fit beside them). Never in 4 bits, which the peer has not."""
+    same = f"--percent 0 {0.95 * percent:.1f} 0 100 0 100"
+    rows = [("loadmaster-exact", ""), ("same-weights-in-DRAM", same)]
     have = call([LOADMASTER, "run", "--help"])
-    return rows + [("loadmaster-bf16", "--compute bf16")] if "bf16" in have else rows
+    if "bf16" in have:
+        rows.append(("loadmaster-bf16", "--compute bf16"))
+    return [(name, f"{flags} --compress never") for name, flags in rows]
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ fn products_are_priced_by_size_and_aspect() {
     }
     // Between two sizes, and half of the smallest: its weights are fewer, its beginning and its end are not.
     for shape in [(768, 2304), (2304, 768), (512, 1024), (1024, 512)] {
-        assert!(off(shape).abs() < 0.06, "{shape:?}: {}", off(shape));
+        assert!(off(shape).abs() < 0.1, "{shape:?}: {}", off(shape));
     }
 }
 

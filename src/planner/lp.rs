@@ -6,7 +6,10 @@ use crate::cost::affine::{Affine, GROUPS, SHARES, ShareVector};
 use crate::cost::estimate::total_s;
 use crate::cost::terms::{Bound, Row, Terms};
 use crate::tier::{PerTier, Tier};
-use microlp::{ComparisonOp, OptimizationDirection, Problem, Variable};
+use good_lp::{
+    Constraint, Expression, ProblemVariables, Solution, SolverModel, Variable, constraint, microlp,
+    variable,
+};
 
 /// Relative room above the least time within which less disk is preferred.
 const TIE_ROOM: f64 = 1e-7;
@@ -15,6 +18,8 @@ const NOISE: f64 = 1e-9;
 
 /// The shares that need no solving.
 type Known = [Option<f64>; SHARES];
+/// The others' variables.
+type Shares = [Option<Variable>; SHARES];
 
 /// Σ coefficient · share = value.
 #[derive(Clone, Debug)]
@@ -109,34 +114,30 @@ impl Program<'_> {
         let (single, several): (Vec<_>, Vec<_>) = stages.partition(|rows| rows.len() == 1);
         let mut linear = Affine::default();
         single.iter().flatten().for_each(|row| linear.add(row));
-        let (goal, time_cost) = match limit_s {
-            None => (linear, 1.0),
-            Some(_) => (self.disk_then_dram(), 0.0),
-        };
-        let mut problem = Problem::new(OptimizationDirection::Minimize);
-        let shares: [Option<Variable>; SHARES] = std::array::from_fn(|i| match known[i] {
+        let mut vars = ProblemVariables::new();
+        let shares: Shares = known.map(|share| match share {
             Some(_) => None,
-            None => Some(problem.add_var(goal.coef[i], (0.0, 1.0))),
+            None => Some(vars.add(variable().min(0.0).max(1.0))),
         });
-        let mut times = Vec::with_capacity(several.len());
-        for rows in &several {
-            let time = problem.add_var(time_cost, (0.0, f64::INFINITY));
-            times.push((time, 1.0));
-            for row in rows {
-                let terms = terms(row, &shares).chain([(time, -1.0)]);
-                problem.add_constraint(terms, ComparisonOp::Le, -row.constant);
-            }
+        let mut total = expression(&linear, &shares);
+        let mut rows: Vec<Constraint> = Vec::new();
+        for stage in &several {
+            let time = vars.add(variable().min(0.0));
+            total.add_mul(1.0, time);
+            let row = |row| constraint!(expression(row, &shares) <= time);
+            rows.extend(stage.iter().map(row));
         }
-        if let Some(limit_s) = limit_s {
-            let all = terms(&linear, &shares).chain(times);
-            let most = limit_s / scale_s - linear.constant;
-            problem.add_constraint(all, ComparisonOp::Le, most);
-        }
-        self.add_sums(&mut problem, (&sums, &known, &shares));
-        self.add_tiers(&mut problem, (&known, &shares));
-        let solution = problem.solve().ok()?.into_solution().ok()?;
+        let goal = match limit_s {
+            None => total.clone(),
+            Some(_) => expression(&self.disk_then_dram(), &shares),
+        };
+        rows.extend(limit_s.map(|limit_s| constraint!(total <= limit_s / scale_s)));
+        rows.extend(self.sum_rows(&sums, &known, &shares));
+        rows.extend(self.tier_rows(&known, &shares));
+        let problem = vars.minimise(goal).using(microlp);
+        let solution = problem.with_all(rows).solve().ok()?;
         let value = |i: usize| match (known[i], shares[i]) {
-            (None, Some(variable)) => solution.var_value(variable),
+            (None, Some(variable)) => solution.value(variable),
             (share, _) => share.unwrap_or(0.0),
         };
         tidy(std::array::from_fn(value))
@@ -224,34 +225,25 @@ impl Program<'_> {
         groups.chain(self.equalities.iter().cloned()).collect()
     }
 
-    fn add_sums(
-        &self,
-        problem: &mut Problem,
-        (sums, known, shares): (&[Equality], &Known, &[Option<Variable>; SHARES]),
-    ) {
-        for sum in sums {
+    fn sum_rows(&self, sums: &[Equality], known: &Known, shares: &Shares) -> Vec<Constraint> {
+        let row = |sum: &Equality| {
             let open = sum.terms.iter().filter_map(|&(i, f)| Some((shares[i]?, f)));
             let open: Vec<(Variable, f64)> = open.collect();
-            if !open.is_empty() {
-                problem.add_constraint(&open, ComparisonOp::Eq, sum.left(known));
-            }
-        }
+            let left = sum.left(known);
+            (!open.is_empty()).then(|| constraint!(weighted(open) == left))
+        };
+        sums.iter().filter_map(row).collect()
     }
 
-    fn add_tiers(
-        &self,
-        problem: &mut Problem,
-        (known, shares): (&Known, &[Option<Variable>; SHARES]),
-    ) {
-        for tier in Tier::ALL {
+    fn tier_rows(&self, known: &Known, shares: &Shares) -> Vec<Constraint> {
+        let row = |tier: Tier| {
             let homes = reduced(&self.terms.homes[tier], known);
             let scale = homes.coef.iter().fold(1.0f64, |a, &b| a.max(b));
             let room = (self.capacity_bytes[tier] - homes.constant) / scale;
-            let homes = homes.scaled(1.0 / scale);
-            if terms(&homes, shares).next().is_some() {
-                problem.add_constraint(terms(&homes, shares), ComparisonOp::Le, room);
-            }
-        }
+            let open: Vec<_> = terms(&homes.scaled(1.0 / scale), shares).collect();
+            (!open.is_empty()).then(|| constraint!(weighted(open) <= room))
+        };
+        Tier::ALL.into_iter().filter_map(row).collect()
     }
 }
 
@@ -293,10 +285,19 @@ fn reduced(affine: &Affine, known: &Known) -> Affine {
     open
 }
 
-fn terms<'a>(
-    affine: &'a Affine,
-    shares: &'a [Option<Variable>; SHARES],
-) -> impl Iterator<Item = (Variable, f64)> + 'a {
+fn expression(affine: &Affine, shares: &Shares) -> Expression {
+    weighted(terms(affine, shares).collect()) + affine.constant
+}
+
+fn weighted(terms: Vec<(Variable, f64)>) -> Expression {
+    let mut sum = Expression::with_capacity(terms.len());
+    terms
+        .into_iter()
+        .for_each(|(variable, factor)| sum.add_mul(factor, variable));
+    sum
+}
+
+fn terms<'a>(affine: &'a Affine, shares: &'a Shares) -> impl Iterator<Item = (Variable, f64)> + 'a {
     let pairs = affine.coef.iter().zip(shares);
     pairs.filter_map(|(&coef, &variable)| Some((variable?, coef)).filter(|_| coef != 0.0))
 }
