@@ -116,15 +116,23 @@ impl Sink for Watch<'_> {
 
 /// The estimate at the lengths that came, by the schedule where it can be replayed.
 pub fn repriced_figures(run: &RunJob, rates: &Rates, measured: &Measured) -> Figures {
-    let workload = measured.workload();
+    expected_figures(run, rates, (&measured.workload(), measured.budget))
+}
+
+/// What a job is expected to take.
+pub fn expected_figures(
+    run: &RunJob,
+    rates: &Rates,
+    (workload, budget): (&Workload, PlanBudget),
+) -> Figures {
     let budget = PerTier {
-        gpu: measured.budget.gpu_bytes.unwrap_or(0),
-        cpu: measured.budget.cpu_bytes,
-        disk: measured.budget.disk_bytes,
+        gpu: budget.gpu_bytes.unwrap_or(0),
+        cpu: budget.cpu_bytes,
+        disk: budget.disk_bytes,
     };
     let input = EstimateInput {
         model: run.model,
-        workload: &workload,
+        workload,
         rates,
         policy: run.policy,
         host: run.host,

@@ -196,6 +196,53 @@ fn weights_that_cannot_be_page_locked_are_planned_anew() {
     assert_eq!((lines, pins()), (on_host, false.into()));
 }
 
+/// The cache is the largest buffer of DRAM here; everything else fits the limit.
+#[test]
+fn a_cache_that_cannot_be_page_locked_is_priced_as_what_it_is() {
+    let Some(gpu) = Gpu::new() else { return };
+    let words = "--percent 100 0 0 100 100 0 --cpu-cache-compute 0 --gpu-batch-size 8 --num-gpu-batches 2 --compute fp32";
+    let line = |line: usize| {
+        let prompt: Vec<usize> = (0..40).map(|at| 4 + (7 * line + 3 * at) % 90).collect();
+        format!("{{\"prompt\": {prompt:?}, \"max_tokens\": 2}}\n")
+    };
+    let lines: String = (0..16).map(line).collect();
+    let run = |gpu: &Gpu, device: &str, more: &str| {
+        let words = format!("--model GOLDEN {words}{more}");
+        gpu.run_lines(&lines, device, &words).good()
+    };
+    let on_host = stand_in::tokens(&run(&gpu, HOST, ""));
+    let log = gpu.home.path("log.txt").display().to_string();
+    run(&gpu.with(&[("FAKE_CUDA_LOG", &log)]), "cuda:0", "");
+    let repriced = || {
+        let report = gpu.home.json("report.json");
+        let busy = &report["repriced"]["lanes"]["cpu_to_gpu"];
+        busy["decode_s"].as_f64().expect("seconds")
+    };
+    let (all, straight_s) = (page_locked_bytes(&gpu.home.read("log.txt")), repriced());
+    let refusing = gpu.with(&[("FAKE_CUDA_PINNED", &(all - 1).to_string())]);
+    let ended = run(&refusing, "cuda:0", "");
+    assert_eq!(stand_in::tokens(&ended), on_host);
+    let said = ended
+        .stderr
+        .lines()
+        .find(|l| l.contains("could not be page-locked"));
+    let said = said.expect("told").to_owned();
+    assert!(
+        said.contains("the cache") && said.contains("tok/s are expected"),
+        "{said}"
+    );
+    // The profile's DRAM that is not page-locked is half as fast.
+    assert!(repriced() > 1.2 * straight_s, "{} {straight_s}", repriced());
+    // A saved plan, too.
+    let plan = format!("plan --model GOLDEN --input in.jsonl --device cuda:0 {words} -o plan.toml");
+    assert!(gpu.output(&plan).status.success());
+    let exec = "exec plan.toml --input in.jsonl --report report.json --overwrite";
+    let output = refusing.output(exec);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("(the cache)"));
+    assert_eq!(stand_in::tokens_of(&output), on_host);
+    assert!(repriced() > 1.2 * straight_s);
+}
+
 #[test]
 fn a_relay_that_cannot_be_page_locked_whole_is_made_smaller() {
     let Some(gpu) = Gpu::new() else { return };

@@ -17,7 +17,7 @@ use crate::machine::cpu::pool::Pool;
 use crate::machine::disk::write_atomically;
 use crate::machine::price::Pricer;
 use crate::machine::{Machine, disk, os};
-use crate::measured::{Measured, measured_figures, repriced_figures};
+use crate::measured::{Measured, expected_figures, measured_figures, repriced_figures};
 use crate::plan::Plan;
 use crate::policy::{DeviceKind, Policy};
 use crate::probe;
@@ -85,8 +85,7 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
         pricer: Pricer::new(rates.clone()),
         gpu: LocalGpu::choice_of(gpu.as_ref(), job.offload_dir),
     };
-    // Before the packing, so that no time is spent on what cannot run; and after it, because it takes
-    // disk and others may have taken memory meanwhile.
+    // Before the packing, so that it is not for nothing, and after it: disk and memory may be taken meanwhile.
     os::release_free_heap();
     check_room(&run, job.offload_dir).and_then(|()| check_gpu_room(&run, gpu.as_ref()))?;
     let store = store_of(&job, &policy, (&mut setup, talk), stop)?;
@@ -104,6 +103,7 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
     if job.may_replan && is_unpinned(&started, talk) {
         return Ok(None);
     }
+    let rates = as_locked(&job, (&run, rates), &started, talk);
     let mut results = open_results(&job, &bad)?;
     let ignore_eos = job.ignore_eos;
     let ran = generate(
@@ -392,6 +392,34 @@ fn is_unpinned(started: &Result<Started, EngineError>, talk: &mut Talk) -> bool 
     why.is_some()
 }
 
+/// The rates of what really is page-locked; where that is not all, what it costs is said.
+fn as_locked(
+    job: &Execution,
+    (run, rates): (&RunJob, Rates),
+    started: &Result<Started, EngineError>,
+    talk: &mut Talk,
+) -> Rates {
+    let Some((unlocked, why)) = started.as_ref().ok().and_then(Started::unlocked) else {
+        return rates;
+    };
+    if unlocked.0.is_empty() {
+        talk.note(&format!("note: {why}"));
+        return rates;
+    }
+    let locked = rates.clone().with_unlocked(unlocked.clone());
+    let workload = prompts::workload(job.lines);
+    let speed = |rates| {
+        let figures = expected_figures(run, rates, (&workload, job.plan.budget));
+        figures.throughput_tok_s
+    };
+    let (planned, left) = (speed(&rates), speed(&locked));
+    talk.note(&format!(
+        "note: {why} ({}): {left:.2} tok/s are expected, {planned:.2} with all of it",
+        unlocked.describe()
+    ));
+    locked
+}
+
 /// Loads and generates; what was measured is kept even when the run breaks off.
 fn generate(
     (run, started): (&RunJob, Result<Started, EngineError>),
@@ -407,9 +435,6 @@ fn generate(
     setup.load_s += began.elapsed().as_secs_f64();
     let spill = facts.footprint.spill;
     setup.written_bytes += spill.rows + spill.cache * u64::from(facts.block.kv_tokens.disk > 0);
-    if let Some(notice) = machine.notice() {
-        talk.note(&format!("note: {notice}"));
-    }
     talk.stage("generating");
     let most_tokens = requests.iter().map(|r| r.max_tokens as u64).sum();
     let mut sink = ResultSink::new(results, talk, most_tokens);

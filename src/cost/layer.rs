@@ -3,7 +3,7 @@
 //! which row then binds is terms.rs's.
 
 use crate::cost::affine::{CACHE, ShareVector};
-use crate::cost::footprint::{HIDDEN_VALUE_BYTES, chunk_panels};
+use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES, chunk_panels};
 use crate::cost::rates::{AttentionWork, Rates, smallness};
 use crate::cost::steps::Step;
 use crate::cost::terms::{TermInput, Work};
@@ -159,7 +159,7 @@ impl<'a> LayerBuilder<'a> {
         self.end_rows(&mut work, step);
         let logits = sequences * (self.model.vocab as u64 * HIDDEN_VALUE_BYTES) as f64;
         if self.gpu {
-            let copies = Copies::one(logits);
+            let copies = Copies::one(logits, Buffer::Logits);
             work.hidden.gpu_to_cpu = self.copy(&mut work, Lane::GpuToCpu, &copies);
         }
         // Whatever the device, the host draws when the logits are there.
@@ -313,7 +313,7 @@ impl<'a> LayerBuilder<'a> {
         for &(m, count) in chunks {
             let down = Copies {
                 count,
-                ..Copies::one(m * matrix.inputs as f64 * value)
+                ..Copies::one(m * matrix.inputs as f64 * value, Buffer::SideRows)
             };
             let sent = self.copy(work, Lane::GpuToCpu, &down);
             work.side.gpu_to_cpu.add(&sent);
@@ -324,6 +324,7 @@ impl<'a> LayerBuilder<'a> {
                     part: self.part(&[index]),
                     count,
                     bytes: m * matrix.rows as f64 * value,
+                    dram: Buffer::SideProducts,
                 };
                 let returned = self.copy(work, Lane::CpuToGpu, &up);
                 work.side.cpu_to_gpu.add(&returned);
@@ -354,9 +355,10 @@ impl<'a> LayerBuilder<'a> {
         if !self.gpu {
             return;
         }
+        let pinned = self.policy.pin_weight && self.rates.takes(Buffer::Weights);
         for (home, pinned) in [
-            (WeightHome::CpuShip, self.policy.pin_weight),
-            (WeightHome::DiskShip, true),
+            (WeightHome::CpuShip, pinned),
+            (WeightHome::DiskShip, self.rates.takes(Buffer::Ring)),
         ] {
             let index = home as usize;
             let pieces = self.pieces(matrix, home);
@@ -477,14 +479,15 @@ impl<'a> LayerBuilder<'a> {
     /// Queries, keys and values go down to the CPU and attended rows come up.
     fn attended_rows(&self, work: &mut Work, (index, part): (usize, f64), chunks: &[(f64, f64)]) {
         for &(m, count) in chunks {
-            let rows = |values: f64| Copies {
+            let rows = |values: f64, dram: Buffer| Copies {
                 home: Some(index),
                 part,
                 count,
                 bytes: values * m * self.hidden_row_bytes(),
+                dram,
             };
-            let down = self.copy(work, Lane::GpuToCpu, &rows(3.0));
-            let up = self.copy(work, Lane::CpuToGpu, &rows(1.0));
+            let down = self.copy(work, Lane::GpuToCpu, &rows(3.0, Buffer::Qkv));
+            let up = self.copy(work, Lane::CpuToGpu, &rows(1.0, Buffer::Attended));
             work.beside.gpu_to_cpu.add(&down);
             work.beside.cpu_to_gpu.add(&up);
         }

@@ -9,6 +9,7 @@ pub mod estimate;
 pub mod figures;
 pub mod footprint;
 pub mod layer;
+pub mod locks;
 pub mod rates;
 mod serial;
 pub mod spill;

@@ -11,7 +11,8 @@ use crate::cost::curves::{
     AttentionCurves, SizeCurves, Widened, attention_curves, disk_curve, disk_s, element_bytes,
     gemm_curves, gemm_s_per_weight, rate_at, slow_quantise,
 };
-use crate::cost::footprint::STREAM_CHUNK_BYTES;
+use crate::cost::footprint::{Buffer, STREAM_CHUNK_BYTES};
+use crate::cost::locks::Unlocked;
 use crate::dtype::{Arithmetic, Dtype, SMALL_ROWS};
 use crate::policy::DeviceKind;
 use crate::profile::{
@@ -94,6 +95,8 @@ pub struct Rates {
     /// Seconds until an idle lane begins what it waited for.
     pub handover_s: f64,
     sampling_bytes_per_s: f64,
+    /// Nothing, until a machine has been opened.
+    pub unlocked: Unlocked,
 }
 
 impl Rates {
@@ -132,6 +135,7 @@ impl Rates {
                 .sampling_bytes_per_s
                 .unwrap_or(profile.cpu.dram_read_bytes_per_s),
             calibration: profile.calibration.terms.clone(),
+            unlocked: Unlocked::default(),
         })
     }
 
@@ -145,6 +149,17 @@ impl Rates {
     pub fn with_multipliers(mut self, multipliers: BTreeMap<String, f64>) -> Rates {
         self.calibration = multipliers;
         self
+    }
+
+    /// The same rates where these buffers could not be page-locked.
+    pub fn with_unlocked(mut self, unlocked: Unlocked) -> Rates {
+        self.unlocked = unlocked;
+        self
+    }
+
+    /// Whether copies take a buffer of DRAM straight.
+    pub fn takes(&self, buffer: Buffer) -> bool {
+        !self.unlocked.has(buffer)
     }
 
     fn on(&self, tier: Tier) -> &ComputeRates {

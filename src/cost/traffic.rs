@@ -2,7 +2,7 @@
 //! table on their way to where they are computed with and back home, as affine terms.
 
 use crate::cost::affine::{Affine, CACHE, HIDDEN};
-use crate::cost::footprint::embedding_piece_bytes;
+use crate::cost::footprint::{Buffer, embedding_piece_bytes};
 use crate::cost::layer::LayerBuilder;
 use crate::cost::rates::smallness;
 use crate::cost::steps::Step;
@@ -12,7 +12,7 @@ use crate::placement::WeightHome;
 use crate::tier::{Lane, Phase, Tier};
 use crate::units::PAGE_BYTES;
 
-/// Equal copies over a link, through pinned staging: `count` of them, each of the home's share of `bytes`.
+/// Equal copies over a link: `count` of them, each of the home's share of `bytes`.
 #[derive(Clone, Copy)]
 pub(super) struct Copies {
     /// Whose share; None where the whole moves whatever the shares.
@@ -21,15 +21,18 @@ pub(super) struct Copies {
     pub part: f64,
     pub count: f64,
     pub bytes: f64,
+    /// Where they come from or go to in DRAM.
+    pub dram: Buffer,
 }
 
 impl Copies {
-    pub fn one(bytes: f64) -> Self {
+    pub fn one(bytes: f64, dram: Buffer) -> Self {
         Copies {
             home: None,
             part: 1.0,
             count: 1.0,
             bytes,
+            dram,
         }
     }
 }
@@ -42,7 +45,8 @@ impl LayerBuilder<'_> {
                 .home
                 .map_or(constant(value), |home| share(home, value))
         };
-        let one_s = self.rates.link_s(lane, copies.part * copies.bytes, true);
+        let pinned = self.rates.takes(copies.dram);
+        let one_s = self.rates.link_s(lane, copies.part * copies.bytes, pinned);
         let seconds = of(copies.count * one_s / copies.part);
         let bytes = of(copies.count * copies.bytes);
         work.lanes[lane].add(&seconds);
@@ -73,13 +77,14 @@ impl LayerBuilder<'_> {
             return;
         }
         let homes = [Tier::Cpu, Tier::Disk].map(|home| CACHE + home as usize);
-        for home in homes {
+        for (home, dram) in homes.into_iter().zip([Buffer::Cache, Buffer::CacheStage]) {
             for &(n, count) in &step.batches {
                 let copies = |bytes: f64| Copies {
                     home: Some(home),
                     part: whole(self.part(&homes), n),
                     count,
                     bytes: n * bytes,
+                    dram,
                 };
                 let up = self.copy(work, Lane::CpuToGpu, &copies(old));
                 let down = self.copy(work, Lane::GpuToCpu, &copies(fresh));
@@ -140,13 +145,14 @@ impl LayerBuilder<'_> {
             return;
         }
         let homes = [Tier::Cpu, Tier::Disk].map(|home| HIDDEN + home as usize);
-        for home in homes {
+        for (home, dram) in homes.into_iter().zip([Buffer::Hidden, Buffer::HiddenStage]) {
             for &(n, count) in &step.batches {
                 let copies = Copies {
                     home: Some(home),
                     part: whole(self.part(&homes), n),
                     count: visits * count,
                     bytes: n * sequence,
+                    dram,
                 };
                 for lane in [Lane::CpuToGpu, Lane::GpuToCpu] {
                     let seconds = self.copy(work, lane, &copies);

@@ -8,9 +8,10 @@ use super::step::{Step, StepRules};
 use super::visits::Visits;
 use super::weights::WeightStream;
 use crate::cost::footprint::{BlockShape, Buffer, Footprint, HIDDEN_VALUE_BYTES, compute_tier};
+use crate::cost::locks::Unlocked;
 use crate::cost::spill::OwnRows;
 use crate::dtype::{Dtype, WeightLayout};
-use crate::machine::ops::{Compute, FileId, HiddenRows, Op, Table};
+use crate::machine::ops::{Compute, Copy2d, FileId, HiddenRows, Op, Table};
 use crate::machine::{Fence, Fences, Machine, MachineError};
 use crate::model::{MatrixKind, ModelSpec, POSITION_OFFSET, SmallKind};
 use crate::placement::{Placement, WeightHome};
@@ -33,6 +34,8 @@ pub struct RunFacts {
     pub own: OwnRows,
     /// False where rows of the token table are priced by themselves (replay.rs): none are fetched then.
     pub fetches_tokens: bool,
+    /// What of the DRAM could not be page-locked.
+    pub unlocked: Unlocked,
 }
 
 impl RunFacts {
@@ -189,6 +192,22 @@ impl<'m> Core<'m> {
         let after = std::mem::take(&mut self.join);
         self.last = self.machine.submit(self.lane, Op::Compute(compute), &after);
         self.last
+    }
+
+    /// Queues a copy between DRAM and the GPU.
+    pub fn copy(&mut self, lane: Lane, pieces: Vec<Copy2d>, after: &Fences) -> Fence {
+        let up = lane == Lane::CpuToGpu;
+        let dram = |piece: &Copy2d| if up { piece.from } else { piece.to };
+        let refused = |buffer: &Buffer, piece: &Copy2d| {
+            let place = self.layout.buffer(Tier::Cpu, *buffer);
+            (place.offset..place.offset + place.bytes).contains(&dram(piece))
+        };
+        let unlocked = &self.facts.unlocked.0;
+        let pinned = !pieces
+            .iter()
+            .any(|p| unlocked.iter().any(|b| refused(b, p)));
+        self.machine
+            .submit(lane, Op::Copy { pinned, pieces }, after)
     }
 
     /// What must be done before another lane may read what the compute lane made so far.

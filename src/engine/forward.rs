@@ -212,16 +212,10 @@ impl Core<'_> {
                 .map(|(at, bytes)| Copy2d::flat(from + at, to + at, bytes))
                 .collect()
         };
-        let down = Op::Copy {
-            pinned: true,
-            pieces: rows_of(3 * row, self.buffer(Buffer::Qkv), attention.qkv),
-        };
-        let up = Op::Copy {
-            pinned: true,
-            pieces: rows_of(row, attention.out, self.buffer(Buffer::Attended)),
-        };
+        let down = rows_of(3 * row, self.buffer(Buffer::Qkv), attention.qkv);
+        let up = rows_of(row, attention.out, self.buffer(Buffer::Attended));
         // The compute lane waits for what the CPU made before, so its buffers are free when this is `made`.
-        let arrived = self.machine.submit(Lane::GpuToCpu, down, &self.made());
+        let arrived = self.copy(Lane::GpuToCpu, down, &self.made());
         let append = Op::Compute(Compute::Append(attention.clone()));
         self.machine
             .submit(Lane::CpuCompute, append, &ready.with(arrived));
@@ -230,7 +224,7 @@ impl Core<'_> {
             .machine
             .submit(Lane::CpuCompute, attend, &Fences::none());
         self.visits.cache_used(part.stage, part.batch, attended);
-        self.machine.submit(Lane::CpuToGpu, up, &attended.into())
+        self.copy(Lane::CpuToGpu, up, &attended.into())
     }
 
     /// Last rows normalised; after the last batch the logits of all sequences in one product.
@@ -277,11 +271,8 @@ impl Core<'_> {
         if self.compute == Tier::Gpu {
             let bytes = (m * self.facts.model.vocab) as u64 * HIDDEN_VALUE_BYTES;
             let to = self.layout.buffer(Tier::Cpu, Buffer::Logits).offset;
-            let down = Op::Copy {
-                pinned: true,
-                pieces: vec![Copy2d::flat(logits, to, bytes)],
-            };
-            let down = self.machine.submit(Lane::GpuToCpu, down, &self.made());
+            let down = vec![Copy2d::flat(logits, to, bytes)];
+            let down = self.copy(Lane::GpuToCpu, down, &self.made());
             self.join.add(down);
         }
     }

@@ -75,6 +75,11 @@ impl Layout {
         self.buffers[tier].get(&buffer).copied().unwrap_or_default()
     }
 
+    /// All that this run has.
+    pub fn buffers(&self, tier: Tier) -> Vec<Buffer> {
+        self.buffers[tier].keys().copied().collect()
+    }
+
     /// Arena offset of a matrix's resident panels at a home.
     pub fn home(&self, matrix: usize, home: WeightHome) -> Option<u64> {
         self.homes[matrix][home as usize]

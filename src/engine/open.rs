@@ -8,6 +8,7 @@ use super::load::load;
 use super::run::EngineError;
 use crate::checkpoint::WeightSource;
 use crate::cost::footprint::{BlockShape, Buffer, Footprint, FootprintInput, HostBytes};
+use crate::cost::locks::Unlocked;
 use crate::cost::spill::OwnRows;
 use crate::machine::MachineError;
 use crate::machine::arena::Region;
@@ -80,6 +81,7 @@ fn facts(job: &RunJob) -> RunFacts {
         device: job.device,
         matrix_offsets: job.packed.matrix_offsets.clone(),
         fetches_tokens: true,
+        unlocked: Unlocked::default(),
     }
 }
 
@@ -94,10 +96,13 @@ pub struct Started {
 impl Started {
     /// Why the weights in DRAM are not page-locked although the policy wants them so.
     pub fn unpinned(&self) -> Option<&str> {
-        let weights = region(&self.layout, (Tier::Cpu, Buffer::Weights));
-        self.machine
-            .notice()
-            .filter(|_| weights.bytes > 0 && self.machine.could_not_lock(weights))
+        let notice = self.machine.notice();
+        notice.filter(|_| self.facts.unlocked.has(Buffer::Weights))
+    }
+
+    /// What of the DRAM could not be page-locked, and why.
+    pub fn unlocked(&self) -> Option<(&Unlocked, &str)> {
+        Some((&self.facts.unlocked, self.machine.notice()?))
     }
 
     /// Brings the weights home.
@@ -131,7 +136,7 @@ pub fn start(job: &RunJob) -> Result<Started, EngineError> {
         );
         return Err(MachineError::Unsupported(what).into());
     }
-    let facts = facts(job);
+    let mut facts = facts(job);
     let layout = Layout::new(&facts.model, &facts.placement, &facts.footprint);
     let files = open_files(job, &facts)?;
     let rows = files[FileId::ROWS.0].clone();
@@ -145,6 +150,13 @@ pub fn start(job: &RunJob) -> Result<Started, EngineError> {
         pricer: job.pricer.clone(),
         gpu: (job.device == DeviceKind::Cuda).then(places),
     })?;
+    // A relay is made smaller instead.
+    let refused = |buffer: &Buffer| {
+        let place = region(&layout, (Tier::Cpu, *buffer));
+        *buffer != Buffer::Relay && machine.could_not_lock(place)
+    };
+    let unlocked = lockable(&facts, &layout).into_iter().filter(refused);
+    facts.unlocked = Unlocked(unlocked.collect());
     Ok(Started {
         machine,
         facts,
@@ -161,22 +173,22 @@ fn region(layout: &Layout, (tier, buffer): (Tier, Buffer)) -> Region {
     }
 }
 
-/// Where a CUDA machine's own buffers are, and what of the DRAM is page-locked: all that copies touch,
-/// except weights where the policy does not pin them.
+/// What of the DRAM is to be page-locked: all that copies touch, except weights where the policy does not pin them.
+/// First what serves all copies, then small buffers before large ones, so that a limit meets few, and weights last,
+/// since they can do without.
+fn lockable(facts: &RunFacts, layout: &Layout) -> Vec<Buffer> {
+    let bytes = |buffer: Buffer| layout.buffer(Tier::Cpu, buffer).bytes;
+    let mut buffers = layout.buffers(Tier::Cpu);
+    buffers.retain(|&b| bytes(b) > 0 && (b != Buffer::Weights || facts.policy.pin_weight));
+    let serves = |b| matches!(b, Buffer::Tables | Buffer::Relay);
+    buffers.sort_by_key(|&b| (!serves(b), b == Buffer::Weights, bytes(b)));
+    buffers
+}
+
+/// Where a CUDA machine's own buffers are.
 fn gpu_places(facts: &RunFacts, layout: &Layout) -> GpuPlaces {
     let region = |tier, buffer| region(layout, (tier, buffer));
-    let weights = region(Tier::Cpu, Buffer::Weights);
-    let whole = facts.footprint.arena_bytes(Tier::Cpu);
-    let between = |start: u64, end: u64| Region {
-        offset: start,
-        bytes: end - start,
-    };
-    let mut pinned = vec![between(0, weights.offset), between(weights.end(), whole)];
-    if weights.bytes == 0 {
-        pinned = vec![between(0, whole)];
-    } else if facts.policy.pin_weight {
-        pinned.push(weights);
-    }
+    let pinned = lockable(facts, layout).into_iter();
     GpuPlaces {
         arena_bytes: facts.footprint.arena_bytes(Tier::Gpu),
         scratch: region(Tier::Gpu, Buffer::Scratch),
@@ -184,7 +196,7 @@ fn gpu_places(facts: &RunFacts, layout: &Layout) -> GpuPlaces {
         tables: region(Tier::Gpu, Buffer::Tables),
         host_tables: region(Tier::Cpu, Buffer::Tables),
         relay: region(Tier::Cpu, Buffer::Relay),
-        pinned,
+        pinned: pinned.map(|buffer| region(Tier::Cpu, buffer)).collect(),
     }
 }
 

@@ -159,12 +159,9 @@ impl Core<'_> {
         let bytes = (p.m * self.facts.placement.matrices[index].inputs) as u64 * HIDDEN_VALUE_BYTES;
         let x = self.layout.buffer(Tier::Cpu, Buffer::SideRows).offset;
         let out = self.layout.buffer(Tier::Cpu, Buffer::SideProducts).offset;
-        let down = Op::Copy {
-            pinned: true,
-            pieces: vec![Copy2d::flat(p.x, x, bytes)],
-        };
+        let down = vec![Copy2d::flat(p.x, x, bytes)];
         // The compute lane waits for what the CPU made before, so its buffers are free when this is `made`.
-        let arrived = self.machine.submit(Lane::GpuToCpu, down, made);
+        let arrived = self.copy(Lane::GpuToCpu, down, made);
         Beside { x, out, arrived }
     }
 
@@ -193,11 +190,7 @@ impl Core<'_> {
             lane: Lane::CpuCompute,
             number,
         });
-        let up = Op::Copy {
-            pinned: true,
-            pieces: vec![piece],
-        };
-        self.machine.submit(Lane::CpuToGpu, up, &computed)
+        self.copy(Lane::CpuToGpu, vec![piece], &computed)
     }
 
     /// Token table rows into `to`: resident panels in place, others fetched in small pieces.

@@ -120,6 +120,7 @@ fn run_facts_with(input: &EstimateInput, change: impl Fn(&mut BlockShape)) -> Ru
         device,
         matrix_offsets,
         fetches_tokens: false,
+        unlocked: input.rates.unlocked.clone(),
     }
 }
 

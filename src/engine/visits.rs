@@ -214,11 +214,7 @@ impl Core<'_> {
                 .into();
         }
         if !ups.is_empty() {
-            let up = Op::Copy {
-                pinned: true,
-                pieces: ups,
-            };
-            *ready = self.machine.submit(Lane::CpuToGpu, up, ready).into();
+            *ready = self.copy(Lane::CpuToGpu, ups, ready).into();
         }
     }
 
@@ -329,11 +325,7 @@ impl Core<'_> {
         mut done: Fences,
     ) -> Fences {
         if !downs.is_empty() {
-            let down = Op::Copy {
-                pinned: true,
-                pieces: downs,
-            };
-            done = self.machine.submit(Lane::GpuToCpu, down, &done).into();
+            done = self.copy(Lane::GpuToCpu, downs, &done).into();
         }
         if !writes.is_empty() {
             let write = Op::Write(writes);

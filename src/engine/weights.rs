@@ -48,7 +48,9 @@ pub struct WeightStream {
     /// Of each chunk.
     homes: Vec<Home>,
     device: DeviceKind,
+    /// Weights at home in DRAM, and the ring through which those on disk come.
     pinned: bool,
+    ring_pinned: bool,
     cpu_ring: Ring,
     gpu_ring: Ring,
     issued: u64,
@@ -67,7 +69,8 @@ impl WeightStream {
             stage_first,
             panel_bytes: facts.placement.panel_bytes.clone(),
             device: facts.device,
-            pinned: facts.policy.pin_weight,
+            pinned: facts.policy.pin_weight && !facts.unlocked.has(Buffer::Weights),
+            ring_pinned: !facts.unlocked.has(Buffer::Ring),
             cpu_ring: Ring::new(layout.buffer(Tier::Cpu, Buffer::Ring)),
             gpu_ring: Ring::new(layout.buffer(Tier::Gpu, Buffer::Ring)),
             issued: 0,
@@ -226,8 +229,11 @@ impl WeightStream {
                 ticket: cpu.ticket,
             });
         };
-        // Whatever the weights' homes are, the ring is page-locked.
-        let visitor = self.ship(machine, (offset, bytes, true), (&gpu, read.into()));
+        let visitor = self.ship(
+            machine,
+            (offset, bytes, self.ring_pinned),
+            (&gpu, read.into()),
+        );
         self.cpu_ring.release(cpu.ticket, visitor.ready);
         Some(visitor)
     }
