@@ -4,6 +4,7 @@
 //! runs the sections whose name contains one of the words; `threads=N` among them sets the threads.
 
 use loadmaster::dtype::{Arithmetic, Compute, Dtype, panels};
+use loadmaster::machine::arena::AlignedBuffer;
 use loadmaster::machine::cpu::kernels::*;
 use loadmaster::machine::cpu::pool::Pool;
 use std::cell::Cell;
@@ -22,7 +23,7 @@ const KNOWN_READ: f64 = 31e9;
 struct Bench {
     pool: Pool,
     isa: Isa,
-    memory: Vec<u8>,
+    memory: AlignedBuffer,
     ceilings: Cell<Ceilings>,
 }
 
@@ -56,17 +57,27 @@ fn seconds(mut work: impl FnMut(usize)) -> f64 {
     times.into_iter().fold(f64::INFINITY, f64::min)
 }
 
-/// Some bytes that are finite in every format: fp16 pairs of small values.
-fn filler(bytes: usize) -> Vec<u8> {
-    (0..bytes)
-        .map(|i| {
-            if i % 2 == 0 {
-                (i / 2 * 37) as u8
-            } else {
-                0x2c | (i / 2 % 2 * 0x80) as u8
-            }
-        })
-        .collect()
+/// Memory as the engine has it: on whole pages, large ones of huge pages.
+fn buffer(bytes: usize) -> AlignedBuffer {
+    AlignedBuffer::new(bytes as u64).expect("there is memory")
+}
+
+/// Bytes that are finite in every format: fp16 pairs of small values.
+fn filler(bytes: usize) -> AlignedBuffer {
+    let mut memory = buffer(bytes);
+    for (i, pair) in memory.as_mut_slice_of::<[u8; 2]>().iter_mut().enumerate() {
+        *pair = [(i * 37) as u8, 0x2c | (i % 2 * 0x80) as u8];
+    }
+    memory
+}
+
+/// `count` numbers, repeating after `period`.
+fn numbers(count: usize, period: usize) -> AlignedBuffer {
+    let mut memory = buffer(4 * count);
+    for (i, number) in memory.as_mut_slice_of::<f32>().iter_mut().enumerate() {
+        *number = (i % period) as f32 / period as f32;
+    }
+    memory
 }
 
 /// CPU seconds of this thread so far.
@@ -162,8 +173,8 @@ impl Bench {
         m: usize,
     ) {
         let bytes = panels(rows) * format.panel_bytes(inputs) as usize;
-        let x: Vec<f32> = (0..m * inputs).map(|i| (i % 13) as f32 / 13.0).collect();
-        let mut out = vec![0.0; m * rows];
+        let x = numbers(m * inputs, 13);
+        let mut out = buffer(4 * m * rows);
         let copies = STREAM_BYTES / bytes;
         let s = seconds(|run| {
             let weights = &self.memory[run % copies * bytes..][..bytes];
@@ -172,7 +183,7 @@ impl Bench {
                 &self.pool,
                 self.isa,
                 GemmArgs {
-                    x: &x,
+                    x: x.as_slice_of(),
                     ldx: inputs,
                     m,
                     inputs,
@@ -182,7 +193,7 @@ impl Bench {
                     rows,
                     bias,
                     activation,
-                    out: &mut out,
+                    out: out.as_mut_slice_of(),
                     ldo: rows,
                 },
             );
@@ -243,10 +254,8 @@ impl Bench {
         (sequences, past): (usize, usize),
     ) {
         let hidden = heads * head_size;
-        let qkv: Vec<f32> = (0..sequences * 3 * hidden)
-            .map(|i| (i % 7) as f32 / 7.0)
-            .collect();
-        let mut out = vec![0.0; sequences * hidden];
+        let qkv = numbers(sequences * 3 * hidden, 7);
+        let mut out = buffer(4 * sequences * hidden);
         let used = sequences * (past + 1) * kv::record_bytes(format, hidden);
         let item = |s: usize, run: usize| {
             let from = run % (STREAM_BYTES / used) * used;
@@ -270,13 +279,13 @@ impl Bench {
                 &self.pool,
                 self.isa,
                 AttendArgs {
-                    qkv: &qkv,
+                    qkv: qkv.as_slice_of(),
                     ld: 3 * hidden,
                     heads,
                     head_size,
                     format,
                     items: &items,
-                    out: &mut out,
+                    out: out.as_mut_slice_of(),
                     ldo: hidden,
                 },
             );
@@ -303,10 +312,8 @@ impl Bench {
 
     fn prefill(&self, format: Dtype, (heads, head_size): (usize, usize), tokens: usize) {
         let hidden = heads * head_size;
-        let qkv: Vec<f32> = (0..tokens * 3 * hidden)
-            .map(|i| (i % 7) as f32 / 7.0)
-            .collect();
-        let mut out = vec![0.0; tokens * hidden];
+        let qkv = numbers(tokens * 3 * hidden, 7);
+        let mut out = buffer(4 * tokens * hidden);
         let kv = KvView {
             bytes: &self.memory,
             slots: Slots::Contiguous { first: 0 },
@@ -323,13 +330,13 @@ impl Bench {
                 &self.pool,
                 self.isa,
                 AttendArgs {
-                    qkv: &qkv,
+                    qkv: qkv.as_slice_of(),
                     ld: 3 * hidden,
                     heads,
                     head_size,
                     format,
                     items: &items,
-                    out: &mut out,
+                    out: out.as_mut_slice_of(),
                     ldo: hidden,
                 },
             );

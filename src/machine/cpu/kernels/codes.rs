@@ -117,7 +117,7 @@ impl Body for Product<'_> {
         // SAFETY: only `multiply_codes` makes a Product, under the same contract.
         unsafe {
             match (V::WIDE, self.rows) {
-                (true, 4..) if self.tile.ahead_lines > 0 => self.streaming::<V>(),
+                (true, 4..) if self.tile.ahead.step > 0 => self.streaming::<V>(),
                 (true, 1) => self.across::<V, 1, 4>(),
                 (true, 2) => self.across::<V, 2, 4>(),
                 (true, 3) => self.across::<V, 3, 4>(),
@@ -190,10 +190,10 @@ impl Product<'_> {
             let units = self.group.add(g * GROUP_BYTES + CODES_AT);
             let x = self.x.codes.add(g * Q4_GROUP);
             for octet in 0..Q4_GROUP / UNIT_INPUTS {
-                if column == 0 && self.tile.ahead_lines > 0 {
+                if column == 0 && self.tile.ahead.step > 0 {
                     for line in 0..LINES {
                         let ahead = g * GROUP_BYTES + (octet * LINES + line) * 64;
-                        V::prefetch(self.tile.ahead.wrapping_add(ahead));
+                        V::prefetch(self.tile.ahead.from.wrapping_add(ahead));
                     }
                 }
                 let mut words = [V::splat_word(0); NV];

@@ -2,10 +2,10 @@
 
 use super::codes::{Quantised, Scale, multiply_codes, quantise_row};
 use super::cut::{BLOCK_ROWS, Cut};
-use super::panel::{self, Bf16, Element, F16, F32, Narrowed, Pairs, Panel, Q4};
+use super::panel::{Bf16, Element, F16, F32, Kept, Narrowed, Pairs, Panel, Q4, Weights, Widened};
 use super::shared::Shared;
 use super::simd::{Body, Isa, LANES, Simd, load_first};
-use super::tile::{Finish, TALL_ROWS, TILE_ROWS, Tile, Weights, multiply};
+use super::tile::{Ahead, Finish, TALL_ROWS, TILE_ROWS, Tile, multiply};
 use crate::dtype::{Arithmetic, Dtype, PANEL_ROWS, Q4_GROUP, panels};
 use crate::machine::cpu::pool::Pool;
 use std::ops::Range;
@@ -202,24 +202,15 @@ impl Part<'_> {
                     self.fused::<V, Narrowed<E>>(panel, some.clone(), x);
                     continue;
                 }
-                let at = self.panel_at(panel, 0);
+                let lines = 2 * E::AHEAD;
+                let stored = self.stored(panel, some.start);
                 if V::WIDE && rows <= DIRECT_ROWS {
-                    let weights = Weights {
-                        panel: at,
-                        first_input: some.start,
-                    };
-                    let lines = (E::LINES, TALL_ROWS);
-                    self.tiles::<V, Narrowed<E>>(panel, &some, (weights, x), lines);
+                    let tiles = (stored, x, TALL_ROWS);
+                    self.tiles::<V, Narrowed<E>, Narrowed<E>>(panel, &some, lines, tiles);
                     continue;
                 }
-                let to = self.scratch.as_mut_ptr().cast();
-                // SAFETY: the panel has these inputs; scratch begins with 64 × PAIR_INPUTS / 2 words.
-                unsafe { panel::narrow::<V, E>(at, some.start, some.len(), to) };
-                let weights = Weights {
-                    panel: self.scratch.as_ptr().cast(),
-                    first_input: 0,
-                };
-                self.tiles::<V, Pairs>(panel, &some, (weights, x), (E::LINES, TILE_ROWS));
+                let tiles = (stored, x, TILE_ROWS);
+                self.tiles::<V, Kept<Narrowed<E>>, Pairs>(panel, &some, lines, tiles);
             }
         }
     }
@@ -239,8 +230,8 @@ impl Part<'_> {
                     let first = self.rows.len() * t / count;
                     let rows = self.rows.len() * (t + 1) / count - first;
                     let mut tile = self.tile(panel, self.rows.start + first, rows, some.clone());
-                    tile.ahead = group.wrapping_add(AHEAD_BYTES);
-                    tile.ahead_lines = (t == 0) as usize;
+                    tile.ahead.from = group.wrapping_add(AHEAD_BYTES);
+                    tile.ahead.step = (t == 0) as usize;
                     let x = x.beyond(first);
                     let last = some.end == inputs;
                     let finish = if last {
@@ -258,20 +249,23 @@ impl Part<'_> {
     /// One tile straight from the panel as stored: every weight is used once per pass.
     #[inline(always)]
     fn fused<V: Simd, P: Panel>(&self, panel: usize, inputs: Range<usize>, x: Rows) {
-        let at = self.panel_at(panel, 0);
         let finish = match inputs.end == self.problem.inputs {
             true => self.finish(panel),
             false => Finish::NOTHING,
         };
+        let at = self.panel_at(panel, 0);
         let weights = Weights {
             panel: at,
             first_input: inputs.start,
+            keep: std::ptr::null_mut(),
         };
         let tile = Tile {
             x: x.start,
             x_stride: x.stride,
-            ahead: at.wrapping_add(P::bytes_of(inputs.start) + AHEAD_BYTES),
-            ahead_lines: P::LINES,
+            ahead: Ahead {
+                from: at.wrapping_add(P::bytes_of(inputs.start) + AHEAD_BYTES),
+                step: P::bytes_of(Q4_GROUP) * if P::PAIRED { 2 } else { 1 } / Q4_GROUP,
+            },
             ..self.tile(panel, self.rows.start, self.rows.len(), inputs)
         };
         // SAFETY: `check` compared every slice with the shape; the tile is inside it.
@@ -283,40 +277,32 @@ impl Part<'_> {
     fn block<V: Simd, P: Panel>(&mut self, inputs: Range<usize>) {
         let x = self.copy_x::<V>(&inputs);
         for panel in self.panels.clone() {
-            let at = self.panel_at(panel, 0);
-            if P::WIDE || (V::WIDE && self.rows.len() <= DIRECT_ROWS) {
-                let weights = Weights {
-                    panel: at,
-                    first_input: inputs.start,
-                };
-                let tall = V::WIDE && (!P::WIDE || self.rows.len() <= TALL_ROWS);
-                let most = if tall { TALL_ROWS } else { TILE_ROWS };
-                self.tiles::<V, P>(panel, &inputs, (weights, x), (P::LINES, most));
-                continue;
+            let stored = self.stored(panel, inputs.start);
+            let tall = V::WIDE && (!P::WIDE || self.rows.len() <= TALL_ROWS);
+            if V::WIDE && self.rows.len() <= DIRECT_ROWS {
+                let tiles = (stored, x, if tall { TALL_ROWS } else { TILE_ROWS });
+                self.tiles::<V, P, P>(panel, &inputs, P::AHEAD, tiles);
+            } else if P::WIDE {
+                let tiles = (stored, x, TILE_ROWS);
+                self.tiles::<V, Widened, Widened>(panel, &inputs, P::AHEAD, tiles);
+            } else {
+                let tiles = (stored, x, TILE_ROWS);
+                self.tiles::<V, Kept<P>, Widened>(panel, &inputs, P::AHEAD, tiles);
             }
-            // Many tiles use these weights: widen them once.
-            // SAFETY: the panel has these inputs; scratch begins with 64 × BLOCK_INPUTS.
-            unsafe {
-                panel::widen::<V, P>(at, inputs.start, inputs.len(), self.scratch.as_mut_ptr());
-            }
-            let weights = Weights {
-                panel: self.scratch.as_ptr().cast(),
-                first_input: 0,
-            };
-            self.tiles::<V, F32>(panel, &inputs, (weights, x), (P::LINES, TILE_ROWS));
         }
     }
 
     /// All tiles of one block, of at most so many rows, which between them ask for the next block's
-    /// `lines` per two inputs.
+    /// `lines` per step. The first reads the weights as F, the others as P: where F keeps them.
     #[inline(always)]
-    fn tiles<V: Simd, P: Panel>(
+    fn tiles<V: Simd, F: Panel, P: Panel>(
         &self,
         panel: usize,
         inputs: &Range<usize>,
-        (weights, x): (Weights, Rows),
-        (lines, most_rows): (usize, usize),
+        lines: usize,
+        (stored, x, most_rows): (Weights, Rows, usize),
     ) {
+        const { assert!(F::AHEAD == P::AHEAD) };
         let last = inputs.end == self.problem.inputs;
         let finish = if last {
             self.finish(panel)
@@ -324,21 +310,43 @@ impl Part<'_> {
             Finish::NOTHING
         };
         let count = self.rows.len().div_ceil(most_rows);
-        let share = lines.div_ceil(count);
+        let steps = inputs.len() / if P::PAIRED { 2 } else { 1 };
+        let kept = Weights {
+            panel: stored.keep.cast(),
+            first_input: 0,
+            ..stored
+        };
         for t in 0..count {
             let from = self.rows.len() * t / count;
             let rows = self.rows.len() * (t + 1) / count - from;
             let mut tile = self.tile(panel, self.rows.start + from, rows, inputs.clone());
             tile.x = x.start.wrapping_add(from * x.stride);
             tile.x_stride = x.stride;
-            let asked = t * share;
-            tile.ahead_lines = share.min(lines.saturating_sub(asked));
-            tile.ahead = self
-                .next_block(panel, inputs)
-                .wrapping_add(asked * inputs.len() / 2 * 64);
+            if t * P::AHEAD < lines {
+                let next = self.next_block(panel, inputs);
+                tile.ahead = Ahead {
+                    from: next.wrapping_add(t * P::AHEAD * steps * 64),
+                    step: P::AHEAD * 64,
+                };
+            }
             // SAFETY: `check` compared every slice with the shape; the tile is inside it, and the
-            // weights are the panel's or this block of it in scratch.
-            unsafe { multiply::<V, P>(tile, rows, weights, finish) };
+            // weights are the panel's or this block of it in scratch, which has room for it.
+            unsafe {
+                match t {
+                    0 => multiply::<V, F>(tile, rows, stored, finish),
+                    _ => multiply::<V, P>(tile, rows, if F::KEEPS { kept } else { stored }, finish),
+                }
+            }
+        }
+    }
+
+    /// The weights of a panel from an input on, with the scratch to keep a block of them.
+    #[inline(always)]
+    fn stored(&mut self, panel: usize, first_input: usize) -> Weights {
+        Weights {
+            panel: self.panel_at(panel, 0),
+            first_input,
+            keep: self.scratch.as_mut_ptr(),
         }
     }
 
@@ -450,8 +458,7 @@ impl Part<'_> {
             columns,
             inputs: inputs.len(),
             fresh: inputs.start == 0,
-            ahead: std::ptr::null(),
-            ahead_lines: 0,
+            ahead: Ahead::nothing(p.x.as_ptr()),
         }
     }
 

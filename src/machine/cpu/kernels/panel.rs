@@ -111,27 +111,39 @@ pub(super) trait Source<V: Simd, const NV: usize> {
     }
 }
 
+/// Inputs that a tile multiplies: of which panel, which first, and where to keep them for the tiles that
+/// follow (`Kept` only).
+#[derive(Clone, Copy)]
+pub(super) struct Weights {
+    pub panel: *const u8,
+    pub first_input: usize,
+    pub keep: *mut f32,
+}
+
 /// A panel in some format.
 pub(super) trait Panel {
     /// Inputs that one source covers at most.
     const SEGMENT: usize;
-    /// Inputs that are stored together, an even number.
+    /// Inputs that are stored together. One where nothing asks for more: of several in one body the compiler
+    /// loads all weights first, and then the sums do not fit the registers.
     const STEP: usize;
     /// Multiplied as bf16 pairs: x, too, is pairs then.
     const PAIRED: bool;
-    /// Cache lines of two inputs.
-    const LINES: usize;
+    /// Cache lines that tiles ask for at each input, or pair of them.
+    const AHEAD: usize;
     /// Already f32: nothing to gain from widening, and the tiles of attention, which may be narrow.
     const WIDE: bool;
+    /// Writes what it reads to where `Weights` say.
+    const KEEPS: bool = false;
     /// Bytes that `inputs` inputs (whole segments) take.
     fn bytes_of(inputs: usize) -> usize;
     type At<V: Simd, const NV: usize>: Source<V, NV>;
-    /// The weights of rows `row..row + 16 NV` from input `k` on; `k` is a multiple of SEGMENT.
+    /// Of rows `row..row + 16 NV` the weights from the `done`th of these inputs on, a multiple of SEGMENT.
     /// # Safety
-    /// `panel` is a whole panel with more than `k` inputs.
+    /// There is one.
     unsafe fn at<V: Simd, const NV: usize>(
-        panel: *const u8,
-        k: usize,
+        weights: Weights,
+        done: usize,
         row: usize,
     ) -> Self::At<V, NV>;
 }
@@ -157,9 +169,9 @@ impl<V: Simd, E: Element, const NV: usize> Source<V, NV> for Plain<E> {
 
 impl<E: Element> Panel for E {
     const SEGMENT: usize = usize::MAX;
-    const STEP: usize = 2;
+    const STEP: usize = 1;
     const PAIRED: bool = false;
-    const LINES: usize = 2 * E::BYTES;
+    const AHEAD: usize = E::BYTES;
     const WIDE: bool = E::BYTES == 4;
     type At<V: Simd, const NV: usize> = Plain<E>;
     #[inline(always)]
@@ -167,9 +179,10 @@ impl<E: Element> Panel for E {
         inputs * PANEL_ROWS * E::BYTES
     }
     #[inline(always)]
-    unsafe fn at<V: Simd, const NV: usize>(panel: *const u8, k: usize, row: usize) -> Plain<E> {
+    unsafe fn at<V: Simd, const NV: usize>(weights: Weights, done: usize, row: usize) -> Plain<E> {
+        let first = (weights.first_input + done) * PANEL_ROWS + row;
         // SAFETY: inside the panel by the caller.
-        let from = unsafe { panel.add((k * PANEL_ROWS + row) * E::BYTES) };
+        let from = unsafe { weights.panel.add(first * E::BYTES) };
         Plain {
             from,
             element: std::marker::PhantomData,
@@ -182,9 +195,9 @@ pub(super) struct Narrowed<E>(std::marker::PhantomData<E>);
 
 impl<E: Element> Panel for Narrowed<E> {
     const SEGMENT: usize = usize::MAX;
-    const STEP: usize = 2;
+    const STEP: usize = 1;
     const PAIRED: bool = true;
-    const LINES: usize = E::LINES;
+    const AHEAD: usize = 2 * E::AHEAD;
     const WIDE: bool = false;
     type At<V: Simd, const NV: usize> = Plain<E>;
     #[inline(always)]
@@ -192,9 +205,34 @@ impl<E: Element> Panel for Narrowed<E> {
         E::bytes_of(inputs)
     }
     #[inline(always)]
-    unsafe fn at<V: Simd, const NV: usize>(panel: *const u8, k: usize, row: usize) -> Plain<E> {
+    unsafe fn at<V: Simd, const NV: usize>(weights: Weights, done: usize, row: usize) -> Plain<E> {
         // SAFETY: the caller's.
-        unsafe { E::at::<V, NV>(panel, k, row) }
+        unsafe { E::at::<V, NV>(weights, done, row) }
+    }
+}
+
+/// Weights that were widened before, or need not be, for many tiles.
+pub(super) struct Widened;
+
+impl Panel for Widened {
+    const SEGMENT: usize = usize::MAX;
+    const STEP: usize = 1;
+    const PAIRED: bool = false;
+    const AHEAD: usize = 1;
+    const WIDE: bool = true;
+    type At<V: Simd, const NV: usize> = Plain<F32>;
+    #[inline(always)]
+    fn bytes_of(inputs: usize) -> usize {
+        F32::bytes_of(inputs)
+    }
+    #[inline(always)]
+    unsafe fn at<V: Simd, const NV: usize>(
+        weights: Weights,
+        done: usize,
+        row: usize,
+    ) -> Plain<F32> {
+        // SAFETY: the caller's.
+        unsafe { <F32 as Panel>::at::<V, NV>(weights, done, row) }
     }
 }
 
@@ -222,9 +260,9 @@ impl<V: Simd, const NV: usize> Source<V, NV> for PairsAt {
 
 impl Panel for Pairs {
     const SEGMENT: usize = usize::MAX;
-    const STEP: usize = 2;
+    const STEP: usize = 1;
     const PAIRED: bool = true;
-    const LINES: usize = 4;
+    const AHEAD: usize = 1;
     const WIDE: bool = false;
     type At<V: Simd, const NV: usize> = PairsAt;
     #[inline(always)]
@@ -232,9 +270,10 @@ impl Panel for Pairs {
         inputs / 2 * PANEL_ROWS * 4
     }
     #[inline(always)]
-    unsafe fn at<V: Simd, const NV: usize>(panel: *const u8, k: usize, row: usize) -> PairsAt {
+    unsafe fn at<V: Simd, const NV: usize>(weights: Weights, done: usize, row: usize) -> PairsAt {
+        let pair = (weights.first_input + done) / 2;
         // SAFETY: inside the panel by the caller.
-        PairsAt(unsafe { panel.add((k / 2 * PANEL_ROWS + row) * 4) })
+        PairsAt(unsafe { weights.panel.add((pair * PANEL_ROWS + row) * 4) })
     }
 }
 
@@ -264,7 +303,7 @@ impl Panel for Q4 {
     const SEGMENT: usize = Q4_GROUP;
     const STEP: usize = UNIT_INPUTS;
     const PAIRED: bool = false;
-    const LINES: usize = 1;
+    const AHEAD: usize = 1;
     const WIDE: bool = false;
     type At<V: Simd, const NV: usize> = Group<V, NV>;
     #[inline(always)]
@@ -272,7 +311,12 @@ impl Panel for Q4 {
         inputs / Q4_GROUP * GROUP_BYTES
     }
     #[inline(always)]
-    unsafe fn at<V: Simd, const NV: usize>(panel: *const u8, k: usize, row: usize) -> Group<V, NV> {
+    unsafe fn at<V: Simd, const NV: usize>(
+        weights: Weights,
+        done: usize,
+        row: usize,
+    ) -> Group<V, NV> {
+        let k = weights.first_input + done;
         let mut group = Group {
             units: std::ptr::null(),
             scales: [V::splat(0.0); NV],
@@ -280,7 +324,7 @@ impl Panel for Q4 {
         };
         // SAFETY: whole groups are stored, so scales, minima and units of k's group are there.
         unsafe {
-            let base = panel.add(k / Q4_GROUP * GROUP_BYTES);
+            let base = weights.panel.add(k / Q4_GROUP * GROUP_BYTES);
             group.units = base.add(CODES_AT + row / LANES * UNIT_BYTES);
             for j in 0..NV {
                 let scales: *const u16 = base.cast::<u16>().add(row + j * LANES);
@@ -292,67 +336,65 @@ impl Panel for Q4 {
     }
 }
 
-/// Writes inputs `from..from + count` of a panel as f32 `[input][64 rows]`.
-/// # Safety
-/// The panel has them; `from` is a multiple of the format's SEGMENT or 0; `to` has 64 × count.
-#[inline(always)]
-pub(super) unsafe fn widen<V: Simd, P: Panel>(
-    panel: *const u8,
-    from: usize,
-    count: usize,
-    to: *mut f32,
-) {
-    let mut done = 0;
-    while done < count {
-        let some = P::SEGMENT.min(count - done);
-        // SAFETY: the caller's.
+/// Weights that the first of many tiles brings into the registers' format and keeps for the others:
+/// `[input][64 rows]` of f32, or of pairs. Its products hide the conversion.
+pub(super) struct Kept<P>(std::marker::PhantomData<P>);
+
+/// A source, and where its vectors are kept.
+pub(super) struct KeptAt<S> {
+    source: S,
+    keep: *mut f32,
+}
+
+impl<V: Simd, S: Source<V, NV>, const NV: usize> Source<V, NV> for KeptAt<S> {
+    #[inline(always)]
+    unsafe fn load(&self, k: usize, phase: usize) -> [V::F; NV] {
+        // SAFETY: the caller's; as many are kept as there are inputs.
         unsafe {
-            let source = P::at::<V, 4>(panel, from + done, 0);
-            let to = to.add(done * PANEL_ROWS);
-            let whole = some / P::STEP * P::STEP;
-            for k in (0..whole).step_by(P::STEP) {
-                for phase in 0..P::STEP {
-                    let at = to.add((k + phase) * PANEL_ROWS);
-                    write::<V, 4>(at, source.load(k + phase, phase));
-                }
+            let vectors = self.source.load(k, phase);
+            for (j, &vector) in vectors.iter().enumerate() {
+                V::store(self.keep.add(k * PANEL_ROWS + j * LANES), vector);
             }
-            for k in whole..some {
-                write::<V, 4>(to.add(k * PANEL_ROWS), source.load(k, k - whole));
-            }
+            vectors
         }
-        done += some;
     }
-}
-
-/// # Safety
-/// 16 × NV writable at `to`.
-#[inline(always)]
-unsafe fn write<V: Simd, const NV: usize>(to: *mut f32, vectors: [V::F; NV]) {
-    for (j, vector) in vectors.into_iter().enumerate() {
-        // SAFETY: the caller's.
-        unsafe { V::store(to.add(j * LANES), vector) };
-    }
-}
-
-/// Writes inputs `from..from + count` of a panel as bf16 pairs, `[pair][64 rows]`.
-/// # Safety
-/// The panel has them; `to` has 64 words for each started pair.
-#[inline(always)]
-pub(super) unsafe fn narrow<V: Simd, E: Element>(
-    panel: *const u8,
-    from: usize,
-    count: usize,
-    to: *mut u32,
-) {
-    // SAFETY: the caller's.
-    unsafe {
-        let source = <Narrowed<E> as Panel>::at::<V, 4>(panel, from, 0);
-        for pair in 0..count.div_ceil(2) {
-            let both = 2 * pair + 1 < count;
-            let words = <Plain<E> as Source<V, 4>>::load_pairs(&source, pair, both);
-            for (j, words) in words.into_iter().enumerate() {
-                V::store_words(to.add(pair * PANEL_ROWS + j * LANES), words);
+    #[inline(always)]
+    unsafe fn load_pairs(&self, pair: usize, both: bool) -> [V::I; NV] {
+        // SAFETY: as above.
+        unsafe {
+            let words = self.source.load_pairs(pair, both);
+            for (j, &words) in words.iter().enumerate() {
+                let at = self.keep.add(pair * PANEL_ROWS + j * LANES);
+                V::store_words(at.cast(), words);
             }
+            words
+        }
+    }
+}
+
+impl<P: Panel> Panel for Kept<P> {
+    const SEGMENT: usize = P::SEGMENT;
+    const STEP: usize = P::STEP;
+    const PAIRED: bool = P::PAIRED;
+    const AHEAD: usize = 1;
+    const WIDE: bool = false;
+    const KEEPS: bool = true;
+    type At<V: Simd, const NV: usize> = KeptAt<P::At<V, NV>>;
+    #[inline(always)]
+    fn bytes_of(inputs: usize) -> usize {
+        P::bytes_of(inputs)
+    }
+    #[inline(always)]
+    unsafe fn at<V: Simd, const NV: usize>(
+        weights: Weights,
+        done: usize,
+        row: usize,
+    ) -> Self::At<V, NV> {
+        let first = if P::PAIRED { done / 2 } else { done } * PANEL_ROWS + row;
+        KeptAt {
+            // SAFETY: the caller's.
+            source: unsafe { P::at::<V, NV>(weights, done, row) },
+            keep: weights.keep.wrapping_add(first),
         }
     }
 }

@@ -4,9 +4,9 @@
 use super::attend::{CHUNK_KEYS, Part};
 use super::kv::KvFormat;
 use super::math::exp;
-use super::panel::{Element, F32};
+use super::panel::{Element, Weights, Widened};
 use super::simd::{LANES, Simd, store_first};
-use super::tile::{Finish, TILE_ROWS, Tile, Weights, multiply};
+use super::tile::{Ahead, Finish, TILE_ROWS, Tile, multiply};
 use crate::dtype::PANEL_ROWS;
 use crate::machine::cpu::pool::SCRATCH_FLOATS;
 
@@ -174,6 +174,7 @@ fn score<V: Simd>(part: &Part, carved: &mut Carved, chunk: Chunk) {
     let weights = Weights {
         panel: carved.queries.as_ptr().cast(),
         first_input: 0,
+        keep: std::ptr::null_mut(),
     };
     for (first, rows) in tiles(chunk.keys) {
         let tile = Tile {
@@ -185,11 +186,10 @@ fn score<V: Simd>(part: &Part, carved: &mut Carved, chunk: Chunk) {
             columns: chunk.vectors * LANES,
             inputs: part.problem.head_size,
             fresh: true,
-            ahead: std::ptr::null(),
-            ahead_lines: 0,
+            ahead: Ahead::nothing(carved.rows.as_ptr()),
         };
         // SAFETY: the scratch was carved for a whole chunk and a whole tile.
-        unsafe { multiply::<V, F32>(tile, rows, weights, Finish::NOTHING) };
+        unsafe { multiply::<V, Widened>(tile, rows, weights, Finish::NOTHING) };
     }
 }
 
@@ -290,6 +290,7 @@ fn add_values<V: Simd>(part: &Part, carved: &mut Carved, chunk: Chunk) {
         let weights = Weights {
             panel,
             first_input: 0,
+            keep: std::ptr::null_mut(),
         };
         for (first, rows) in tiles(part.queries.len()) {
             let tile = Tile {
@@ -301,11 +302,10 @@ fn add_values<V: Simd>(part: &Part, carved: &mut Carved, chunk: Chunk) {
                 columns: (width - element).min(PANEL_ROWS),
                 inputs: chunk.keys,
                 fresh: false,
-                ahead: std::ptr::null(),
-                ahead_lines: 0,
+                ahead: Ahead::nothing(carved.rows.as_ptr()),
             };
             // SAFETY: the scratch was carved for a whole chunk and a whole tile.
-            unsafe { multiply::<V, F32>(tile, rows, weights, Finish::NOTHING) };
+            unsafe { multiply::<V, Widened>(tile, rows, weights, Finish::NOTHING) };
         }
     }
 }

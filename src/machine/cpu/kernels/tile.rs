@@ -2,7 +2,7 @@
 //! in registers over all inputs given. The only inner loop of products in GEMM and prefill attention.
 
 use super::math::gelu;
-use super::panel::{Panel, Source};
+use super::panel::{Panel, Source, Weights};
 use super::simd::{Body, LANES, Simd, load_first, store_first};
 use crate::dtype::PANEL_ROWS;
 use std::marker::PhantomData;
@@ -37,9 +37,35 @@ pub(super) struct Tile {
     pub inputs: usize,
     /// Sums start at zero, else at what `out` holds.
     pub fresh: bool,
-    /// Memory to ask for while multiplying, `ahead_lines` cache lines per two inputs.
-    pub ahead: *const u8,
-    pub ahead_lines: usize,
+    /// What to ask for meanwhile.
+    pub ahead: Ahead,
+}
+
+/// Memory to ask for while multiplying: at each step (one input, or a pair) the panel's AHEAD lines, `step`
+/// bytes further on than at the one before. With a step of 0 the same lines again and again, which is
+/// cheaper than a branch in the innermost loop: for one the compiler puts the sums aside.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    pub from: *const u8,
+    pub step: usize,
+}
+
+impl Ahead {
+    /// Nothing but a line that is at hand.
+    #[inline(always)]
+    pub(super) fn nothing(at_hand: *const f32) -> Ahead {
+        Ahead {
+            from: at_hand.cast(),
+            step: 0,
+        }
+    }
+
+    #[inline(always)]
+    fn ask<V: Simd, P: Panel>(&self, step: usize) {
+        for line in 0..P::AHEAD {
+            V::prefetch(self.from.wrapping_add(step * self.step + line * 64));
+        }
+    }
 }
 
 /// The last step of an output: bias (of the tile's columns, may be absent) and activation.
@@ -56,6 +82,11 @@ impl Finish<'_> {
     };
 
     #[inline(always)]
+    fn is_nothing(&self) -> bool {
+        self.bias.is_none() && self.activation == Activation::None
+    }
+
+    #[inline(always)]
     fn apply<V: Simd>(&self, sum: V::F, column: usize, count: usize) -> V::F {
         let mut value = sum;
         if let Some(bias) = self.bias {
@@ -70,13 +101,6 @@ impl Finish<'_> {
             Activation::Gelu => gelu::<V>(value),
         }
     }
-}
-
-/// Rows of a panel that a tile multiplies: which panel, and its first input.
-#[derive(Clone, Copy)]
-pub(super) struct Weights {
-    pub panel: *const u8,
-    pub first_input: usize,
 }
 
 /// Multiplies `rows` (1 to 6, with wide registers to 12) rows of x.
@@ -196,8 +220,11 @@ unsafe fn fixed<V: Simd, P: Panel, const MR: usize, const NV: usize>(
     finish: Finish,
 ) {
     let mut sums = [[V::splat(0.0); NV]; MR];
-    // The first columns' products ask for all.
-    let ahead_lines = if column == 0 { tile.ahead_lines } else { 0 };
+    let mut ahead = tile.ahead;
+    if column > 0 {
+        // The first columns' products ask for all.
+        ahead = Ahead::nothing(tile.x);
+    }
     // SAFETY: the caller's.
     unsafe {
         if !tile.fresh {
@@ -209,12 +236,12 @@ unsafe fn fixed<V: Simd, P: Panel, const MR: usize, const NV: usize>(
         let mut done = 0;
         while done < tile.inputs {
             let some = P::SEGMENT.min(tile.inputs - done);
-            let source = P::at::<V, NV>(weights.panel, weights.first_input + done, column);
+            let source = P::at::<V, NV>(weights, done, column);
             let mut rest = tile;
             rest.x = tile.x.add(done * tile.x_step);
             rest.inputs = some;
-            rest.ahead_lines = ahead_lines;
-            rest.ahead = tile.ahead.wrapping_add(P::bytes_of(done));
+            rest.ahead = ahead;
+            rest.ahead.from = ahead.from.wrapping_add(done * ahead.step);
             products::<V, P, MR, NV>(&mut sums, rest, &source);
             done += some;
         }
@@ -231,25 +258,25 @@ unsafe fn products<V: Simd, P: Panel, const MR: usize, const NV: usize>(
 ) {
     // SAFETY: k stays below the tile's inputs.
     unsafe {
-        for block in 0..tile.inputs / P::STEP {
-            let lines = tile.ahead_lines * P::STEP / 2;
-            for line in 0..lines {
-                V::prefetch(tile.ahead.wrapping_add((block * lines + line) * 64));
+        if P::PAIRED {
+            for k in 0..tile.inputs / 2 {
+                tile.ahead.ask::<V, P>(k);
+                pair::<V, _, MR, NV>(sums, &tile, source, (k, true));
             }
-            if P::PAIRED {
-                pair::<V, _, MR, NV>(sums, &tile, source, (block, true));
-                continue;
+            if tile.inputs % 2 == 1 {
+                pair::<V, _, MR, NV>(sums, &tile, source, (tile.inputs / 2, false));
             }
+            return;
+        }
+        let whole = tile.inputs / P::STEP * P::STEP;
+        for k in (0..whole).step_by(P::STEP) {
             for phase in 0..P::STEP {
-                step::<V, _, MR, NV>(sums, &tile, source, (block * P::STEP + phase, phase));
+                tile.ahead.ask::<V, P>(k + phase);
+                step::<V, _, MR, NV>(sums, &tile, source, (k + phase, phase));
             }
         }
-        let done = tile.inputs / P::STEP * P::STEP;
-        if P::PAIRED && done < tile.inputs {
-            return pair::<V, _, MR, NV>(sums, &tile, source, (done / 2, false));
-        }
-        for k in done..tile.inputs {
-            step::<V, _, MR, NV>(sums, &tile, source, (k, k - done));
+        for k in whole..tile.inputs {
+            step::<V, _, MR, NV>(sums, &tile, source, (k, k - whole));
         }
     }
 }
@@ -330,9 +357,15 @@ pub(super) unsafe fn reload<V: Simd, const MR: usize, const NV: usize>(
     column: usize,
     sums: &mut [[V::F; NV]; MR],
 ) {
+    let whole = tile.columns >= column + NV * LANES;
     for (i, sums) in sums.iter_mut().enumerate() {
         for (j, sum) in sums.iter_mut().enumerate() {
             let at = i * tile.out_stride + column + j * LANES;
+            if whole {
+                // SAFETY: all columns exist.
+                *sum = unsafe { V::load(tile.out.wrapping_add(at)) };
+                continue;
+            }
             // SAFETY: only columns that exist are read.
             *sum = unsafe { load_first::<V>(tile.out.wrapping_add(at), width(tile, column, j)) };
         }
@@ -347,6 +380,16 @@ pub(super) unsafe fn save<V: Simd, const MR: usize, const NV: usize>(
     finish: Finish,
 ) {
     debug_assert!(tile.columns <= PANEL_ROWS);
+    if tile.columns >= column + NV * LANES && finish.is_nothing() {
+        for (i, sums) in sums.iter().enumerate() {
+            for (j, &sum) in sums.iter().enumerate() {
+                let at = i * tile.out_stride + column + j * LANES;
+                // SAFETY: all columns exist.
+                unsafe { V::store(tile.out.wrapping_add(at), sum) };
+            }
+        }
+        return;
+    }
     for j in 0..NV {
         let count = width(tile, column, j);
         if count == 0 {
