@@ -12,7 +12,7 @@ use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 /// Scratch of each thread, in f32: large enough for a GEMM's blocks and an attention tile in L2.
-pub const SCRATCH_FLOATS: usize = 128 * 1024;
+pub const SCRATCH_FLOATS: usize = 160 * 1024;
 /// How long an idle worker looks for the next job before it sleeps. Kernels of one layer follow
 /// each other within this time; a wake-up from sleep costs about as much.
 const SPIN: Duration = Duration::from_micros(50);

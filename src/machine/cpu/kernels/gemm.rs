@@ -12,14 +12,17 @@ use std::ops::Range;
 
 pub use super::tile::Activation;
 
-/// Inputs of one block in f32: 64 rows of it are 64 KiB, at home in L2. A multiple of the 4-bit group.
-const BLOCK_INPUTS: usize = 256;
+/// Inputs of one block in f32: 64 rows of weights of it are 128 KiB, 240 of x 480 KiB, at home in an L2 of
+/// 1 MiB. Half of that costs 2 %: sums are put down and taken up twice as often. A multiple of the 4-bit group.
+const BLOCK_INPUTS: usize = 512;
 /// Inputs of one block in bf16, for which the same holds.
 const PAIR_INPUTS: usize = 2 * BLOCK_INPUTS;
 /// Words of a block of weights at the beginning of the scratch; behind it lies x.
 const BLOCK_WORDS: usize = PANEL_ROWS * BLOCK_INPUTS;
 /// Bytes of x of one block.
 const X_BYTES: usize = 4 * BLOCK_ROWS * BLOCK_INPUTS;
+/// Bytes of x as codes of one block.
+const CODES_BYTES: usize = X_BYTES / 2;
 /// Up to here every tile converts the weights itself: cheaper than writing them out once.
 const DIRECT_ROWS: usize = 2 * TALL_ROWS;
 /// How many rows ahead of the one in use a block of x is asked for.
@@ -29,7 +32,7 @@ const AHEAD_BYTES: usize = 2048;
 
 const _: () = assert!(
     4 * BLOCK_WORDS + X_BYTES <= 4 * crate::machine::cpu::pool::SCRATCH_FLOATS
-        && X_BYTES / Q4_GROUP * size_of::<Scale>() <= 4 * BLOCK_WORDS
+        && CODES_BYTES / Q4_GROUP * size_of::<Scale>() <= 4 * BLOCK_WORDS
 );
 
 /// out[i, n] = activation(sum over k of x[i, k] * w[n, k] + bias[n]); strides count f32.
@@ -219,7 +222,7 @@ impl Part<'_> {
     #[inline(always)]
     fn run_codes<V: Simd>(mut self) {
         let inputs = self.problem.inputs;
-        let block = X_BYTES / self.rows.len() / Q4_GROUP * Q4_GROUP;
+        let block = CODES_BYTES / self.rows.len() / Q4_GROUP * Q4_GROUP;
         for from in (0..inputs).step_by(block) {
             let some = from..(from + block).min(inputs);
             let x = self.quantise_x::<V>(&some);
@@ -322,13 +325,16 @@ impl Part<'_> {
             let mut tile = self.tile(panel, self.rows.start + from, rows, inputs.clone());
             tile.x = x.start.wrapping_add(from * x.stride);
             tile.x_stride = x.stride;
-            if t * P::AHEAD < lines {
+            tile.ahead = if t * P::AHEAD < lines {
                 let next = self.next_block(panel, inputs);
-                tile.ahead = Ahead {
+                Ahead {
                     from: next.wrapping_add(t * P::AHEAD * steps * 64),
                     step: P::AHEAD * 64,
-                };
-            }
+                }
+            } else {
+                let visit = (panel - self.panels.start) * count + t;
+                self.next_x(visit, inputs, 4 * inputs.len() / steps)
+            };
             // SAFETY: `check` compared every slice with the shape; the tile is inside it, and the
             // weights are the panel's or this block of it in scratch, which has room for it.
             unsafe {
@@ -357,6 +363,21 @@ impl Part<'_> {
             self.panel_at(panel + 1, inputs.start)
         } else {
             self.panel_at(self.panels.start, inputs.end)
+        }
+    }
+
+    /// One of the rows of x of the next block, `step` bytes of it at a time.
+    #[inline(always)]
+    fn next_x(&self, visit: usize, inputs: &Range<usize>, step: usize) -> Ahead {
+        let row = self.rows.start + visit % self.rows.len();
+        let from = (self.problem.x.as_ptr()).wrapping_add(row * self.problem.ldx + inputs.end);
+        Ahead {
+            from: from.cast(),
+            step: if inputs.end < self.problem.inputs {
+                step
+            } else {
+                0
+            },
         }
     }
 
@@ -429,7 +450,7 @@ impl Part<'_> {
             let x = self.problem.x.as_ptr();
             ask_for_row::<V>(x.wrapping_add((i + ROWS_AHEAD) * self.problem.ldx), inputs);
             let x = &self.problem.x[i * self.problem.ldx..][inputs.clone()];
-            // SAFETY: a block has at most X_BYTES codes, and for them the scales fit.
+            // SAFETY: a block has at most CODES_BYTES codes, and for them the scales fit.
             unsafe {
                 quantise_row::<V>(x, codes.add(place * stride), scales.add(place * groups));
             }
