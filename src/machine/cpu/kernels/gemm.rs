@@ -20,7 +20,10 @@ const PAIR_INPUTS: usize = 2 * BLOCK_INPUTS;
 /// Words of a block of weights at the beginning of the scratch; behind it lies x.
 const BLOCK_WORDS: usize = PANEL_ROWS * BLOCK_INPUTS;
 /// Bytes of x of one block.
-const X_BYTES: usize = 4 * BLOCK_ROWS * BLOCK_INPUTS;
+const X_BYTES: usize = 4 * BLOCK_ROWS * (BLOCK_INPUTS + PAD);
+/// Copied rows of x lie an odd multiple of a cache line apart: a power of two apart they share banks and
+/// sets of the cache, and products of 8 rows take up to twice as long.
+const PAD: usize = 16;
 /// Bytes of x as codes of one block.
 const CODES_BYTES: usize = X_BYTES / 2;
 /// Up to here every tile converts the weights itself: cheaper than writing them out once.
@@ -60,7 +63,7 @@ pub fn gemm(pool: &Pool, isa: Isa, args: GemmArgs) {
         return;
     }
     check(&args);
-    let copies = args.m > TILE_ROWS || args.arithmetic != Arithmetic::Fp32;
+    let copies = args.m > 1 || args.arithmetic != Arithmetic::Fp32;
     let cut = Cut::new(args.m, panels(args.rows), pool.threads(), copies);
     let out = Shared::new(args.out);
     let problem = Problem {
@@ -164,6 +167,18 @@ struct Rows {
     stride: usize,
 }
 
+/// How far apart copied rows of so many words lie.
+#[inline(always)]
+fn apart(words: usize) -> usize {
+    words.next_multiple_of(2 * PAD) + PAD
+}
+
+/// Inputs of a block that fits for so few rows, in words: a multiple of the 4-bit group.
+#[inline(always)]
+fn deepest(rows: usize) -> usize {
+    (X_BYTES / 4 / rows - PAD) / Q4_GROUP * Q4_GROUP
+}
+
 /// Asks for a block of a row of x: rows are far apart, too far for the hardware to guess the next.
 #[inline(always)]
 fn ask_for_row<V: Simd>(row: *const f32, inputs: &Range<usize>) {
@@ -176,17 +191,22 @@ impl Part<'_> {
     /// In fp32.
     #[inline(always)]
     fn run_wide<V: Simd, P: Panel>(mut self) {
-        let fused_rows = if V::WIDE { TILE_ROWS } else { 1 };
-        if self.rows.len() <= fused_rows {
+        let (inputs, rows) = (self.problem.inputs, self.rows.len());
+        if rows == 1 {
             for panel in self.panels.clone() {
-                let all = 0..self.problem.inputs;
-                self.fused::<V, P>(panel, all, self.rows_of_x());
+                self.fused::<V, P>(panel, 0..inputs, self.rows_of_x());
             }
             return;
         }
-        let inputs = self.problem.inputs;
-        for from in (0..inputs).step_by(BLOCK_INPUTS) {
-            self.block::<V, P>(from..(from + BLOCK_INPUTS).min(inputs));
+        let fused = V::WIDE && rows <= TILE_ROWS;
+        let block = if fused { deepest(rows) } else { BLOCK_INPUTS };
+        for from in (0..inputs).step_by(block) {
+            let some = from..(from + block).min(inputs);
+            let x = self.copy_x::<V>(&some);
+            match fused {
+                true => (self.panels.clone()).for_each(|p| self.fused::<V, P>(p, some.clone(), x)),
+                false => self.block::<V, P>(some, x),
+            }
         }
     }
 
@@ -194,12 +214,15 @@ impl Part<'_> {
     #[inline(always)]
     fn run_pairs<V: Simd, E: Element>(mut self) {
         let (inputs, rows) = (self.problem.inputs, self.rows.len());
-        let fused = rows <= if V::WIDE { TALL_ROWS } else { TILE_ROWS };
-        let most = if fused { usize::MAX } else { PAIR_INPUTS };
-        let block = (X_BYTES / 2 / rows).min(most) / Q4_GROUP * Q4_GROUP;
+        let fused = rows <= TILE_ROWS;
+        let block = if fused {
+            2 * deepest(rows)
+        } else {
+            PAIR_INPUTS
+        };
         for from in (0..inputs).step_by(block) {
             let some = from..(from + block).min(inputs);
-            let x = self.pair_x::<V>(&some, block.min(inputs.next_multiple_of(Q4_GROUP)) / 2);
+            let x = self.pair_x::<V>(&some);
             for panel in self.panels.clone() {
                 if fused {
                     self.fused::<V, Narrowed<E>>(panel, some.clone(), x);
@@ -222,7 +245,7 @@ impl Part<'_> {
     #[inline(always)]
     fn run_codes<V: Simd>(mut self) {
         let inputs = self.problem.inputs;
-        let block = CODES_BYTES / self.rows.len() / Q4_GROUP * Q4_GROUP;
+        let block = (CODES_BYTES / self.rows.len() - 3 * Q4_GROUP) / Q4_GROUP * Q4_GROUP;
         for from in (0..inputs).step_by(block) {
             let some = from..(from + block).min(inputs);
             let x = self.quantise_x::<V>(&some);
@@ -277,8 +300,7 @@ impl Part<'_> {
 
     /// One block of inputs for all panels and tiles of the part.
     #[inline(always)]
-    fn block<V: Simd, P: Panel>(&mut self, inputs: Range<usize>) {
-        let x = self.copy_x::<V>(&inputs);
+    fn block<V: Simd, P: Panel>(&mut self, inputs: Range<usize>, x: Rows) {
         for panel in self.panels.clone() {
             let stored = self.stored(panel, inputs.start);
             let tall = V::WIDE && (!P::WIDE || self.rows.len() <= TALL_ROWS);
@@ -402,22 +424,24 @@ impl Part<'_> {
     #[inline(always)]
     fn copy_x<V: Simd>(&mut self, inputs: &Range<usize>) -> Rows {
         let x = self.problem.x.as_ptr();
-        let to = &mut self.scratch[BLOCK_WORDS..];
-        for (i, to) in self.rows.clone().zip(to.chunks_exact_mut(BLOCK_INPUTS)) {
+        let stride = apart(inputs.len());
+        let to = &mut self.scratch[BLOCK_WORDS..][..self.rows.len() * stride];
+        for (i, to) in self.rows.clone().zip(to.chunks_exact_mut(stride)) {
             ask_for_row::<V>(x.wrapping_add((i + ROWS_AHEAD) * self.problem.ldx), inputs);
             let from = i * self.problem.ldx + inputs.start;
             to[..inputs.len()].copy_from_slice(&self.problem.x[from..from + inputs.len()]);
         }
         Rows {
             start: self.scratch[BLOCK_WORDS..].as_ptr(),
-            stride: BLOCK_INPUTS,
+            stride,
         }
     }
 
     /// Rounds a block of x to bf16, a pair a word, filled up with zeros.
     #[inline(always)]
-    fn pair_x<V: Simd>(&mut self, inputs: &Range<usize>, stride: usize) -> Rows {
+    fn pair_x<V: Simd>(&mut self, inputs: &Range<usize>) -> Rows {
         let x = self.problem.x.as_ptr();
+        let stride = apart(inputs.len().div_ceil(2));
         let to = &mut self.scratch[BLOCK_WORDS..][..self.rows.len() * stride];
         for (i, to) in self.rows.clone().zip(to.chunks_exact_mut(stride)) {
             ask_for_row::<V>(x.wrapping_add((i + ROWS_AHEAD) * self.problem.ldx), inputs);
@@ -440,7 +464,7 @@ impl Part<'_> {
     #[inline(always)]
     fn quantise_x<V: Simd>(&mut self, inputs: &Range<usize>) -> Quantised {
         let groups = inputs.len().div_ceil(Q4_GROUP);
-        let stride = groups * Q4_GROUP;
+        let stride = 4 * apart(groups * Q4_GROUP / 4);
         let (scales, codes) = self.scratch.split_at_mut(BLOCK_WORDS);
         let (scales, codes) = (
             scales.as_mut_ptr().cast::<Scale>(),

@@ -60,9 +60,24 @@ impl Ahead {
         }
     }
 
+    /// The share of one of the two walks of a tall tile over the panel.
     #[inline(always)]
-    fn ask<V: Simd, P: Panel>(&self, step: usize) {
-        for line in 0..P::AHEAD {
+    fn half(self, walk: usize, steps: usize) -> Ahead {
+        let step = self.step / 2;
+        Ahead {
+            from: self.from.wrapping_add(walk * steps * step),
+            step,
+        }
+    }
+
+    #[inline(always)]
+    fn ask<V: Simd, P: Panel, const MR: usize>(&self, step: usize) {
+        let lines = if MR > TILE_ROWS {
+            P::AHEAD.div_ceil(2)
+        } else {
+            P::AHEAD
+        };
+        for line in 0..lines {
             V::prefetch(self.from.wrapping_add(step * self.step + line * 64));
         }
     }
@@ -146,8 +161,16 @@ impl<P: Panel> Body for Product<'_, P> {
         // SAFETY: only `multiply` makes a Product, under the same contract.
         unsafe {
             if V::WIDE && rows > TILE_ROWS {
-                for column in (0..tile.columns).step_by(2 * LANES) {
-                    tall::<V, P>(tile, rows, weights, column, finish);
+                let steps = tile.inputs / if P::PAIRED { 2 } else { 1 };
+                for walk in 0..tile.columns.div_ceil(2 * LANES) {
+                    let ahead = tile.ahead.half(walk, steps);
+                    tall::<V, P>(
+                        Tile { ahead, ..tile },
+                        rows,
+                        weights,
+                        walk * 2 * LANES,
+                        finish,
+                    );
                 }
                 return;
             }
@@ -163,8 +186,11 @@ impl<P: Panel> Body for Product<'_, P> {
             if rows == 1 {
                 return fixed::<V, P, 1, 4>(tile, weights, 0, finish);
             }
+            let mut tile = tile;
             for column in (0..tile.columns).step_by(LANES) {
                 by_rows::<V, P, 1>(tile, rows, weights, column, finish);
+                // The first columns' products asked for all.
+                tile.ahead = Ahead::nothing(tile.x);
             }
         }
     }
@@ -220,11 +246,6 @@ unsafe fn fixed<V: Simd, P: Panel, const MR: usize, const NV: usize>(
     finish: Finish,
 ) {
     let mut sums = [[V::splat(0.0); NV]; MR];
-    let mut ahead = tile.ahead;
-    if column > 0 {
-        // The first columns' products ask for all.
-        ahead = Ahead::nothing(tile.x);
-    }
     // SAFETY: the caller's.
     unsafe {
         if !tile.fresh {
@@ -240,8 +261,7 @@ unsafe fn fixed<V: Simd, P: Panel, const MR: usize, const NV: usize>(
             let mut rest = tile;
             rest.x = tile.x.add(done * tile.x_step);
             rest.inputs = some;
-            rest.ahead = ahead;
-            rest.ahead.from = ahead.from.wrapping_add(done * ahead.step);
+            rest.ahead.from = tile.ahead.from.wrapping_add(done * tile.ahead.step);
             products::<V, P, MR, NV>(&mut sums, rest, &source);
             done += some;
         }
@@ -260,7 +280,7 @@ unsafe fn products<V: Simd, P: Panel, const MR: usize, const NV: usize>(
     unsafe {
         if P::PAIRED {
             for k in 0..tile.inputs / 2 {
-                tile.ahead.ask::<V, P>(k);
+                tile.ahead.ask::<V, P, MR>(k);
                 pair::<V, _, MR, NV>(sums, &tile, source, (k, true));
             }
             if tile.inputs % 2 == 1 {
@@ -271,7 +291,7 @@ unsafe fn products<V: Simd, P: Panel, const MR: usize, const NV: usize>(
         let whole = tile.inputs / P::STEP * P::STEP;
         for k in (0..whole).step_by(P::STEP) {
             for phase in 0..P::STEP {
-                tile.ahead.ask::<V, P>(k + phase);
+                tile.ahead.ask::<V, P, MR>(k + phase);
                 step::<V, _, MR, NV>(sums, &tile, source, (k + phase, phase));
             }
         }
