@@ -1,10 +1,11 @@
 //! Matrix products with packed weights: how the work is cut and blocked. The inner loop is tile.rs.
 
-use super::codes::{Quantised, Scale, multiply_codes, quantise_row};
+use super::codes::{Scale, multiply_codes};
+use super::copies::{BlockOfX, PAD, Rows};
 use super::cut::{BLOCK_ROWS, Cut};
 use super::panel::{Bf16, Element, F16, F32, Kept, Narrowed, Pairs, Panel, Q4, Weights, Widened};
 use super::shared::Shared;
-use super::simd::{Body, Isa, LANES, Simd, load_first};
+use super::simd::{Body, Isa, Simd};
 use super::tile::{Ahead, Finish, TALL_ROWS, TILE_ROWS, Tile, multiply};
 use crate::dtype::{Arithmetic, Dtype, PANEL_ROWS, Q4_GROUP, panels};
 use crate::machine::cpu::pool::Pool;
@@ -21,15 +22,10 @@ const PAIR_INPUTS: usize = 2 * BLOCK_INPUTS;
 const BLOCK_WORDS: usize = PANEL_ROWS * BLOCK_INPUTS;
 /// Bytes of x of one block.
 const X_BYTES: usize = 4 * BLOCK_ROWS * (BLOCK_INPUTS + PAD);
-/// Copied rows of x lie an odd multiple of a cache line apart: a power of two apart they share banks and
-/// sets of the cache, and products of 8 rows take up to twice as long.
-const PAD: usize = 16;
 /// Bytes of x as codes of one block.
 const CODES_BYTES: usize = X_BYTES / 2;
 /// Up to here every tile converts the weights itself: cheaper than writing them out once.
 const DIRECT_ROWS: usize = 2 * TALL_ROWS;
-/// How many rows ahead of the one in use a block of x is asked for.
-const ROWS_AHEAD: usize = 3;
 /// How far ahead of the products a stream of weights is asked for.
 const AHEAD_BYTES: usize = 2048;
 
@@ -160,34 +156,13 @@ impl Body for Part<'_> {
     }
 }
 
-/// Where the tiles of a part find x: row i at `start + i × stride`.
-#[derive(Clone, Copy)]
-struct Rows {
-    start: *const f32,
-    stride: usize,
-}
-
-/// How far apart copied rows of so many words lie.
-#[inline(always)]
-fn apart(words: usize) -> usize {
-    words.next_multiple_of(2 * PAD) + PAD
-}
-
 /// Inputs of a block that fits for so few rows, in words: a multiple of the 4-bit group.
 #[inline(always)]
 fn deepest(rows: usize) -> usize {
     (X_BYTES / 4 / rows - PAD) / Q4_GROUP * Q4_GROUP
 }
 
-/// Asks for a block of a row of x: rows are far apart, too far for the hardware to guess the next.
-#[inline(always)]
-fn ask_for_row<V: Simd>(row: *const f32, inputs: &Range<usize>) {
-    for k in inputs.clone().step_by(16) {
-        V::prefetch(row.wrapping_add(k).cast());
-    }
-}
-
-impl Part<'_> {
+impl<'a> Part<'a> {
     /// In fp32.
     #[inline(always)]
     fn run_wide<V: Simd, P: Panel>(mut self) {
@@ -202,7 +177,9 @@ impl Part<'_> {
         let block = if fused { deepest(rows) } else { BLOCK_INPUTS };
         for from in (0..inputs).step_by(block) {
             let some = from..(from + block).min(inputs);
-            let x = self.copy_x::<V>(&some);
+            let x = self
+                .block_of_x(&some)
+                .copy::<V>(&mut self.scratch[BLOCK_WORDS..]);
             match fused {
                 true => (self.panels.clone()).for_each(|p| self.fused::<V, P>(p, some.clone(), x)),
                 false => self.block::<V, P>(some, x),
@@ -222,7 +199,9 @@ impl Part<'_> {
         };
         for from in (0..inputs).step_by(block) {
             let some = from..(from + block).min(inputs);
-            let x = self.pair_x::<V>(&some);
+            let x = self
+                .block_of_x(&some)
+                .pairs::<V>(&mut self.scratch[BLOCK_WORDS..]);
             for panel in self.panels.clone() {
                 if fused {
                     self.fused::<V, Narrowed<E>>(panel, some.clone(), x);
@@ -243,12 +222,14 @@ impl Part<'_> {
 
     /// 4-bit weights, x as 8-bit codes.
     #[inline(always)]
-    fn run_codes<V: Simd>(mut self) {
+    fn run_codes<V: Simd>(self) {
         let inputs = self.problem.inputs;
         let block = (CODES_BYTES / self.rows.len() - 3 * Q4_GROUP) / Q4_GROUP * Q4_GROUP;
         for from in (0..inputs).step_by(block) {
             let some = from..(from + block).min(inputs);
-            let x = self.quantise_x::<V>(&some);
+            let x = self.block_of_x(&some);
+            let (scales, codes) = self.scratch.split_at_mut(BLOCK_WORDS);
+            let x = x.codes::<V>(scales, codes);
             for panel in self.panels.clone() {
                 let group = self.panel_at(panel, from);
                 let count = self.rows.len().div_ceil(TILE_ROWS);
@@ -420,70 +401,13 @@ impl Part<'_> {
         }
     }
 
-    /// Copies a block of x, because rows a power of two apart share cache sets.
     #[inline(always)]
-    fn copy_x<V: Simd>(&mut self, inputs: &Range<usize>) -> Rows {
-        let x = self.problem.x.as_ptr();
-        let stride = apart(inputs.len());
-        let to = &mut self.scratch[BLOCK_WORDS..][..self.rows.len() * stride];
-        for (i, to) in self.rows.clone().zip(to.chunks_exact_mut(stride)) {
-            ask_for_row::<V>(x.wrapping_add((i + ROWS_AHEAD) * self.problem.ldx), inputs);
-            let from = i * self.problem.ldx + inputs.start;
-            to[..inputs.len()].copy_from_slice(&self.problem.x[from..from + inputs.len()]);
-        }
-        Rows {
-            start: self.scratch[BLOCK_WORDS..].as_ptr(),
-            stride,
-        }
-    }
-
-    /// Rounds a block of x to bf16, a pair a word, filled up with zeros.
-    #[inline(always)]
-    fn pair_x<V: Simd>(&mut self, inputs: &Range<usize>) -> Rows {
-        let x = self.problem.x.as_ptr();
-        let stride = apart(inputs.len().div_ceil(2));
-        let to = &mut self.scratch[BLOCK_WORDS..][..self.rows.len() * stride];
-        for (i, to) in self.rows.clone().zip(to.chunks_exact_mut(stride)) {
-            ask_for_row::<V>(x.wrapping_add((i + ROWS_AHEAD) * self.problem.ldx), inputs);
-            let from = &self.problem.x[i * self.problem.ldx..][inputs.clone()];
-            for (from, to) in from.chunks(LANES).zip(to.chunks_exact_mut(LANES / 2)) {
-                // SAFETY: `from` has its length, `to` has room for sixteen bf16.
-                unsafe {
-                    let x = load_first::<V>(from.as_ptr(), from.len());
-                    V::store_bf16(to.as_mut_ptr().cast(), x);
-                }
-            }
-        }
-        Rows {
-            start: self.scratch[BLOCK_WORDS..].as_ptr(),
-            stride,
-        }
-    }
-
-    /// Quantises a block of x to 8 bits in groups of 64.
-    #[inline(always)]
-    fn quantise_x<V: Simd>(&mut self, inputs: &Range<usize>) -> Quantised {
-        let groups = inputs.len().div_ceil(Q4_GROUP);
-        let stride = 4 * apart(groups * Q4_GROUP / 4);
-        let (scales, codes) = self.scratch.split_at_mut(BLOCK_WORDS);
-        let (scales, codes) = (
-            scales.as_mut_ptr().cast::<Scale>(),
-            codes.as_mut_ptr().cast::<i8>(),
-        );
-        for (place, i) in self.rows.clone().enumerate() {
-            let x = self.problem.x.as_ptr();
-            ask_for_row::<V>(x.wrapping_add((i + ROWS_AHEAD) * self.problem.ldx), inputs);
-            let x = &self.problem.x[i * self.problem.ldx..][inputs.clone()];
-            // SAFETY: a block has at most CODES_BYTES codes, and for them the scales fit.
-            unsafe {
-                quantise_row::<V>(x, codes.add(place * stride), scales.add(place * groups));
-            }
-        }
-        Quantised {
-            codes,
-            stride,
-            scales,
-            groups,
+    fn block_of_x(&self, inputs: &Range<usize>) -> BlockOfX<'a> {
+        BlockOfX {
+            x: self.problem.x,
+            ldx: self.problem.ldx,
+            rows: (self.rows.start, self.rows.len()),
+            inputs: (inputs.start, inputs.len()),
         }
     }
 

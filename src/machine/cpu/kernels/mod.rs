@@ -5,6 +5,7 @@
 pub mod attend;
 pub mod bandwidth;
 mod codes;
+mod copies;
 mod cut;
 mod decode;
 pub mod gemm;
