@@ -138,13 +138,46 @@ fn score<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Range<usi
     }
 }
 
-/// Heads are whole 4-bit groups: their codes are decoded where they are used. Else rows are widened.
+/// Heads are whole vectors, so that none lies in two 4-bit groups: codes are decoded where they are used.
+/// Else rows are widened.
 #[inline(always)]
 fn coded<K: KvFormat>(part: &Part) -> bool {
-    K::CODED && part.problem.head_size.is_multiple_of(Q4_GROUP)
+    K::CODED && part.problem.head_size.is_multiple_of(LANES)
 }
 
-/// The 4-bit groups of one head in each of the rows, at its element `d`.
+/// What a head has in one group: the first of the group's vectors, and how many.
+#[derive(Clone, Copy)]
+struct Stretch {
+    vector: usize,
+    vectors: usize,
+}
+
+impl Stretch {
+    /// The one at the `d`th element of a head that begins at element `first` of the rows' groups.
+    #[inline(always)]
+    fn at(first: usize, d: usize, size: usize) -> Stretch {
+        if size.is_multiple_of(Q4_GROUP) {
+            // Then every head begins with a group.
+            return Stretch {
+                vector: 0,
+                vectors: Q4_GROUP / LANES,
+            };
+        }
+        let vector = (first + d) % Q4_GROUP / LANES;
+        Stretch {
+            vector,
+            vectors: ((size - d) / LANES).min(Q4_GROUP / LANES - vector),
+        }
+    }
+
+    /// The usual one, for which the compiler unrolls.
+    #[inline(always)]
+    fn is_whole(&self) -> bool {
+        self.vectors == Q4_GROUP / LANES
+    }
+}
+
+/// The 4-bit groups that hold `element` in each of the rows.
 /// # Safety
 /// The rows have them.
 #[inline(always)]
@@ -200,18 +233,23 @@ fn dots<V: Simd, K: KvFormat>(
     let size = part.problem.head_size;
     let mut sums = [V::splat(0.0); ROWS_TOGETHER];
     if coded::<K>(part) {
-        for d in (0..size).step_by(Q4_GROUP) {
-            // SAFETY: rows and queries have whole groups here.
+        let first = part.elements().start % Q4_GROUP + head * size;
+        let query = carved.queries[head * carved.width..].as_ptr();
+        let mut d = 0;
+        while d < size {
+            let stretch = Stretch::at(first, d, size);
+            // SAFETY: rows have the head's groups, the query its elements.
             unsafe {
-                let groups = groups::<V, ROWS_TOGETHER>(rows, head * size + d);
-                for j in 0..Q4_GROUP / LANES {
-                    let at = head * carved.width + d + j * LANES;
-                    let query = V::load(carved.queries.as_ptr().add(at));
-                    for (sum, group) in sums.iter_mut().zip(&groups) {
-                        *sum = V::fma(query, group.vector(j), *sum);
+                let groups = groups::<V, ROWS_TOGETHER>(rows, first + d);
+                match stretch.is_whole() {
+                    true => dot_vectors::<V>(&mut sums, &groups, query.add(d), 0..Q4_GROUP / LANES),
+                    false => {
+                        let vectors = stretch.vector..stretch.vector + stretch.vectors;
+                        dot_vectors::<V>(&mut sums, &groups, query.add(d), vectors);
                     }
                 }
             }
+            d += stretch.vectors * LANES;
         }
         return V::sums(sums);
     }
@@ -226,6 +264,25 @@ fn dots<V: Simd, K: KvFormat>(
         }
     }
     V::sums(sums)
+}
+
+/// Adds a query's elements times some vectors of the groups.
+/// # Safety
+/// The query has as many.
+#[inline(always)]
+unsafe fn dot_vectors<V: Simd>(
+    sums: &mut [V::F; ROWS_TOGETHER],
+    groups: &[Reader<V>; ROWS_TOGETHER],
+    query: *const f32,
+    vectors: Range<usize>,
+) {
+    for (at, j) in vectors.enumerate() {
+        // SAFETY: the caller's.
+        let query = unsafe { V::load(query.add(at * LANES)) };
+        for (sum, group) in sums.iter_mut().zip(groups) {
+            *sum = V::fma(query, group.vector(j), *sum);
+        }
+    }
 }
 
 /// Turns a head's scores into weights against the new maximum and rescales what was there.
@@ -300,8 +357,10 @@ fn add_rows<V: Simd, K: KvFormat, const N: usize>(
             *weight = V::splat(score);
         }
         if coded::<K>(part) {
-            // SAFETY: rows and sums have whole groups here.
-            unsafe { add_groups::<V, N>(carved, (head, size), &rows, &weights) };
+            let first = part.elements().start % Q4_GROUP + head * size;
+            let sums = carved.sums[head * carved.width..].as_mut_ptr();
+            // SAFETY: rows and sums have the head.
+            unsafe { add_groups::<V, N>(sums, (first, size), &rows, &weights) };
             continue;
         }
         for d in (0..size).step_by(LANES) {
@@ -319,28 +378,53 @@ fn add_rows<V: Simd, K: KvFormat, const N: usize>(
     }
 }
 
-/// As the rest of `add_rows`, for one head of whole 4-bit groups.
+/// As the rest of `add_rows`, for one head in 4-bit groups that begins at element `first` of them.
 /// # Safety
-/// The rows have the head.
+/// The rows and sums have the head.
 #[inline(always)]
 unsafe fn add_groups<V: Simd, const N: usize>(
-    carved: &mut Carved,
-    (head, size): (usize, usize),
+    sums: *mut f32,
+    (first, size): (usize, usize),
     rows: &[*const u8; N],
     weights: &[V::F; N],
 ) {
-    for d in (0..size).step_by(Q4_GROUP) {
-        // SAFETY: the caller's; sums have whole groups.
+    let mut d = 0;
+    while d < size {
+        let stretch = Stretch::at(first, d, size);
+        // SAFETY: the caller's.
         unsafe {
-            let groups = groups::<V, N>(rows, head * size + d);
-            for j in 0..Q4_GROUP / LANES {
-                let to = (carved.sums.as_mut_ptr()).add(head * carved.width + d + j * LANES);
-                let mut sum = V::load(to);
-                for (group, weight) in groups.iter().zip(weights) {
-                    sum = V::fma(*weight, group.vector(j), sum);
+            let groups = groups::<V, N>(rows, first + d);
+            match stretch.is_whole() {
+                true => add_vectors::<V, N>(sums.add(d), &groups, weights, 0..Q4_GROUP / LANES),
+                false => {
+                    let vectors = stretch.vector..stretch.vector + stretch.vectors;
+                    add_vectors::<V, N>(sums.add(d), &groups, weights, vectors);
                 }
-                V::store(to, sum);
             }
+        }
+        d += stretch.vectors * LANES;
+    }
+}
+
+/// Adds some vectors of the groups, each times its row's weight, to the sums.
+/// # Safety
+/// There are as many sums.
+#[inline(always)]
+unsafe fn add_vectors<V: Simd, const N: usize>(
+    sums: *mut f32,
+    groups: &[Reader<V>; N],
+    weights: &[V::F; N],
+    vectors: Range<usize>,
+) {
+    for (at, j) in vectors.enumerate() {
+        // SAFETY: the caller's.
+        unsafe {
+            let to = sums.add(at * LANES);
+            let mut sum = V::load(to);
+            for (group, weight) in groups.iter().zip(weights) {
+                sum = V::fma(*weight, group.vector(j), sum);
+            }
+            V::store(to, sum);
         }
     }
 }
