@@ -78,17 +78,6 @@ impl Quantised {
     }
 }
 
-/// Rows of the tile that brings the weights from memory. Three, whose sums fit the registers over 64 columns,
-/// unless that made one tile more of only a few.
-#[inline(always)]
-pub(super) fn lead_rows(rows: usize) -> usize {
-    let tiles = rows.div_ceil(TILE_ROWS);
-    match (2..=4).contains(&tiles) && 1 + rows.saturating_sub(3).div_ceil(TILE_ROWS) > tiles {
-        true => rows.div_ceil(tiles),
-        false => rows.min(3),
-    }
-}
-
 /// Multiplies `rows` (1 to 6) rows of x with the groups at `group`; `tile` says where the sums are and
 /// what to ask for meanwhile.
 /// # Safety

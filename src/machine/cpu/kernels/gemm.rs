@@ -1,6 +1,6 @@
 //! Matrix products with packed weights: how the work is cut and blocked. The inner loop is tile.rs.
 
-use super::codes::{Scale, lead_rows, multiply_codes};
+use super::codes::{Scale, multiply_codes};
 use super::copies::{BlockOfX, PAD, Rows};
 use super::cut::{BLOCK_ROWS, Cut};
 use super::panel::{Bf16, Element, F16, F32, Kept, Narrowed, Pairs, Panel, Q4, Weights, Widened};
@@ -232,16 +232,10 @@ impl<'a> Part<'a> {
             let x = x.codes::<V>(scales, codes);
             for panel in self.panels.clone() {
                 let group = self.panel_at(panel, from);
-                let all = self.rows.len();
-                let lead = lead_rows(all);
-                let count = (all - lead).div_ceil(TILE_ROWS);
-                for t in 0..1 + count {
-                    let begin = |t: usize| match t {
-                        0 => 0,
-                        t => lead + (all - lead) * (t - 1) / count.max(1),
-                    };
-                    let first = begin(t);
-                    let rows = if t == count { all } else { begin(t + 1) } - first;
+                let count = self.rows.len().div_ceil(TILE_ROWS);
+                for t in 0..count {
+                    let first = self.rows.len() * t / count;
+                    let rows = self.rows.len() * (t + 1) / count - first;
                     let mut tile = self.tile(panel, self.rows.start + first, rows, some.clone());
                     tile.ahead.from = group.wrapping_add(AHEAD_BYTES);
                     tile.ahead.step = (t == 0) as usize;
