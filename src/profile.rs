@@ -137,9 +137,9 @@ pub struct GpuLink {
     pub both_directions_pct: f64,
 }
 
-/// One disk figure: (block bytes, depth, bytes per second, spread in percent of the median).
-/// A block is what one call hands to the I/O pool, depth is the pool's threads (it cuts the block
-/// into pieces for them); the rate is that of the whole call, its latency included.
+/// One disk figure: (block bytes, depth, bytes per second, spread in percent of the median). A block is one
+/// request, depth is how many of them one call hands to the I/O pool, which runs several beside each other and
+/// cuts large ones into pieces; the rate is that of the whole call, its latency included.
 pub type DiskPoint = (u64, u32, f64, f64);
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

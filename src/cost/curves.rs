@@ -2,7 +2,7 @@
 //! which measured format stands in for a missing one. Which curve an operation uses is rates.rs.
 
 use crate::dtype::{Arithmetic, Dtype, SMALL_ROWS};
-use crate::profile::{AttentionRates, DiskPoint, GemmCurve, GpuFacts, QuantiseRates};
+use crate::profile::{AttentionRates, GemmCurve, GpuFacts, QuantiseRates};
 use std::collections::BTreeMap;
 
 /// Seconds per weight over M, for one measured shape.
@@ -113,26 +113,6 @@ pub fn rate_at(curve: &[(f64, f64)], block: f64) -> f64 {
     let above = curve.partition_point(|p| p.0 < block).max(1);
     let (a, b) = (curve[above - 1], curve[above]);
     a.1 + (b.1 - a.1) * (block / a.0).ln() / (b.0 / a.0).ln()
-}
-
-pub fn disk_s((latency_s, curve): &(f64, Vec<(f64, f64)>), bytes: f64, block_bytes: f64) -> f64 {
-    if bytes <= 0.0 {
-        return 0.0;
-    }
-    (bytes / rate_at(curve, block_bytes.min(bytes))).max(*latency_s)
-}
-
-/// The best depth of each block size.
-pub fn disk_curve(latency_s: f64, points: &[DiskPoint]) -> (f64, Vec<(f64, f64)>) {
-    let mut best = BTreeMap::<u64, f64>::new();
-    for &(block, _, rate, _) in points {
-        let entry = best.entry(block.max(1)).or_default();
-        *entry = entry.max(rate);
-    }
-    (
-        latency_s,
-        best.iter().map(|(&b, &r)| (b as f64, r)).collect(),
-    )
 }
 
 /// Formats that stand in for one that was not measured, nearest first.

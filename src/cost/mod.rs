@@ -11,6 +11,7 @@ pub mod footprint;
 pub mod layer;
 pub mod locks;
 pub mod rates;
+mod requests;
 mod serial;
 pub mod spill;
 pub mod steps;

@@ -8,11 +8,12 @@
 //! fast as fp32.
 
 use crate::cost::curves::{
-    AttentionCurves, SizeCurves, Widened, attention_curves, disk_curve, disk_s, element_bytes,
-    gemm_curves, gemm_s_per_weight, rate_at, slow_quantise,
+    AttentionCurves, SizeCurves, Widened, attention_curves, element_bytes, gemm_curves,
+    gemm_s_per_weight, rate_at, slow_quantise,
 };
 use crate::cost::footprint::{Buffer, STREAM_CHUNK_BYTES};
 use crate::cost::locks::Unlocked;
+use crate::cost::requests::DiskRequests;
 use crate::dtype::{Arithmetic, Dtype, SMALL_ROWS};
 use crate::policy::DeviceKind;
 use crate::profile::{
@@ -86,9 +87,9 @@ pub struct Rates {
     gpu: Option<ComputeRates>,
     up: LinkRates,
     down: LinkRates,
-    read: (f64, Vec<(f64, f64)>),
-    write_fresh: (f64, Vec<(f64, f64)>),
-    write_over: (f64, Vec<(f64, f64)>),
+    read: DiskRequests,
+    write_fresh: DiskRequests,
+    write_over: DiskRequests,
     /// keeps[small][a][b]: what lane a keeps of its rate while lane b runs, where requests are large or small.
     keeps: [Keeps; 2],
     calibration: BTreeMap<String, f64>,
@@ -125,9 +126,9 @@ impl Rates {
             gpu,
             up,
             down,
-            read: disk_curve(disk.disk_to_cpu.latency_s, &disk.disk_to_cpu.direct),
-            write_fresh: disk_curve(write.latency_s, &write.fresh),
-            write_over: disk_curve(write.latency_s, &write.overwrite),
+            read: DiskRequests::new(disk.disk_to_cpu.latency_s, &disk.disk_to_cpu.direct),
+            write_fresh: DiskRequests::new(write.latency_s, &write.fresh),
+            write_over: DiskRequests::new(write.latency_s, &write.overwrite),
             keeps: contention(profile)?,
             handover_s: profile.cpu.handover_s,
             sampling_bytes_per_s: profile
@@ -321,19 +322,19 @@ impl Rates {
         }
     }
 
-    /// Seconds to read `bytes` in requests of `block_bytes`.
+    /// Seconds of one call that reads `bytes` in requests of `block_bytes`.
     pub fn disk_read_s(&self, bytes: f64, block_bytes: f64) -> f64 {
-        self.calibrated("disk_read", "disk", disk_s(&self.read, bytes, block_bytes))
+        self.calibrated("disk_read", "disk", self.read.seconds(bytes, block_bytes))
     }
 
-    /// Seconds to write `bytes` in requests of `block_bytes`; `fresh` where the file grows.
+    /// Seconds of one call that writes `bytes` in requests of `block_bytes`; `fresh` where the file grows.
     pub fn disk_write_s(&self, bytes: f64, block_bytes: f64, fresh: bool) -> f64 {
-        let curve = if fresh {
+        let way = if fresh {
             &self.write_fresh
         } else {
             &self.write_over
         };
-        self.calibrated("disk_write", "disk", disk_s(curve, bytes, block_bytes))
+        self.calibrated("disk_write", "disk", way.seconds(bytes, block_bytes))
     }
 
     /// Part of its rate that `lane` keeps while all of `others` run; each with the smallness of its requests.

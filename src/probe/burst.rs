@@ -41,7 +41,7 @@ static EXTENT: Extent = Extent {
     reads: &[],
     writes: &[DiskStep {
         block_bytes: WRITE_BYTES,
-        depth: 4,
+        depth: 1,
         repeats: WRITES,
     }],
     window_s: 0.0,

@@ -162,7 +162,7 @@ fn read_step<'a>(disk: &'a DiskArea, memory: &'a mut [u8], small: bool) -> Step<
         }
         let parts = memory[..bytes as usize].chunks_mut(each).enumerate();
         let request = |(n, part)| IoRequest::read(&disk.file, offset + (n * each) as u64, part);
-        disk.pool(4)
+        disk.read_pool()
             .run(&mut parts.map(request).collect::<Vec<_>>())?;
         offset += bytes;
         Ok(Some(bytes as f64))

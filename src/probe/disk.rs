@@ -6,6 +6,7 @@ use super::bench::Bench;
 use super::samples::{Series, tidy};
 use super::scale::DiskStep;
 use crate::machine::disk::{DiskFile, IoPool, IoRequest};
+use crate::machine::threaded::IO_THREADS;
 use crate::profile::{DiskLink, DiskPoint, DiskWriteLink};
 use crate::units::PAGE_BYTES;
 use std::path::Path;
@@ -29,8 +30,7 @@ enum Way {
 /// The disk's measurements.
 pub struct DiskArea {
     pub file: DiskFile,
-    shallow: IoPool,
-    deep: IoPool,
+    readers: IoPool,
     /// The lane of writes has threads of its own beside those of reads.
     writers: IoPool,
     reserved_bytes: u64,
@@ -57,9 +57,8 @@ impl DiskArea {
         let bytes = extent.round_write_bytes() * extent.write_rounds as u64;
         Ok(DiskArea {
             file: DiskFile::create_unlinked(dir, bytes)?,
-            shallow: IoPool::new(1)?,
-            deep: IoPool::new(4)?,
-            writers: IoPool::new(4)?,
+            readers: IoPool::new(IO_THREADS)?,
+            writers: IoPool::new(IO_THREADS)?,
             reserved_bytes: bytes,
             filled_bytes: 0,
             read_at: 0,
@@ -108,7 +107,7 @@ impl DiskArea {
     ) -> Result<u64, ProbeError> {
         let step = self.fresh[place].step;
         let seconds = self.transfer(bench, Way::Write, step, offset)?;
-        let bytes = step.block_bytes * step.repeats;
+        let bytes = step.bytes();
         let points = match pass {
             Pass::Fresh => &mut self.fresh,
             Pass::Overwrite => &mut self.overwrite,
@@ -121,10 +120,10 @@ impl DiskArea {
         let step = self.reads[place].step;
         let once = DiskStep { repeats: 1, ..step };
         let (mut seconds, mut bytes) = (0.0, 0);
-        while bytes < step.block_bytes * step.repeats && seconds < LONG_S {
-            let offset = self.next_read(step.block_bytes);
+        while bytes < step.bytes() && seconds < LONG_S {
+            let offset = self.next_read(once.bytes());
             seconds += self.transfer(bench, Way::Read, once, offset)?;
-            bytes += step.block_bytes;
+            bytes += once.bytes();
         }
         self.reads[place].bytes_per_s.push(bytes as f64 / seconds);
         Ok(())
@@ -140,7 +139,7 @@ impl DiskArea {
         offset
     }
 
-    /// Seconds of a step's requests, one pool call each.
+    /// Seconds of a step's calls.
     fn transfer(
         &self,
         bench: &mut Bench,
@@ -149,25 +148,30 @@ impl DiskArea {
         offset: u64,
     ) -> Result<f64, ProbeError> {
         bench.check_stop()?;
-        let pool = self.pool(step.depth);
-        let place = bench.rotate_pages(step.block_bytes as usize);
-        let buffer = &mut bench.arena[place..place + step.block_bytes as usize];
+        let pool = match way {
+            Way::Read => &self.readers,
+            Way::Write => &self.writers,
+        };
+        let (call, each) = (step.call_bytes(), step.block_bytes as usize);
+        let place = bench.rotate_pages(call as usize);
+        let memory = &mut bench.arena[place..place + call as usize];
         let begin = Instant::now();
         for repeat in 0..step.repeats {
-            let at = offset + repeat * step.block_bytes;
-            pool.run(&mut [match way {
-                Way::Read => IoRequest::read(&self.file, at, buffer),
-                Way::Write => IoRequest::write(&self.file, at, buffer),
-            }])?;
+            let parts = memory.chunks_mut(each).enumerate();
+            let request = |(n, part)| {
+                let at = offset + repeat * call + (n * each) as u64;
+                match way {
+                    Way::Read => IoRequest::read(&self.file, at, part),
+                    Way::Write => IoRequest::write(&self.file, at, part),
+                }
+            };
+            pool.run(&mut parts.map(request).collect::<Vec<_>>())?;
         }
         Ok(begin.elapsed().as_secs_f64())
     }
 
-    pub fn pool(&self, depth: u32) -> &IoPool {
-        match depth {
-            1 => &self.shallow,
-            _ => &self.deep,
-        }
+    pub fn read_pool(&self) -> &IoPool {
+        &self.readers
     }
 
     pub fn write_pool(&self) -> &IoPool {

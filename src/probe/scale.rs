@@ -1,7 +1,7 @@
 //! How much is measured: grids, repetitions and sizes of a full probe and of a quick one.
 //! A quick probe measures the same things by the same code, less often and on smaller data.
 
-use crate::units::{GIB, MIB};
+use crate::units::{GIB, MIB, PAGE_BYTES};
 
 /// How thorough a probe is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,12 +14,22 @@ pub enum ProbeScale {
 /// No probe writes more than this, in all.
 pub const MAX_WRITTEN_BYTES: u64 = 2 * GIB;
 
-/// A transfer handed to the I/O pool in one call, and how often it is repeated for one sample.
+/// So many requests handed to the I/O pool in one call, and how often that is repeated for one sample.
 #[derive(Clone, Copy, Debug)]
 pub struct DiskStep {
     pub block_bytes: u64,
     pub depth: u32,
     pub repeats: u64,
+}
+
+impl DiskStep {
+    pub fn call_bytes(&self) -> u64 {
+        self.block_bytes * u64::from(self.depth)
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.call_bytes() * self.repeats
+    }
 }
 
 /// The extent of one probe.
@@ -63,7 +73,6 @@ const fn step(block_bytes: u64, depth: u32, repeats: u64) -> DiskStep {
 
 const KIB_256: u64 = MIB / 4;
 const KIB_64: u64 = MIB / 16;
-const KIB_8: u64 = MIB / 128;
 
 static FULL: Extent = Extent {
     rounds: 6,
@@ -81,31 +90,36 @@ static FULL: Extent = Extent {
         (8192, 2048),
     ],
     sample_s: 0.008,
+    // One large request is cut into pieces that run beside each other; small ones do when several come together.
     reads: &[
-        step(64 * MIB, 4, 4),
-        step(16 * MIB, 4, 12),
-        step(4 * MIB, 4, 32),
-        step(MIB, 4, 64),
-        step(KIB_256, 4, 128),
         step(64 * MIB, 1, 4),
         step(16 * MIB, 1, 12),
         step(4 * MIB, 1, 32),
         step(MIB, 1, 64),
-        step(KIB_256, 1, 128),
-        step(KIB_64, 4, 64),
-        step(KIB_8, 4, 64),
+        step(MIB, 4, 16),
+        step(KIB_256, 1, 96),
+        step(KIB_256, 4, 24),
+        step(KIB_64, 1, 64),
+        step(KIB_64, 4, 24),
+        step(KIB_64, 16, 8),
+        step(PAGE_BYTES, 1, 64),
+        step(PAGE_BYTES, 4, 32),
+        step(PAGE_BYTES, 16, 16),
     ],
     writes: &[
-        step(64 * MIB, 4, 1),
-        step(16 * MIB, 4, 1),
-        step(4 * MIB, 4, 4),
-        step(MIB, 4, 8),
-        step(4 * MIB, 1, 2),
-        step(MIB, 1, 4),
+        step(64 * MIB, 1, 1),
+        step(16 * MIB, 1, 1),
+        step(4 * MIB, 1, 4),
+        step(MIB, 1, 8),
+        step(MIB, 4, 2),
         step(KIB_256, 1, 16),
-        step(KIB_256, 4, 16),
-        step(KIB_64, 4, 16),
-        step(KIB_8, 4, 16),
+        step(KIB_256, 4, 4),
+        step(KIB_64, 1, 16),
+        step(KIB_64, 4, 8),
+        step(KIB_64, 16, 4),
+        step(PAGE_BYTES, 1, 32),
+        step(PAGE_BYTES, 4, 16),
+        step(PAGE_BYTES, 16, 8),
     ],
     window_s: 0.15,
     window_write_bytes: 72 * MIB,
@@ -124,8 +138,8 @@ static QUICK: Extent = Extent {
     gemm_rows: &[1, 8],
     gemm_shapes: &[(512, 1024)],
     sample_s: 0.0005,
-    reads: &[step(4 * MIB, 4, 1), step(MIB, 1, 2)],
-    writes: &[step(4 * MIB, 4, 1), step(MIB, 1, 2)],
+    reads: &[step(4 * MIB, 1, 1), step(MIB, 4, 1)],
+    writes: &[step(4 * MIB, 1, 1), step(MIB, 4, 1)],
     window_s: 0.01,
     window_write_bytes: 4 * MIB,
     small_write_bytes: MIB,
@@ -151,7 +165,7 @@ impl Extent {
 
     /// Bytes that the writing steps cover in one round.
     pub fn round_write_bytes(&self) -> u64 {
-        self.writes.iter().map(|s| s.block_bytes * s.repeats).sum()
+        self.writes.iter().map(DiskStep::bytes).sum()
     }
 }
 
@@ -177,7 +191,7 @@ mod tests {
             let steps = extent.reads.iter().chain(extent.writes);
             assert!(
                 steps
-                    .map(|s| s.block_bytes)
+                    .map(DiskStep::call_bytes)
                     .all(|b| b <= extent.arena_bytes / 2)
             );
             let largest = extent
