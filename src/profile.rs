@@ -26,6 +26,8 @@ pub enum ProfileError {
 pub const LARGE_REQUEST_BYTES: f64 = 8.0 * 1024.0 * 1024.0;
 pub const SMALL_REQUEST_BYTES: f64 = 32.0 * 1024.0;
 pub const SMALL_SUFFIX: &str = "_small";
+/// Behind a compute lane's name in [contention], where its products wait for memory instead of arithmetic.
+pub const MEMORY_SUFFIX: &str = "_memory";
 
 /// The rates and totals of one machine (schema.md, profiles/NAME.toml).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -39,7 +41,8 @@ pub struct HardwareProfile {
     pub links: Links,
     pub cpu: CpuFacts,
     /// What a lane keeps of its rate while another runs: "cpu_compute+disk_to_cpu" = [first, second], and
-    /// "cpu_compute+disk_to_cpu_small" where the disk lane's requests are small: they cost the processor more.
+    /// "cpu_compute+disk_to_cpu_small" where the disk lane's requests are small: they cost the processor more;
+    /// "cpu_compute_memory+disk_to_cpu" where products are bound by memory, which the disk's bytes pass, too.
     #[serde(default)]
     pub contention: BTreeMap<String, [f64; 2]>,
     /// Written only by `calibrate`.

@@ -165,7 +165,7 @@ fn pair_rows(rates: &Rates, work: &Work) -> Vec<Row> {
     let busy = Lane::ALL
         .into_iter()
         .filter(|&lane| !work.lanes[lane].is_zero());
-    let busy: Vec<(Lane, f64)> = busy.map(|lane| (lane, work.smallness(lane))).collect();
+    let busy: Vec<(Lane, f64)> = busy.map(|lane| (lane, work.hardness(lane))).collect();
     for &first in &busy {
         for &second in &busy {
             let (a, b) = (first.0, second.0);

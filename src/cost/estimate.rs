@@ -172,11 +172,11 @@ fn busy_lanes(
     if !overlap {
         return busy;
     }
-    let small = |lane: Lane| (lane, segment.smallness[lane]);
+    let hard = |lane: Lane| (lane, segment.hardness[lane]);
     for lane in Lane::ALL {
         for other in Lane::ALL.into_iter().filter(|&o| o != lane) {
-            let keep = rates.keep(small(lane), &[small(other)]);
-            let others = rates.keep(small(other), &[small(lane)]);
+            let keep = rates.keep(hard(lane), &[hard(other)]);
+            let others = rates.keep(hard(other), &[hard(lane)]);
             let together_s = (own[lane] / keep).min(own[other] / others);
             busy[lane] += together_s * (1.0 - keep);
         }

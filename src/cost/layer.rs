@@ -271,6 +271,8 @@ impl<'a> LayerBuilder<'a> {
             of.coef[index] += seconds;
             if beside || self.on_dram() {
                 work.dram_bytes.coef[index] += passes * bytes;
+                let hard_s = passes * bytes / self.rates.dram_read_bytes_per_s;
+                work.hard[lane].coef[index] += hard_s.min(seconds);
             }
         }
         if self.at.is_none() {
@@ -347,7 +349,7 @@ impl<'a> LayerBuilder<'a> {
             };
             let read_s = pieces.count * self.rates.disk_read_s(span, span) / part;
             work.lanes.disk_to_cpu.coef[index] += read_s;
-            work.small.disk_to_cpu.coef[index] += read_s * smallness(span);
+            work.hard.disk_to_cpu.coef[index] += read_s * smallness(span);
             work.streams.disk_to_cpu.coef[index] += read_s;
             work.bytes.disk_to_cpu.coef[index] += pieces.count * span / part;
             work.dram_bytes.coef[index] += bytes;
@@ -421,7 +423,12 @@ impl<'a> LayerBuilder<'a> {
             }
             work.lanes[lane].coef[index] += seconds;
             if away || self.on_dram() {
-                work.dram_bytes.coef[index] += self.kv_bytes(step);
+                let bytes = self.kv_bytes(step);
+                work.dram_bytes.coef[index] += bytes;
+                if step.phase == Phase::Decode {
+                    let hard_s = bytes / self.rates.dram_read_bytes_per_s;
+                    work.hard[lane].coef[index] += hard_s.min(seconds);
+                }
             }
             if away {
                 work.beside.cpu_compute.coef[index] += seconds;

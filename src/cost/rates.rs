@@ -17,7 +17,8 @@ use crate::cost::requests::DiskRequests;
 use crate::dtype::{Arithmetic, Dtype, SMALL_ROWS};
 use crate::policy::DeviceKind;
 use crate::profile::{
-    GpuLink, HardwareProfile, LARGE_REQUEST_BYTES, QuantiseRates, SMALL_REQUEST_BYTES, SMALL_SUFFIX,
+    GpuLink, HardwareProfile, LARGE_REQUEST_BYTES, MEMORY_SUFFIX, QuantiseRates,
+    SMALL_REQUEST_BYTES, SMALL_SUFFIX,
 };
 use crate::tier::{Lane, Tier};
 use std::collections::BTreeMap;
@@ -90,8 +91,9 @@ pub struct Rates {
     read: DiskRequests,
     write_fresh: DiskRequests,
     write_over: DiskRequests,
-    /// keeps[small][a][b]: what lane a keeps of its rate while lane b runs, where requests are large or small.
-    keeps: [Keeps; 2],
+    /// keeps[memory][small][a][b]: what lane a keeps of its rate while lane b runs, where products are bound by
+    /// arithmetic or by memory, and requests are large or small.
+    keeps: [[Keeps; 2]; 2],
     calibration: BTreeMap<String, f64>,
     /// Seconds until an idle lane begins what it waited for.
     pub handover_s: f64,
@@ -337,16 +339,32 @@ impl Rates {
         self.calibrated("disk_write", "disk", way.seconds(bytes, block_bytes))
     }
 
-    /// Part of its rate that `lane` keeps while all of `others` run; each with the smallness of its requests.
-    pub fn keep(&self, (lane, small): (Lane, f64), others: &[(Lane, f64)]) -> f64 {
-        let beside = others.iter().filter(|other| other.0 != lane);
-        let kept = |&(other, others_small): &(Lane, f64)| {
-            let part = small.max(others_small);
-            let [large, small] = &self.keeps;
-            let of = |keeps: &Keeps| keeps[lane as usize][other as usize];
-            of(large) * (1.0 - part) + of(small) * part
+    /// The part of `seconds` of a computation in DRAM in which memory would deliver `bytes` at its full rate.
+    pub fn memory_part(&self, bytes: f64, seconds: f64) -> f64 {
+        (bytes / self.dram_read_bytes_per_s / seconds.max(1e-12)).min(1.0)
+    }
+
+    /// Part of its rate that `lane` keeps while all of `others` run. Each comes with what makes it hard on others:
+    /// of a disk lane the smallness of its requests, of the CPU's computing its `memory_part`.
+    pub fn keep(&self, lane: (Lane, f64), others: &[(Lane, f64)]) -> f64 {
+        let beside = others.iter().filter(|other| other.0 != lane.0);
+        beside.map(|&other| self.kept(lane, other)).product()
+    }
+
+    fn kept(&self, lane: (Lane, f64), other: (Lane, f64)) -> f64 {
+        let hard = |computes: bool| {
+            let of = [lane, other].map(|l| match (l.0 == Lane::CpuCompute) == computes {
+                true => l.1,
+                false => 0.0,
+            });
+            of[0].max(of[1])
         };
-        beside.map(kept).product()
+        let at = |keeps: &Keeps| keeps[lane.0 as usize][other.0 as usize];
+        let mixed =
+            |[large, small]: &[Keeps; 2], part: f64| at(large) * (1.0 - part) + at(small) * part;
+        let (memory, small) = (hard(true), hard(false));
+        let [arithmetic, bound] = &self.keeps;
+        mixed(arithmetic, small) * (1.0 - memory) + mixed(bound, small) * memory
     }
 
     /// Fresh 4-bit (or copied native) weight bytes packed per second, by one CPU.
@@ -435,46 +453,50 @@ fn links(
     Ok((up, link(&profile.links.gpu_to_cpu, "gpu_to_cpu")?))
 }
 
-fn contention(profile: &HardwareProfile) -> Result<[Keeps; 2], RatesError> {
-    let (is_small, large): (Vec<_>, Vec<_>) = (profile.contention.iter())
-        .map(|(pair, &kept)| (pair.as_str(), kept))
-        .partition(|(pair, _)| pair.ends_with(SMALL_SUFFIX));
+fn contention(profile: &HardwareProfile) -> Result<[[Keeps; 2]; 2], RatesError> {
     let mut keeps = [[1.0; 6]; 6];
     // One device: where nobody measured more, reads and writes share its time.
     let (read, write) = (Lane::DiskToCpu as usize, Lane::CpuToDisk as usize);
     keeps[read][write] = 0.5;
     keeps[write][read] = 0.5;
-    enter_pairs(&mut keeps, &large, &profile.machine.name)?;
     if let (Some(up), Some(down)) = (&profile.links.cpu_to_gpu, &profile.links.gpu_to_cpu) {
         let (u, d) = (Lane::CpuToGpu as usize, Lane::GpuToCpu as usize);
         keeps[u][d] = (up.both_directions_pct / 100.0).clamp(0.05, 1.0);
         keeps[d][u] = (down.both_directions_pct / 100.0).clamp(0.05, 1.0);
     }
-    let mut small = keeps;
-    enter_pairs(&mut small, &is_small, &profile.machine.name)?;
-    Ok([keeps, small])
+    let entered = |mut keeps: Keeps, memory: bool, small: bool| {
+        enter_pairs(&mut keeps, profile, (memory, small)).map(|()| keeps)
+    };
+    // What was not measured is as where it is easier.
+    let large = entered(keeps, false, false)?;
+    let small = entered(large, false, true)?;
+    let bound = entered(large, true, false)?;
+    let both = entered(entered(bound, false, true)?, true, true)?;
+    Ok([[large, small], [bound, both]])
 }
 
-/// Enters what was measured of pairs of lanes.
+/// Enters what was measured of pairs of lanes, of one kind of products and of requests.
 fn enter_pairs(
     keeps: &mut Keeps,
-    pairs: &[(&str, [f64; 2])],
-    profile: &str,
+    profile: &HardwareProfile,
+    kind: (bool, bool),
 ) -> Result<(), RatesError> {
     let lane = |name: &str| Lane::ALL.into_iter().find(|l| l.name() == name);
-    for &(pair, [first, second]) in pairs {
-        let lanes = pair
-            .trim_end_matches(SMALL_SUFFIX)
-            .split_once('+')
-            .and_then(|(a, b)| Some((lane(a)?, lane(b)?)));
+    for (pair, &[first, second]) in &profile.contention {
+        let (a, b) = pair.split_once('+').unwrap_or((pair, ""));
+        let found = (a.ends_with(MEMORY_SUFFIX), b.ends_with(SMALL_SUFFIX));
+        let a = lane(a.trim_end_matches(MEMORY_SUFFIX));
+        let lanes = a.zip(lane(b.trim_end_matches(SMALL_SUFFIX)));
         let Some((a, b)) = lanes else {
             return Err(RatesError::Contention {
-                profile: profile.to_owned(),
-                pair: pair.to_owned(),
+                profile: profile.machine.name.clone(),
+                pair: pair.clone(),
             });
         };
-        keeps[a as usize][b as usize] = first.min(1.0);
-        keeps[b as usize][a as usize] = second.min(1.0);
+        if found == kind {
+            keeps[a as usize][b as usize] = first.min(1.0);
+            keeps[b as usize][a as usize] = second.min(1.0);
+        }
     }
     Ok(())
 }

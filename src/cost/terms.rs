@@ -82,8 +82,8 @@ pub struct Segment {
     pub times: f64,
     pub lanes: PerLane<Affine>,
     pub bytes: PerLane<Affine>,
-    /// How small each lane's requests are on average.
-    pub smallness: PerLane<f64>,
+    /// How hard each lane is on others on average (rates.rs).
+    pub hardness: PerLane<f64>,
     /// The time of the segment is the largest of these.
     pub rows: Vec<Row>,
 }
@@ -117,17 +117,17 @@ pub struct Work {
     pub streams: PerLane<Affine>,
     pub cache: PerLane<Affine>,
     pub hidden: PerLane<Affine>,
-    /// The lanes' seconds times how small their requests are.
-    pub small: PerLane<Affine>,
+    /// The lanes' seconds times how hard they are on others.
+    pub hard: PerLane<Affine>,
 }
 
 impl Work {
-    /// How small a lane's requests are on average, at equal shares.
-    pub(super) fn smallness(&self, lane: Lane) -> f64 {
+    /// How hard a lane is on others on average, at equal shares.
+    pub(super) fn hardness(&self, lane: Lane) -> f64 {
         let sum = |affine: &Affine| affine.constant + affine.coef.iter().sum::<f64>();
         let all = sum(&self.lanes[lane]);
         if all > 0.0 {
-            sum(&self.small[lane]) / all
+            (sum(&self.hard[lane]) / all).min(1.0)
         } else {
             0.0
         }
@@ -231,15 +231,15 @@ fn segment(input: &TermInput, (place, times): (Place, f64), work: Work) -> Segme
         _ if !input.policy.overlap => serial_rows(input, &place, &work),
         _ => parallel_rows(input, &place, &work),
     };
-    let mut smallness = PerLane::default();
+    let mut hardness = PerLane::default();
     Lane::ALL
         .iter()
-        .for_each(|&lane| smallness[lane] = work.smallness(lane));
+        .for_each(|&lane| hardness[lane] = work.hardness(lane));
     Segment {
         phase: step.phase,
         part,
         times,
-        smallness,
+        hardness,
         lanes: work.lanes,
         bytes: work.bytes,
         rows: undominated(rows),

@@ -120,7 +120,7 @@ impl LayerBuilder<'_> {
         };
         let seconds = count * one_s / part;
         work.lanes[lane].coef[home] += seconds;
-        work.small[lane].coef[home] += seconds * smallness(bytes);
+        work.hard[lane].coef[home] += seconds * smallness(bytes);
         work.bytes[lane].coef[home] += count * n * bytes;
         work.dram_bytes.coef[home] += count * n * bytes;
     }
@@ -189,7 +189,7 @@ impl LayerBuilder<'_> {
         let read_s = self.rates.disk_read_s(bytes, run);
         for home in [WeightHome::DiskShip, WeightHome::DiskCompute] {
             work.lanes.disk_to_cpu.coef[home as usize] += read_s;
-            work.small.disk_to_cpu.coef[home as usize] += read_s * smallness(run);
+            work.hard.disk_to_cpu.coef[home as usize] += read_s * smallness(run);
             work.bytes.disk_to_cpu.coef[home as usize] += bytes;
             work.dram_bytes.coef[home as usize] += bytes;
         }

@@ -119,18 +119,35 @@ impl Pricer {
         self.rates.sampling_s(VALUE_BYTES * logits as f64)
     }
 
-    /// How small the requests of a disk lane's operation are (rates.rs); 0 on other lanes.
-    pub fn smallness(&self, op: &Op) -> f64 {
+    /// How hard an operation of so many seconds is on others: of disks how small its requests are, of the CPU how
+    /// much of its time memory is at work; 0 on other lanes.
+    pub fn hardness(&self, (lane, work_s): (Lane, f64), op: &Op) -> f64 {
         match op {
             Op::Read(spans) | Op::Write(spans) => {
                 smallness(op.bytes() as f64 / spans.len().max(1) as f64)
+            }
+            Op::Compute(compute) if lane == Lane::CpuCompute => {
+                self.rates.memory_part(read_bytes(compute), work_s)
             }
             _ => 0.0,
         }
     }
 
-    /// What `lane` keeps of its rate while the `active` lanes run; each with its smallness.
+    /// What `lane` keeps of its rate while the `active` lanes run; each with its hardness.
     pub fn keep(&self, lane: (Lane, f64), active: &[(Lane, f64)]) -> f64 {
         self.rates.keep(lane, active)
+    }
+}
+
+/// Weights and cached tokens that a computation reads once; prompts look at theirs again and again.
+fn read_bytes(compute: &Compute) -> f64 {
+    match compute {
+        Compute::Gemm(g) => g.format.row_bytes(g.inputs) as f64 * g.rows as f64,
+        Compute::Attend(a) => {
+            let decoded = a.items.iter().filter(|item| item.decode);
+            let tokens: usize = decoded.map(|item| item.past + item.rows).sum();
+            2.0 * a.format.row_bytes(a.hidden) as f64 * tokens as f64
+        }
+        _ => 0.0,
     }
 }

@@ -20,8 +20,8 @@ struct Task {
     work_s: f64,
     busy_s: f64,
     bytes: u64,
-    /// How small its requests are.
-    smallness: f64,
+    /// How hard it is on others.
+    hardness: f64,
     after: Fences,
     phase: Phase,
 }
@@ -89,8 +89,8 @@ impl VirtualMachine {
             match begins_s[lane] {
                 Some(at_s) if at_s > self.now_s => dt_s = dt_s.min(at_s - self.now_s),
                 Some(_) => {
-                    let small = self.queues[lane].front().map_or(0.0, |task| task.smallness);
-                    running[count] = (lane, small);
+                    let hard = self.queues[lane].front().map_or(0.0, |task| task.hardness);
+                    running[count] = (lane, hard);
                     count += 1;
                 }
                 None => {}
@@ -137,14 +137,14 @@ impl Machine for VirtualMachine {
     fn submit(&mut self, lane: Lane, op: Op, after: &Fences) -> Fence {
         let work_s = self.pricer.seconds(lane, &op);
         let (after, phase, bytes) = (*after, self.phase, op.bytes());
-        let smallness = self.pricer.smallness(&op);
+        let hardness = self.pricer.hardness((lane, work_s), &op);
         self.queues[lane].push_back(Task {
             begins_s: None,
             left_s: work_s,
             work_s,
             busy_s: 0.0,
             bytes,
-            smallness,
+            hardness,
             after,
             phase,
         });

@@ -44,6 +44,8 @@ static EXTENT: Extent = Extent {
         depth: 1,
         repeats: WRITES,
     }],
+    race_shape: SHAPES[1],
+    race_rows: [1, 1],
     window_s: 0.0,
     window_write_bytes: 0,
     small_write_bytes: 0,

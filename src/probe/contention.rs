@@ -7,7 +7,7 @@ use super::disk::DiskArea;
 use super::products::product_step;
 use super::samples::Series;
 use crate::machine::disk::{DiskError, IoRequest};
-use crate::profile::{LARGE_REQUEST_BYTES, SMALL_REQUEST_BYTES, SMALL_SUFFIX};
+use crate::profile::{LARGE_REQUEST_BYTES, MEMORY_SUFFIX, SMALL_REQUEST_BYTES, SMALL_SUFFIX};
 use crate::tier::Lane;
 use crate::units::MIB;
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,16 +20,25 @@ const REQUEST_BYTES: u64 = LARGE_REQUEST_BYTES as u64;
 const SMALL_BYTES: u64 = SMALL_REQUEST_BYTES as u64;
 const SMALL_TOGETHER: usize = 4;
 
-/// A lane, and whether its requests are small.
+/// A lane, and whether it is hard on others: its requests are small, its products are bound by memory.
 type Kind = (Lane, bool);
 
 const COMPUTE: Kind = (Lane::CpuCompute, false);
-const PAIRS: [(Kind, Kind); 5] = [
-    (COMPUTE, (Lane::DiskToCpu, false)),
-    (COMPUTE, (Lane::CpuToDisk, false)),
-    ((Lane::DiskToCpu, false), (Lane::CpuToDisk, false)),
-    (COMPUTE, (Lane::DiskToCpu, true)),
-    (COMPUTE, (Lane::CpuToDisk, true)),
+const MEMORY: Kind = (Lane::CpuCompute, true);
+const READ: Kind = (Lane::DiskToCpu, false);
+const WRITE: Kind = (Lane::CpuToDisk, false);
+const SMALL_READ: Kind = (Lane::DiskToCpu, true);
+const SMALL_WRITE: Kind = (Lane::CpuToDisk, true);
+const PAIRS: [(Kind, Kind); 9] = [
+    (COMPUTE, READ),
+    (COMPUTE, WRITE),
+    (READ, WRITE),
+    (COMPUTE, SMALL_READ),
+    (COMPUTE, SMALL_WRITE),
+    (MEMORY, READ),
+    (MEMORY, WRITE),
+    (MEMORY, SMALL_READ),
+    (MEMORY, SMALL_WRITE),
 ];
 
 /// What is done in one step; returns the work done (bytes or FLOP), `None` when its quota is used up.
@@ -58,8 +67,7 @@ impl ContentionArea {
         Ok(())
     }
 
-    /// "cpu_compute+disk_to_cpu" = what each keeps of its rate, "cpu_compute+disk_to_cpu_small" the same where
-    /// requests are small. A lane gains nothing by company: what noise adds is cut off.
+    /// "cpu_compute+disk_to_cpu" = what each keeps of its rate, by kind (profile.rs). A lane gains nothing by company: what noise adds is cut off.
     pub fn shares(&self) -> BTreeMap<String, [f64; 2]> {
         let mut shares = BTreeMap::new();
         for ((first, second), rates) in PAIRS.iter().zip(&self.together) {
@@ -67,9 +75,7 @@ impl ContentionArea {
                 .kept(*first, &rates.0)
                 .zip(self.kept(*second, &rates.1));
             if let Some((a, b)) = kept {
-                let small = if second.1 { SMALL_SUFFIX } else { "" };
-                let pair = format!("{}+{}{small}", first.0.name(), second.0.name());
-                shares.insert(pair, [a, b]);
+                shares.insert(format!("{}+{}", name(*first), name(*second)), [a, b]);
             }
         }
         shares
@@ -80,6 +86,15 @@ impl ContentionArea {
         let share = together.median()? / alone;
         Some((share.clamp(0.01, 1.0) * 1000.0).round() / 1000.0)
     }
+}
+
+fn name(lane: Kind) -> String {
+    let suffix = match lane {
+        (_, false) => "",
+        (Lane::CpuCompute, true) => MEMORY_SUFFIX,
+        (_, true) => SMALL_SUFFIX,
+    };
+    format!("{}{suffix}", lane.0.name())
 }
 
 fn run_alone(bench: &mut Bench, disk: &DiskArea, lane: Kind) -> Result<f64, ProbeError> {
@@ -126,9 +141,12 @@ fn steps<'a>(
         let memory = halves[place].take();
         place += 1;
         match (lane?, memory?) {
-            ((Lane::CpuCompute, _), memory) => {
+            ((Lane::CpuCompute, memory_bound), memory) => {
                 let task = (&bench.pool, bench.isa);
-                Some(product_step(task, memory, (inputs, outputs.take()?)))
+                let rows = bench.extent.race_rows[usize::from(!memory_bound)];
+                let product = (rows, bench.extent.race_shape);
+                let step = product_step(task, memory, (inputs, outputs.take()?), product);
+                Some(step)
             }
             ((Lane::DiskToCpu, small), memory) => Some(read_step(disk, memory, small)),
             ((_, small), memory) => {

@@ -50,17 +50,14 @@ fn multiply(
     gemm(pool, isa, args);
 }
 
-/// A step of the compute lane for races with the disk: a decode of 32 sequences over fp16 weights,
-/// heavy on memory and on arithmetic alike. Returns FLOP.
+/// A step of the compute lane for races with the disk: fp16 weights times so many rows. Returns FLOP.
 pub fn product_step<'a>(
     (pool, isa): (&'a Pool, Isa),
     memory: &'a [u8],
     (inputs, outputs): (&'a AlignedBuffer, &'a mut AlignedBuffer),
+    (rows, shape): (usize, (usize, usize)),
 ) -> Box<dyn FnMut() -> Result<Option<f64>, DiskError> + Send + 'a> {
-    const ROWS: usize = 32;
-    const WIDTH: usize = 512;
-    const OUTPUTS: usize = 2048;
-    let bytes = panels(OUTPUTS) * Dtype::F16.panel_bytes(WIDTH) as usize;
+    let bytes = panels(shape.1) * Dtype::F16.panel_bytes(shape.0) as usize;
     let mut begin = 0;
     Box::new(move || {
         if begin + bytes > memory.len() {
@@ -68,9 +65,9 @@ pub fn product_step<'a>(
         }
         let weights = &memory[begin..begin + bytes];
         let operands = (inputs.as_slice_of(), weights, outputs.as_mut_slice_of());
-        let product = (Dtype::F16, Arithmetic::Fp32, ROWS);
-        multiply((pool, isa), operands, product, (WIDTH, OUTPUTS));
+        let product = (Dtype::F16, Arithmetic::Fp32, rows);
+        multiply((pool, isa), operands, product, shape);
         begin += bytes;
-        Ok(Some(2.0 * (ROWS * WIDTH * OUTPUTS) as f64))
+        Ok(Some(2.0 * (rows * shape.0 * shape.1) as f64))
     })
 }
