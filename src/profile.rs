@@ -184,6 +184,12 @@ pub struct CpuFacts {
     /// Bytes of activations that row-wise operations (norms, residual adds) pass per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rowwise_bytes_per_s: Option<f64>,
+    /// Bytes of fp32 keys and values that are put into a 16-bit cache per second, and seconds that a call takes
+    /// besides: rows are few and lie apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub append_bytes_per_s: Option<f64>,
+    #[serde(default)]
+    pub append_call_s: f64,
     pub gemm: BTreeMap<String, GemmCurve>,
     pub attention: BTreeMap<String, AttentionRates>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -289,6 +295,8 @@ impl HardwareProfile {
             rates.extend(points.iter().map(|p| (key.to_owned(), p.2)));
         }
         collect_compute("cpu", &self.cpu.gemm, &self.cpu.attention, &mut rates)?;
+        let append = self.cpu.append_bytes_per_s;
+        rates.extend(append.map(|rate| ("cpu.append_bytes_per_s".to_owned(), rate)));
         if let Some(gpu) = &self.gpu {
             collect_compute("gpu", &gpu.gemm, &gpu.attention, &mut rates)?;
             rates.push(("gpu.total_bytes".to_owned(), gpu.total_bytes as f64));
@@ -329,6 +337,7 @@ impl HardwareProfile {
         let mut delays_s = vec![
             ("cpu.launch_s".to_owned(), self.cpu.launch_s),
             ("cpu.handover_s".to_owned(), self.cpu.handover_s),
+            ("cpu.append_call_s".to_owned(), self.cpu.append_call_s),
         ];
         let mut calls = |device: &str, attention: &BTreeMap<String, AttentionRates>| {
             let key = |format| format!("{device}.attention.{format}.decode_call_s");

@@ -441,7 +441,8 @@ impl<'a> LayerBuilder<'a> {
 
     /// What a chunk's attention takes however little it looks at.
     fn attention_call_s(&self, phase: Phase, tier: Tier) -> f64 {
-        let launches_s = ATTENTION_LAUNCHES * self.rates.launch_s(tier);
+        let launches_s =
+            ATTENTION_LAUNCHES * self.rates.launch_s(tier) + self.rates.append_call_s(tier);
         match phase {
             Phase::Prefill => launches_s,
             Phase::Decode => launches_s + self.rates.decode_call_s(tier, self.policy.kv_format()),

@@ -57,6 +57,8 @@ struct ComputeRates {
     attention: [AttentionCurves; 4],
     memory_bytes_per_s: f64,
     rowwise_bytes_per_s: f64,
+    append_bytes_per_s: f64,
+    append_call_s: f64,
     quantise: QuantiseRates,
     launch_s: f64,
 }
@@ -269,9 +271,14 @@ impl Rates {
         let rates = self.on(on);
         let per_s = match format {
             Dtype::Q4 => rates.quantise.append_bytes_per_s,
-            _ => rates.rowwise_bytes_per_s,
+            _ => rates.append_bytes_per_s,
         };
         self.calibrated("append", on.name(), value_bytes / per_s)
+    }
+
+    /// Seconds of a call that appends, besides its launch and its bytes.
+    pub fn append_call_s(&self, on: Tier) -> f64 {
+        self.calibrated("append", on.name(), self.on(on).append_call_s)
     }
 
     /// Seconds in which the host draws a token from `bytes` of logits.
@@ -395,6 +402,8 @@ fn cpu_rates(profile: &HardwareProfile, slow: f64) -> Result<ComputeRates, Rates
         attention: attention.ok_or_else(|| missing(profile, "cpu.attention table"))?,
         memory_bytes_per_s: cpu.dram_read_bytes_per_s,
         rowwise_bytes_per_s: rowwise / slow,
+        append_bytes_per_s: cpu.append_bytes_per_s.unwrap_or(rowwise) / slow,
+        append_call_s: cpu.append_call_s,
         quantise,
         launch_s: cpu.launch_s,
     })
@@ -412,6 +421,8 @@ fn gpu_rates(profile: &HardwareProfile) -> Result<ComputeRates, RatesError> {
         attention: attention.ok_or_else(|| missing(profile, "gpu.attention table"))?,
         memory_bytes_per_s: gpu.copy_bytes_per_s,
         rowwise_bytes_per_s: gpu.copy_bytes_per_s,
+        append_bytes_per_s: gpu.copy_bytes_per_s,
+        append_call_s: 0.0,
         quantise: gpu.quantise.unwrap_or(slow_quantise(gpu.copy_bytes_per_s)),
         launch_s: gpu.launch_s,
     })

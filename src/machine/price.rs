@@ -68,11 +68,8 @@ impl Pricer {
 
     fn append_s(&self, on: Tier, attention: &Attention) -> f64 {
         let rows: usize = attention.items.iter().map(|i| i.rows).sum();
-        self.rates.append_s(
-            on,
-            attention.format,
-            2.0 * VALUE_BYTES * (rows * attention.hidden) as f64,
-        )
+        let bytes = 2.0 * VALUE_BYTES * (rows * attention.hidden) as f64;
+        self.rates.append_call_s(on) + self.rates.append_s(on, attention.format, bytes)
     }
 
     /// One-token rows by the bytes of keys and values they read, prompt rows by their FLOP.

@@ -97,6 +97,7 @@ fn faster_cpu(profile: &mut HardwareProfile, factor: f64) {
     cpu.dram_read_bytes_per_s *= factor;
     cpu.dram_copy_bytes_per_s *= factor;
     cpu.rowwise_bytes_per_s = cpu.rowwise_bytes_per_s.map(|r| r * factor);
+    cpu.append_bytes_per_s = cpu.append_bytes_per_s.map(|r| r * factor);
     for rates in cpu.attention.values_mut() {
         rates.all_mut().for_each(|rate| *rate *= factor);
     }

@@ -25,6 +25,8 @@ const WIDTH_TOKENS: usize = 64;
 const KV_FORMATS: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Q4];
 /// Logits of one position.
 const VOCABULARY: usize = 50272;
+/// New rows of a few sequences that decode.
+const FEW_ROWS: usize = 4;
 /// Sequences of one decode step: as many as fill a good part of the memory, at most these.
 pub const MAX_SEQUENCES: usize = 40;
 /// A product that takes longer than this is not measured with more rows: its time grows evenly.
@@ -76,7 +78,9 @@ pub struct ComputeArea {
     copy_bytes_per_s: Series,
     rowwise_bytes_per_s: Series,
     pack_bytes_per_s: Series,
+    append_q4_bytes_per_s: Series,
     append_bytes_per_s: Series,
+    append_call_s: Series,
     sampling_bytes_per_s: Series,
 }
 
@@ -102,7 +106,9 @@ impl ComputeArea {
             copy_bytes_per_s: Series::default(),
             rowwise_bytes_per_s: Series::default(),
             pack_bytes_per_s: Series::default(),
+            append_q4_bytes_per_s: Series::default(),
             append_bytes_per_s: Series::default(),
+            append_call_s: Series::default(),
             sampling_bytes_per_s: Series::default(),
         }
     }
@@ -162,7 +168,17 @@ impl ComputeArea {
 
     fn small_work(&mut self, bench: &mut Bench) -> Result<(), ProbeError> {
         self.pack_bytes_per_s.push(pack(bench)?);
-        self.append_bytes_per_s.push(append(bench)?);
+        let rows = bench.extent.rows();
+        let coded_s = append(bench, Dtype::Q4, rows)?;
+        self.append_q4_bytes_per_s
+            .push(kv_value_bytes(rows) / coded_s);
+        let (many_s, few_s) = (
+            append(bench, Dtype::F16, rows)?,
+            append(bench, Dtype::F16, FEW_ROWS)?,
+        );
+        self.append_bytes_per_s.push(kv_value_bytes(rows) / many_s);
+        self.append_call_s
+            .push((few_s - many_s * FEW_ROWS as f64 / rows as f64).max(0.0));
         self.rowwise_bytes_per_s.push(rowwise(bench)?);
         self.sampling_bytes_per_s.push(sampling(bench)?);
         Ok(())
@@ -180,11 +196,13 @@ impl ComputeArea {
             handover_s: 0.0,
             sampling_bytes_per_s: self.sampling_bytes_per_s.median().map(tidy),
             rowwise_bytes_per_s: self.rowwise_bytes_per_s.median().map(tidy),
+            append_bytes_per_s: self.append_bytes_per_s.median().map(tidy),
+            append_call_s: median(&self.append_call_s),
             gemm: self.curves(),
             attention: attention.into(),
             quantise: Some(QuantiseRates {
                 pack_bytes_per_s: median(&self.pack_bytes_per_s),
-                append_bytes_per_s: median(&self.append_bytes_per_s),
+                append_bytes_per_s: median(&self.append_q4_bytes_per_s),
             }),
         }
     }
@@ -348,11 +366,17 @@ fn pack(bench: &mut Bench) -> Result<f64, ProbeError> {
     Ok(source_bytes as f64 / seconds)
 }
 
-/// Bytes of fp32 keys and values turned into 4 bits per second.
-fn append(bench: &mut Bench) -> Result<f64, ProbeError> {
-    let count = bench.extent.rows();
-    let bytes = count * 2 * Dtype::Q4.row_bytes(HIDDEN) as usize;
-    let seconds = bench.time(|b| {
+/// Seconds in which the keys and values of so many rows, one after another, are put into a cache.
+fn append(bench: &mut Bench, format: Dtype, count: usize) -> Result<f64, ProbeError> {
+    let bytes = count * 2 * format.row_bytes(HIDDEN) as usize;
+    let mut at = 0;
+    bench.time(|b| {
+        // A cache's records are in no cache of the processor's.
+        at = if at + 2 * bytes <= b.outputs.len() {
+            at + bytes
+        } else {
+            0
+        };
         append_kv(
             &b.pool,
             b.isa,
@@ -362,13 +386,17 @@ fn append(bench: &mut Bench) -> Result<f64, ProbeError> {
                 first_row: 0,
                 count,
                 hidden: HIDDEN,
-                format: Dtype::Q4,
-                bytes: &mut b.outputs[..bytes],
+                format,
+                bytes: &mut b.outputs[at..at + bytes],
                 slots: Slots::Contiguous { first: 0 },
             },
         );
-    })?;
-    Ok((count * 2 * HIDDEN * 4) as f64 / seconds)
+    })
+}
+
+/// Bytes of fp32 keys and values of so many rows.
+fn kv_value_bytes(count: usize) -> f64 {
+    (count * 2 * HIDDEN * 4) as f64
 }
 
 /// Bytes of logits that a token is drawn from per second, greedily, by the host's one thread.

@@ -74,16 +74,15 @@ impl LaunchBench {
         Ok((launch_s.max(1e-7), handover_s.max(0.0)))
     }
 
-    /// Seconds that a lane takes to begin what it has waited for, its threads asleep: what a turn through three
-    /// lanes takes longer than each lane by itself.
+    /// Seconds that a lane takes to begin what it has waited for, its threads asleep: what passes in turns
+    /// through three lanes while none of them is busy.
     fn handover_s(&mut self) -> Result<f64, ProbeError> {
         let lanes = [Lane::CpuToDisk, Lane::DiskToCpu, Lane::CpuCompute];
-        let mut alone_s = 0.0;
-        for lane in lanes {
-            alone_s += self.in_turn((HANDOVERS, 1), &[lane])?;
-        }
-        let turn_s = self.in_turn((HANDOVERS, 1), &lanes)?;
-        Ok((turn_s - alone_s) / (lanes.len() * HANDOVERS) as f64)
+        self.machine.forget_log();
+        let turns_s = self.in_turn((HANDOVERS, 1), &lanes)?;
+        let figures = self.machine.lane_figures();
+        let busy_s: f64 = lanes.iter().map(|&lane| figures[lane].busy_s()).sum();
+        Ok((turns_s - busy_s) / (lanes.len() * HANDOVERS) as f64)
     }
 
     /// Seconds of `count` operations on each of the lanes, each waiting for the one before it.
