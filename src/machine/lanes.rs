@@ -3,7 +3,7 @@
 //! hands its operations over, as far ahead as their order allows, the other sees them finish.
 
 use super::ops::Op;
-use super::{Fence, Fences, MachineError};
+use super::{Fence, Fences, MachineError, os};
 use crate::cost::figures::LaneFigures;
 use crate::tier::{Lane, PerLane, Phase};
 use std::collections::VecDeque;
@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, Thread};
 use std::time::Instant;
 
 /// Carries out one lane's operations, one at a time.
@@ -65,11 +65,10 @@ struct Board {
     finished: PerLane<AtomicU64>,
     /// Operations that a device's lane has handed over.
     issued: PerLane<AtomicU64>,
-    /// What each sleeping waiter waits for. A lane wakes them only when one of them has got it: with few
-    /// cores, a thread that wakes in vain takes time from the one that computes.
-    sleepers: Mutex<Vec<Need>>,
+    /// Who sleeps, and what for. Only those are woken that have got it: with few cores, a thread that wakes in
+    /// vain takes time from the one that computes.
+    sleepers: Mutex<Vec<(Need, Thread)>>,
     sleeping: AtomicUsize,
-    changed: Condvar,
     failed: AtomicBool,
     failure: Mutex<Option<MachineError>>,
     log: Mutex<PerLane<LaneFigures>>,
@@ -124,20 +123,15 @@ impl Board {
             }
             std::hint::spin_loop();
         }
-        let mut sleepers = lock(&self.sleepers);
-        sleepers.push(*fences);
+        let me = std::thread::current();
+        lock(&self.sleepers).push((*fences, me.clone()));
         // Said before looking once more, so that a lane which finishes now sees a sleeper.
         self.sleeping.fetch_add(1, Ordering::SeqCst);
         while !self.reached(fences) {
-            sleepers = self
-                .changed
-                .wait(sleepers)
-                .unwrap_or_else(|poisoned| poisoned.into_inner());
+            std::thread::park();
         }
         self.sleeping.fetch_sub(1, Ordering::SeqCst);
-        if let Some(mine) = sleepers.iter().position(|other| other == fences) {
-            sleepers.swap_remove(mine);
-        }
+        lock(&self.sleepers).retain(|(_, other)| other.id() != me.id());
     }
 
     fn finish(&self, lane: Lane, number: u64) {
@@ -146,10 +140,10 @@ impl Board {
 
     fn advance(&self, count: &AtomicU64, number: u64) {
         count.store(number, Ordering::SeqCst);
-        if self.sleeping.load(Ordering::SeqCst) > 0
-            && lock(&self.sleepers).iter().any(|need| self.reached(need))
-        {
-            self.changed.notify_all();
+        if self.sleeping.load(Ordering::SeqCst) > 0 {
+            let sleepers = lock(&self.sleepers);
+            let ready = sleepers.iter().filter(|(need, _)| self.reached(need));
+            ready.for_each(|(_, thread)| thread.unpark());
         }
     }
 
@@ -298,6 +292,10 @@ impl Drop for Lanes {
 }
 
 fn work(lane: Lane, mut executor: Box<dyn Executor>, queue: &Queue, board: &Board) {
+    // A lane that computes has its core for itself; the others are to be there as soon as they can go on.
+    if !matches!(lane, Lane::CpuCompute | Lane::GpuCompute) {
+        os::take_short_turns();
+    }
     let mut number = 0;
     while let Some(task) = next(queue) {
         board.wait(&Need::finished(&task.after));

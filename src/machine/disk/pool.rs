@@ -2,6 +2,7 @@
 //! It knows files and slices; lanes, fences and records are the engine's.
 
 use super::{DiskError, DiskFile};
+use crate::machine::os;
 use crate::units::{MIB, PAGE_BYTES, round_up};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -325,6 +326,7 @@ impl Job {
 }
 
 fn work(shared: &Shared) {
+    os::take_short_turns();
     while let Some(piece) = shared.next_piece() {
         let result = transfer(&piece);
         shared.finish(piece.job, result);

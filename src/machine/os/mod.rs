@@ -6,6 +6,7 @@ mod cgroup;
 mod confine;
 mod cores;
 mod process;
+mod turns;
 
 pub(crate) use cgroup::unescape;
 pub use confine::{ConfineError, GroupAccount, MemoryGroup, wait_for_peak};
@@ -13,6 +14,7 @@ pub use cores::{CpuInfo, cpu_info, cpu_info_at, default_threads, default_threads
 pub use cores::{last_level_cache_bytes, pin_current_thread};
 pub use process::{ProcessMemory, page_locked_limit_bytes, process_memory, process_memory_at};
 pub use process::{busy_cores, keep_heap_small, kernel_version, release_free_heap, reset_peak};
+pub use turns::take_short_turns;
 
 use crate::units::GIB;
 use std::path::{Path, PathBuf};
