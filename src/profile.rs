@@ -24,7 +24,7 @@ pub enum ProfileError {
 /// Requests of a disk lane that count as large and as small in [contention]; between them, figures follow the
 /// logarithm of the size.
 pub const LARGE_REQUEST_BYTES: f64 = 8.0 * 1024.0 * 1024.0;
-pub const SMALL_REQUEST_BYTES: f64 = 32.0 * 1024.0;
+pub const SMALL_REQUEST_BYTES: f64 = 4096.0;
 pub const SMALL_SUFFIX: &str = "_small";
 /// Behind a compute lane's name in [contention], where its products wait for memory instead of arithmetic.
 pub const MEMORY_SUFFIX: &str = "_memory";
