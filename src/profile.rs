@@ -178,6 +178,9 @@ pub struct CpuFacts {
     /// another, idle lane: threads wake up. 0 = not measured.
     #[serde(default)]
     pub handover_s: f64,
+    /// The same while all threads compute: who wakes up must first get a core.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handover_busy_s: Option<f64>,
     /// Bytes of logits that the host draws tokens from per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampling_bytes_per_s: Option<f64>,
@@ -337,6 +340,10 @@ impl HardwareProfile {
         let mut delays_s = vec![
             ("cpu.launch_s".to_owned(), self.cpu.launch_s),
             ("cpu.handover_s".to_owned(), self.cpu.handover_s),
+            (
+                "cpu.handover_busy_s".to_owned(),
+                self.cpu.handover_busy_s.unwrap_or(0.0),
+            ),
             ("cpu.append_call_s".to_owned(), self.cpu.append_call_s),
         ];
         let mut calls = |device: &str, attention: &BTreeMap<String, AttentionRates>| {

@@ -274,7 +274,14 @@ fn slowest_row(input: &TermInput, place: &Place, work: &Work, floor_s: f64) -> O
         let seconds = seconds.at(at) / batches;
         (seconds > 0.0).then_some(seconds)
     });
-    let waits = Waits::new(durations, batches > 1.0, input.rates.handover_s);
+    // While the only batch is on its way the CPU does nothing; of several, it computes another one.
+    let several = batches > 1.0;
+    let busy = several && input.rates.device != DeviceKind::Cuda;
+    let others_s = match busy {
+        true => input.rates.handover_busy_s,
+        false => input.rates.handover_s,
+    };
+    let waits = Waits::new(durations, several, [input.rates.handover_s, others_s]);
     let cycle = waits.slowest(floor_s / batches)?;
     let mut seconds = constant(batches * cycle.wakes_s / cycle.steps);
     for node in cycle.nodes {

@@ -99,6 +99,8 @@ pub struct Rates {
     calibration: BTreeMap<String, f64>,
     /// Seconds until an idle lane begins what it waited for.
     pub handover_s: f64,
+    /// The same where all threads compute meanwhile.
+    pub handover_busy_s: f64,
     sampling_bytes_per_s: f64,
     /// Nothing, until a machine has been opened.
     pub unlocked: Unlocked,
@@ -135,6 +137,10 @@ impl Rates {
             write_over: DiskRequests::new(write.latency_s, &write.overwrite),
             keeps: contention(profile)?,
             handover_s: profile.cpu.handover_s,
+            handover_busy_s: profile
+                .cpu
+                .handover_busy_s
+                .unwrap_or(profile.cpu.handover_s),
             sampling_bytes_per_s: profile
                 .cpu
                 .sampling_bytes_per_s

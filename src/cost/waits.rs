@@ -70,7 +70,8 @@ struct Wait {
 /// The waits of a step.
 pub struct Waits {
     durations: Durations,
-    handover_s: f64,
+    /// Until the compute lane wakes up, and any other.
+    handovers_s: [f64; 2],
     waits: Vec<Wait>,
 }
 
@@ -88,10 +89,10 @@ use Node::*;
 impl Waits {
     /// With several batches a step's visitors come while the batch before is computed, and hidden states
     /// leave while the next one is; the only batch's hidden state comes and goes in its own step.
-    pub fn new(durations: Durations, several: bool, handover_s: f64) -> Self {
+    pub fn new(durations: Durations, several: bool, handovers_s: [f64; 2]) -> Self {
         let mut all = Waits {
             durations,
-            handover_s,
+            handovers_s,
             waits: Vec::new(),
         };
         all.lanes(several);
@@ -110,7 +111,11 @@ impl Waits {
             for &to in to {
                 if self.there(from) && self.there(to) {
                     let other = from.lane() != to.lane();
-                    let wake_s = if other { self.handover_s } else { 0.0 };
+                    let computes = matches!(to.lane(), Lane::CpuCompute | Lane::GpuCompute);
+                    let wake_s = match other {
+                        true => self.handovers_s[usize::from(!computes)],
+                        false => 0.0,
+                    };
                     self.waits.push(Wait {
                         from,
                         to,
@@ -296,7 +301,7 @@ mod tests {
     }
 
     fn slowest(of: &[(Node, f64)], several: bool) -> (f64, Cycle) {
-        let waits = Waits::new(step(of), several, 0.0);
+        let waits = Waits::new(step(of), several, [0.0; 2]);
         let cycle = waits.slowest(0.0).expect("a lane is a cycle");
         (waits.seconds_of(&cycle) / cycle.steps, cycle)
     }
@@ -334,7 +339,7 @@ mod tests {
     fn a_lane_that_waited_takes_a_moment_to_begin() {
         let with = [&COMPUTED[..], &[(ReadHidden, 3.0), (WriteHidden, 3.0)]].concat();
         // The compute lane for what was read, the writer for what was computed, the reader for what was written.
-        let cycle = Waits::new(step(&with), false, 0.25).slowest(0.0);
+        let cycle = Waits::new(step(&with), false, [0.25; 2]).slowest(0.0);
         assert_eq!(cycle.map(|c| c.wakes_s), Some(0.75));
     }
 }

@@ -106,9 +106,12 @@ impl Pricer {
         call_s + attention.items.iter().map(item_s).sum::<f64>()
     }
 
-    /// Seconds until an idle lane begins what it waited for.
-    pub fn handover_s(&self) -> f64 {
-        self.rates.handover_s
+    /// Seconds until an idle lane begins what it waited for; longer where the CPU computes meanwhile.
+    pub fn handover_s(&self, computing: bool) -> f64 {
+        match computing {
+            true => self.rates.handover_busy_s,
+            false => self.rates.handover_s,
+        }
     }
 
     /// Seconds in which the host draws a token from so many logits.

@@ -66,13 +66,18 @@ impl VirtualMachine {
     /// takes a moment.
     fn begins_s(&mut self) -> PerLane<Option<f64>> {
         let mut begins_s = PerLane::default();
+        let begun = |task: &Task| task.begins_s.is_some_and(|at_s| at_s <= self.now_s);
+        let computing = self.queues[Lane::CpuCompute].front().is_some_and(begun);
         for lane in Lane::ALL {
             let slept = self.now_s - self.ended_s[lane] > SLEEPS_AFTER_S;
             let reached = self.queues[lane]
                 .front()
                 .is_some_and(|task| self.reached(&task.after));
             if let Some(task) = self.queues[lane].front_mut().filter(|_| reached) {
-                let wake_s = if slept { self.pricer.handover_s() } else { 0.0 };
+                let wake_s = match slept {
+                    true => self.pricer.handover_s(computing),
+                    false => 0.0,
+                };
                 begins_s[lane] = Some(*task.begins_s.get_or_insert(self.now_s + wake_s));
             }
         }
@@ -167,7 +172,7 @@ impl Machine for VirtualMachine {
             }
         }
         if self.now_s - before_s > SLEEPS_AFTER_S {
-            self.now_s += self.pricer.handover_s();
+            self.now_s += self.pricer.handover_s(false);
         }
         Ok(())
     }

@@ -194,6 +194,7 @@ impl ComputeArea {
             // Measured last, through a machine's own lanes (launch.rs).
             launch_s: 0.0,
             handover_s: 0.0,
+            handover_busy_s: None,
             sampling_bytes_per_s: self.sampling_bytes_per_s.median().map(tidy),
             rowwise_bytes_per_s: self.rowwise_bytes_per_s.median().map(tidy),
             append_bytes_per_s: self.append_bytes_per_s.median().map(tidy),

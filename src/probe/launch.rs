@@ -3,16 +3,17 @@
 //! operation's work, but there are thousands a pass.
 
 use super::ProbeError;
-use super::samples::Series;
+use super::samples::{Series, tidy};
 use crate::cost::rates::Rates;
+use crate::dtype::{Arithmetic, Dtype};
 use crate::machine::arena::AlignedBuffer;
 use crate::machine::disk::DiskFile;
-use crate::machine::ops::{Compute, FileId, FileSpan, HiddenRows, Op, Table};
+use crate::machine::ops::{Compute, FileId, FileSpan, Gemm, HiddenRows, Op, Table};
 use crate::machine::price::Pricer;
 use crate::machine::threaded::{OpenRequest, ThreadedMachine};
 use crate::machine::{Fences, Machine};
 use crate::policy::DeviceKind;
-use crate::profile::HardwareProfile;
+use crate::profile::{CpuFacts, HardwareProfile};
 use crate::tier::Lane;
 use crate::units::{MIB, PAGE_BYTES};
 use std::path::Path;
@@ -25,6 +26,11 @@ const WIDTH: usize = 512;
 const OPERATIONS: usize = 1000;
 /// Operations on each of the lanes that wait for each other in turn.
 const HANDOVERS: usize = 150;
+/// The same while the CPU computes, and the products that it has to do meanwhile.
+const BUSY_HANDOVERS: usize = 60;
+const PRODUCTS: usize = 600;
+const PRODUCT_ROWS: usize = 96;
+const PRODUCT_OUTPUTS: usize = 256;
 const ROUNDS: usize = 7;
 
 /// A machine of its own, a mebibyte large, with a small file.
@@ -58,9 +64,10 @@ impl LaunchBench {
         })
     }
 
-    /// Seconds to start an operation, and to hand over to an idle lane.
-    pub fn measure(&mut self) -> Result<(f64, f64), ProbeError> {
+    /// Enters the seconds to start an operation and to hand over to an idle lane.
+    pub fn measure(&mut self, cpu: &mut CpuFacts) -> Result<(), ProbeError> {
         let (mut launch, mut handover) = (Series::default(), Series::default());
+        let mut busy = Series::default();
         for _ in 0..ROUNDS {
             let few_s = self.in_turn((OPERATIONS, 0), &[Lane::CpuCompute])?;
             let more_s = self.in_turn((OPERATIONS, 1), &[Lane::CpuCompute])?;
@@ -68,21 +75,42 @@ impl LaunchBench {
             let none_s = few_s - (more_s - few_s) * few / (more - few);
             launch.push(none_s / OPERATIONS as f64);
             handover.push(self.handover_s()?);
+            busy.push(self.busy_handover_s()?);
         }
-        let launch_s = launch.median().unwrap_or(0.0);
-        let handover_s = handover.median().unwrap_or(0.0);
-        Ok((launch_s.max(1e-7), handover_s.max(0.0)))
+        let middle = |series: &Series| tidy(series.median().unwrap_or(0.0).max(0.0));
+        cpu.launch_s = middle(&launch).max(1e-7);
+        cpu.handover_s = middle(&handover);
+        cpu.handover_busy_s = Some(middle(&busy).max(cpu.handover_s));
+        Ok(())
     }
 
     /// Seconds that a lane takes to begin what it has waited for, its threads asleep: what passes in turns
     /// through three lanes while none of them is busy.
     fn handover_s(&mut self) -> Result<f64, ProbeError> {
         let lanes = [Lane::CpuToDisk, Lane::DiskToCpu, Lane::CpuCompute];
+        self.between_s(HANDOVERS, &lanes)
+    }
+
+    /// The same of the disk's lanes while all threads compute.
+    fn busy_handover_s(&mut self) -> Result<f64, ProbeError> {
+        let product = Op::Compute(Compute::Gemm(product()));
+        for _ in 0..PRODUCTS {
+            let none = Fences::none();
+            self.machine
+                .submit(Lane::CpuCompute, product.clone(), &none);
+        }
+        let seconds = self.between_s(BUSY_HANDOVERS, &[Lane::CpuToDisk, Lane::DiskToCpu]);
+        let all = self.machine.submitted();
+        self.machine.wait(&all)?;
+        seconds
+    }
+
+    fn between_s(&mut self, count: usize, lanes: &[Lane]) -> Result<f64, ProbeError> {
         self.machine.forget_log();
-        let turns_s = self.in_turn((HANDOVERS, 1), &lanes)?;
+        let turns_s = self.in_turn((count, 1), lanes)?;
         let figures = self.machine.lane_figures();
         let busy_s: f64 = lanes.iter().map(|&lane| figures[lane].busy_s()).sum();
-        Ok((turns_s - busy_s) / (lanes.len() * HANDOVERS) as f64)
+        Ok((turns_s - busy_s) / (lanes.len() * count) as f64)
     }
 
     /// Seconds of `count` operations on each of the lanes, each waiting for the one before it.
@@ -114,6 +142,25 @@ impl LaunchBench {
             width: WIDTH,
         };
         Op::Compute(Compute::Gather { from, out: MIB / 2 })
+    }
+}
+
+/// Of memory that holds zeros only.
+fn product() -> Gemm {
+    Gemm {
+        x: 0,
+        x_stride: WIDTH,
+        m: PRODUCT_ROWS,
+        inputs: WIDTH,
+        weights: MIB / 4,
+        format: Dtype::F16,
+        arithmetic: Arithmetic::Fp32,
+        wide: false,
+        rows: PRODUCT_OUTPUTS,
+        bias: None,
+        activation: None,
+        out: MIB / 4 * 3,
+        out_stride: PRODUCT_OUTPUTS,
     }
 }
 

@@ -126,7 +126,7 @@ pub fn probe(options: ProbeOptions) -> Result<HardwareProfile, ProbeError> {
     // Arenas and buffers of the measurements are gone before another machine is opened.
     drop((bench, areas));
     let mut launches = LaunchBench::new(&profile, options.threads, options.offload_dir)?;
-    (profile.cpu.launch_s, profile.cpu.handover_s) = launches.measure()?;
+    launches.measure(&mut profile.cpu)?;
     drop(launches);
     if let Some(gpu) = gpu {
         let talk = (options.progress, options.stop);
