@@ -3,8 +3,9 @@
 //! which row then binds is terms.rs's.
 
 use crate::cost::affine::{CACHE, ShareVector};
+use crate::cost::contention::smallness;
 use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES, chunk_panels};
-use crate::cost::rates::{AttentionWork, Rates, smallness};
+use crate::cost::rates::{AttentionWork, Rates};
 use crate::cost::steps::Step;
 use crate::cost::terms::{TermInput, Work};
 use crate::cost::traffic::{Copies, constant, spanned_bytes, whole};
@@ -252,11 +253,8 @@ impl<'a> LayerBuilder<'a> {
             let pieces = self.pieces(matrix, home);
             if (last.0, last.1) != (pieces.bytes, tier) {
                 let of_all = pieces.bytes / bytes;
-                last = (
-                    pieces.bytes,
-                    tier,
-                    self.products_s(matrix, chunks, (tier, of_all)),
-                );
+                let products_s = self.products_s(matrix, chunks, (tier, of_all));
+                last = (pieces.bytes, tier, products_s);
             }
             // The program counts a product's first operation among the layer's.
             let more = pieces.count - if self.at.is_none() { 1.0 } else { 0.0 };
@@ -270,9 +268,7 @@ impl<'a> LayerBuilder<'a> {
             };
             of.coef[index] += seconds;
             if beside || self.on_dram() {
-                work.dram_bytes.coef[index] += passes * bytes;
-                let hard_s = passes * bytes / self.rates.dram_read_bytes_per_s;
-                work.hard[lane].coef[index] += hard_s.min(seconds);
+                work.reads((lane, index), (passes * bytes, seconds), self.rates);
             }
         }
         if self.at.is_none() {
@@ -423,12 +419,7 @@ impl<'a> LayerBuilder<'a> {
             }
             work.lanes[lane].coef[index] += seconds;
             if away || self.on_dram() {
-                let bytes = self.kv_bytes(step);
-                work.dram_bytes.coef[index] += bytes;
-                if step.phase == Phase::Decode {
-                    let hard_s = bytes / self.rates.dram_read_bytes_per_s;
-                    work.hard[lane].coef[index] += hard_s.min(seconds);
-                }
+                work.reads((lane, index), (self.kv_bytes(step), seconds), self.rates);
             }
             if away {
                 work.beside.cpu_compute.coef[index] += seconds;
@@ -441,8 +432,8 @@ impl<'a> LayerBuilder<'a> {
 
     /// What a chunk's attention takes however little it looks at.
     fn attention_call_s(&self, phase: Phase, tier: Tier) -> f64 {
-        let launches_s =
-            ATTENTION_LAUNCHES * self.rates.launch_s(tier) + self.rates.append_call_s(tier);
+        let append_s = self.rates.append_call_s(tier);
+        let launches_s = ATTENTION_LAUNCHES * self.rates.launch_s(tier) + append_s;
         match phase {
             Phase::Prefill => launches_s,
             Phase::Decode => launches_s + self.rates.decode_call_s(tier, self.policy.kv_format()),

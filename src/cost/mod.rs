@@ -2,6 +2,7 @@
 
 pub mod affine;
 pub mod block;
+pub mod contention;
 pub mod cuda_buffers;
 pub mod curves;
 pub mod cycles;

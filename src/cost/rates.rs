@@ -7,6 +7,7 @@
 //! stay, or grow with the bytes of an element. A way to multiply that was not measured is taken to be as
 //! fast as fp32.
 
+use crate::cost::contention::Keeps;
 use crate::cost::curves::{
     AttentionCurves, SizeCurves, Widened, attention_curves, element_bytes, gemm_curves,
     gemm_s_per_weight, rate_at, slow_quantise,
@@ -16,10 +17,7 @@ use crate::cost::locks::Unlocked;
 use crate::cost::requests::DiskRequests;
 use crate::dtype::{Arithmetic, Dtype, SMALL_ROWS};
 use crate::policy::DeviceKind;
-use crate::profile::{
-    GpuLink, HardwareProfile, LARGE_REQUEST_BYTES, MEMORY_SUFFIX, QuantiseRates,
-    SMALL_REQUEST_BYTES, SMALL_SUFFIX,
-};
+use crate::profile::{GpuLink, HardwareProfile, QuantiseRates};
 use crate::tier::{Lane, Tier};
 use std::collections::BTreeMap;
 use thiserror::Error;
@@ -71,15 +69,6 @@ struct LinkRates {
     unpinned: Vec<(f64, f64)>,
 }
 
-type Keeps = [[f64; 6]; 6];
-
-/// How small requests of so many bytes are: 0 as large as [contention]'s large ones or larger, 1 as its small
-/// ones or smaller.
-pub fn smallness(request_bytes: f64) -> f64 {
-    let span = (LARGE_REQUEST_BYTES / SMALL_REQUEST_BYTES).ln();
-    ((LARGE_REQUEST_BYTES / request_bytes.max(1.0)).ln() / span).clamp(0.0, 1.0)
-}
-
 /// All rates of one machine and device. Seconds of an operation are its own, with nothing else running.
 #[derive(Clone, Debug)]
 pub struct Rates {
@@ -93,9 +82,7 @@ pub struct Rates {
     read: DiskRequests,
     write_fresh: DiskRequests,
     write_over: DiskRequests,
-    /// keeps[memory][small][a][b]: what lane a keeps of its rate while lane b runs, where products are bound by
-    /// arithmetic or by memory, and requests are large or small.
-    keeps: [[Keeps; 2]; 2],
+    keeps: Keeps,
     calibration: BTreeMap<String, f64>,
     /// Seconds until an idle lane begins what it waited for.
     pub handover_s: f64,
@@ -135,7 +122,7 @@ impl Rates {
             read: DiskRequests::new(disk.disk_to_cpu.latency_s, &disk.disk_to_cpu.direct),
             write_fresh: DiskRequests::new(write.latency_s, &write.fresh),
             write_over: DiskRequests::new(write.latency_s, &write.overwrite),
-            keeps: contention(profile)?,
+            keeps: Keeps::new(profile)?,
             handover_s: profile.cpu.handover_s,
             handover_busy_s: profile
                 .cpu
@@ -361,23 +348,7 @@ impl Rates {
     /// of a disk lane the smallness of its requests, of the CPU's computing its `memory_part`.
     pub fn keep(&self, lane: (Lane, f64), others: &[(Lane, f64)]) -> f64 {
         let beside = others.iter().filter(|other| other.0 != lane.0);
-        beside.map(|&other| self.kept(lane, other)).product()
-    }
-
-    fn kept(&self, lane: (Lane, f64), other: (Lane, f64)) -> f64 {
-        let hard = |computes: bool| {
-            let of = [lane, other].map(|l| match (l.0 == Lane::CpuCompute) == computes {
-                true => l.1,
-                false => 0.0,
-            });
-            of[0].max(of[1])
-        };
-        let at = |keeps: &Keeps| keeps[lane.0 as usize][other.0 as usize];
-        let mixed =
-            |[large, small]: &[Keeps; 2], part: f64| at(large) * (1.0 - part) + at(small) * part;
-        let (memory, small) = (hard(true), hard(false));
-        let [arithmetic, bound] = &self.keeps;
-        mixed(arithmetic, small) * (1.0 - memory) + mixed(bound, small) * memory
+        beside.map(|&other| self.keeps.kept(lane, other)).product()
     }
 
     /// Fresh 4-bit (or copied native) weight bytes packed per second, by one CPU.
@@ -468,54 +439,6 @@ fn links(
     };
     let up = link(&profile.links.cpu_to_gpu, "cpu_to_gpu")?;
     Ok((up, link(&profile.links.gpu_to_cpu, "gpu_to_cpu")?))
-}
-
-fn contention(profile: &HardwareProfile) -> Result<[[Keeps; 2]; 2], RatesError> {
-    let mut keeps = [[1.0; 6]; 6];
-    // One device: where nobody measured more, reads and writes share its time.
-    let (read, write) = (Lane::DiskToCpu as usize, Lane::CpuToDisk as usize);
-    keeps[read][write] = 0.5;
-    keeps[write][read] = 0.5;
-    if let (Some(up), Some(down)) = (&profile.links.cpu_to_gpu, &profile.links.gpu_to_cpu) {
-        let (u, d) = (Lane::CpuToGpu as usize, Lane::GpuToCpu as usize);
-        keeps[u][d] = (up.both_directions_pct / 100.0).clamp(0.05, 1.0);
-        keeps[d][u] = (down.both_directions_pct / 100.0).clamp(0.05, 1.0);
-    }
-    let entered = |mut keeps: Keeps, memory: bool, small: bool| {
-        enter_pairs(&mut keeps, profile, (memory, small)).map(|()| keeps)
-    };
-    // What was not measured is as where it is easier.
-    let large = entered(keeps, false, false)?;
-    let small = entered(large, false, true)?;
-    let bound = entered(large, true, false)?;
-    let both = entered(entered(bound, false, true)?, true, true)?;
-    Ok([[large, small], [bound, both]])
-}
-
-/// Enters what was measured of pairs of lanes, of one kind of products and of requests.
-fn enter_pairs(
-    keeps: &mut Keeps,
-    profile: &HardwareProfile,
-    kind: (bool, bool),
-) -> Result<(), RatesError> {
-    let lane = |name: &str| Lane::ALL.into_iter().find(|l| l.name() == name);
-    for (pair, &[first, second]) in &profile.contention {
-        let (a, b) = pair.split_once('+').unwrap_or((pair, ""));
-        let found = (a.ends_with(MEMORY_SUFFIX), b.ends_with(SMALL_SUFFIX));
-        let a = lane(a.trim_end_matches(MEMORY_SUFFIX));
-        let lanes = a.zip(lane(b.trim_end_matches(SMALL_SUFFIX)));
-        let Some((a, b)) = lanes else {
-            return Err(RatesError::Contention {
-                profile: profile.machine.name.clone(),
-                pair: pair.clone(),
-            });
-        };
-        if found == kind {
-            keeps[a as usize][b as usize] = first.min(1.0);
-            keeps[b as usize][a as usize] = second.min(1.0);
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! What rates.rs prices, tried on profiles of known figures.
 
 use super::*;
-use crate::profile::compiled_in;
+use crate::cost::contention::smallness;
+use crate::profile::{LARGE_REQUEST_BYTES, MEMORY_SUFFIX, SMALL_REQUEST_BYTES, compiled_in};
 
 const F16: (Dtype, Arithmetic) = (Dtype::F16, Arithmetic::Fp32);
 
@@ -127,6 +128,22 @@ fn fewer_threads_calibration_and_contention() {
     let beside = |bytes: f64| rates.keep(compute, &[(Lane::DiskToCpu, smallness(bytes))]);
     assert!((beside(64e6) - 0.95).abs() < 1e-12);
     assert!((beside(4096.0) - 0.55).abs() < 1e-12);
+    let bound = format!("cpu_compute{MEMORY_SUFFIX}+disk_to_cpu");
+    profile.contention.insert(bound, [0.75, 0.6]);
+    let with = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
+    let by_memory = |part: f64, bytes: f64| {
+        with.keep(
+            (Lane::CpuCompute, part),
+            &[(Lane::DiskToCpu, smallness(bytes))],
+        )
+    };
+    assert!((by_memory(1.0, 64e6) - 0.75).abs() < 1e-12);
+    assert!((by_memory(0.5, 64e6) - 0.85).abs() < 1e-12);
+    assert!(
+        (by_memory(1.0, 4096.0) - 0.55).abs() < 1e-12,
+        "as measured where it is easier"
+    );
+    assert!((with.memory_part(with.dram_read_bytes_per_s, 4.0) - 0.25).abs() < 1e-12);
     let middle = (LARGE_REQUEST_BYTES * SMALL_REQUEST_BYTES).sqrt();
     assert!((beside(middle) - 0.75).abs() < 1e-12);
     profile.contention.insert("disk".into(), [0.5, 0.5]);

@@ -122,6 +122,17 @@ pub struct Work {
 }
 
 impl Work {
+    /// A lane computes for so many seconds on bytes in DRAM that are at one home.
+    pub(super) fn reads(
+        &mut self,
+        (lane, home): (Lane, usize),
+        (bytes, seconds): (f64, f64),
+        rates: &Rates,
+    ) {
+        self.dram_bytes.coef[home] += bytes;
+        self.hard[lane].coef[home] += seconds * rates.memory_part(bytes, seconds);
+    }
+
     /// How hard a lane is on others on average, at equal shares.
     pub(super) fn hardness(&self, lane: Lane) -> f64 {
         let sum = |affine: &Affine| affine.constant + affine.coef.iter().sum::<f64>();

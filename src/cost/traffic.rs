@@ -2,9 +2,9 @@
 //! table on their way to where they are computed with and back home, as affine terms.
 
 use crate::cost::affine::{Affine, CACHE, HIDDEN};
+use crate::cost::contention::smallness;
 use crate::cost::footprint::{Buffer, embedding_piece_bytes};
 use crate::cost::layer::LayerBuilder;
-use crate::cost::rates::smallness;
 use crate::cost::steps::Step;
 use crate::cost::terms::Work;
 use crate::model::{Matrix, MatrixKind};

@@ -2,7 +2,8 @@
 //! virtual-time machine runs on these prices, and real machines log them as each lane's work.
 
 use super::ops::{Attention, Compute, FileId, KvItem, Op, tier_of};
-use crate::cost::rates::{AttentionWork, Rates, smallness};
+use crate::cost::contention::smallness;
+use crate::cost::rates::{AttentionWork, Rates};
 use crate::tier::{Lane, Tier};
 
 /// fp32 activations.

@@ -48,6 +48,7 @@ mod tests {
 
     #[test]
     fn a_thread_can_ask_for_short_turns_and_keeps_its_rank() {
+        // SAFETY: reads a number.
         let nice = || unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
         let asked = std::thread::spawn(move || {
             let before = nice();

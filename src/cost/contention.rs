@@ -1,0 +1,96 @@
+//! What lanes keep of their rates while others run, from a profile's [contention]: between the kinds that were
+//! measured (products bound by arithmetic or by memory, large requests or small) linear.
+
+use crate::cost::rates::RatesError;
+use crate::profile::{
+    HardwareProfile, LARGE_REQUEST_BYTES, MEMORY_SUFFIX, SMALL_REQUEST_BYTES, SMALL_SUFFIX,
+};
+use crate::tier::Lane;
+
+type Table = [[f64; 6]; 6];
+
+/// How small requests of so many bytes are: 0 as large as [contention]'s large ones or larger, 1 as its small
+/// ones or smaller.
+pub fn smallness(request_bytes: f64) -> f64 {
+    let span = (LARGE_REQUEST_BYTES / SMALL_REQUEST_BYTES).ln();
+    ((LARGE_REQUEST_BYTES / request_bytes.max(1.0)).ln() / span).clamp(0.0, 1.0)
+}
+
+/// All pairs of lanes.
+#[derive(Clone, Debug)]
+pub struct Keeps {
+    /// [memory][small][a][b]: what lane a keeps of its rate while lane b runs.
+    tables: [[Table; 2]; 2],
+}
+
+impl Keeps {
+    pub fn new(profile: &HardwareProfile) -> Result<Keeps, RatesError> {
+        let tables = tables(profile)?;
+        Ok(Keeps { tables })
+    }
+
+    /// What a lane keeps beside one other, each with how hard it is on others.
+    pub fn kept(&self, lane: (Lane, f64), other: (Lane, f64)) -> f64 {
+        let hard = |computes: bool| {
+            let of = [lane, other].map(|l| match (l.0 == Lane::CpuCompute) == computes {
+                true => l.1,
+                false => 0.0,
+            });
+            of[0].max(of[1])
+        };
+        let at = |keeps: &Table| keeps[lane.0 as usize][other.0 as usize];
+        let mixed =
+            |[large, small]: &[Table; 2], part: f64| at(large) * (1.0 - part) + at(small) * part;
+        let (memory, small) = (hard(true), hard(false));
+        let [arithmetic, bound] = &self.tables;
+        mixed(arithmetic, small) * (1.0 - memory) + mixed(bound, small) * memory
+    }
+}
+
+fn tables(profile: &HardwareProfile) -> Result<[[Table; 2]; 2], RatesError> {
+    let mut keeps = [[1.0; 6]; 6];
+    // One device: where nobody measured more, reads and writes share its time.
+    let (read, write) = (Lane::DiskToCpu as usize, Lane::CpuToDisk as usize);
+    keeps[read][write] = 0.5;
+    keeps[write][read] = 0.5;
+    if let (Some(up), Some(down)) = (&profile.links.cpu_to_gpu, &profile.links.gpu_to_cpu) {
+        let (u, d) = (Lane::CpuToGpu as usize, Lane::GpuToCpu as usize);
+        keeps[u][d] = (up.both_directions_pct / 100.0).clamp(0.05, 1.0);
+        keeps[d][u] = (down.both_directions_pct / 100.0).clamp(0.05, 1.0);
+    }
+    let entered = |mut keeps: Table, memory: bool, small: bool| {
+        enter_pairs(&mut keeps, profile, (memory, small)).map(|()| keeps)
+    };
+    // What was not measured is as where it is easier.
+    let large = entered(keeps, false, false)?;
+    let small = entered(large, false, true)?;
+    let bound = entered(large, true, false)?;
+    let both = entered(entered(bound, false, true)?, true, true)?;
+    Ok([[large, small], [bound, both]])
+}
+
+/// Enters what was measured of pairs of lanes, of one kind of products and of requests.
+fn enter_pairs(
+    keeps: &mut Table,
+    profile: &HardwareProfile,
+    kind: (bool, bool),
+) -> Result<(), RatesError> {
+    let lane = |name: &str| Lane::ALL.into_iter().find(|l| l.name() == name);
+    for (pair, &[first, second]) in &profile.contention {
+        let (a, b) = pair.split_once('+').unwrap_or((pair, ""));
+        let found = (a.ends_with(MEMORY_SUFFIX), b.ends_with(SMALL_SUFFIX));
+        let a = lane(a.trim_end_matches(MEMORY_SUFFIX));
+        let lanes = a.zip(lane(b.trim_end_matches(SMALL_SUFFIX)));
+        let Some((a, b)) = lanes else {
+            return Err(RatesError::Contention {
+                profile: profile.machine.name.clone(),
+                pair: pair.clone(),
+            });
+        };
+        if found == kind {
+            keeps[a as usize][b as usize] = first.min(1.0);
+            keeps[b as usize][a as usize] = second.min(1.0);
+        }
+    }
+    Ok(())
+}
