@@ -175,7 +175,8 @@ fn size_curves(table: &GemmCurve, factor: f64) -> Vec<SizeCurves> {
     sizes.into_iter().map(curve).collect()
 }
 
-fn rising(points: BTreeMap<usize, f64>) -> Vec<(f64, f64)> {
+/// Points over a count, none lower than the one before.
+pub fn rising(points: BTreeMap<usize, f64>) -> Vec<(f64, f64)> {
     let mut most = 0.0f64;
     let rise = |(m, s): (usize, f64)| {
         most = most.max(s);

@@ -1,6 +1,7 @@
 //! Seconds of disk requests by their size and by how many are handed over in one call, from a profile's
 //! measured calls. What shares the disk meanwhile is rates.rs's business.
 
+use crate::cost::curves::rising;
 use crate::profile::DiskPoint;
 use std::collections::BTreeMap;
 
@@ -38,13 +39,17 @@ pub struct DiskRequests {
 impl DiskRequests {
     /// `latency_s` is the least that any call takes.
     pub fn new(latency_s: f64, points: &[DiskPoint]) -> Self {
-        let mut sizes = BTreeMap::<u64, BTreeMap<u32, f64>>::new();
+        let mut sizes = BTreeMap::<u64, BTreeMap<usize, f64>>::new();
         for &(block, depth, rate, _) in points {
             let (block, depth) = (block.max(1), depth.max(1));
             let seconds = f64::from(depth) * block as f64 / rate;
-            sizes.entry(block).or_default().insert(depth, seconds);
+            sizes
+                .entry(block)
+                .or_default()
+                .insert(depth as usize, seconds);
         }
-        let size = |(block, calls): (u64, BTreeMap<u32, f64>)| OneSize {
+        // More requests take no less.
+        let size = |(block, calls): (u64, BTreeMap<usize, f64>)| OneSize {
             request_bytes: block as f64,
             calls: rising(calls),
         };
@@ -77,16 +82,6 @@ impl DiskRequests {
         };
         seconds.max(self.latency_s)
     }
-}
-
-/// More requests take no less.
-fn rising(calls: BTreeMap<u32, f64>) -> Vec<(f64, f64)> {
-    let mut most_s = 0.0f64;
-    let rise = |(count, seconds): (u32, f64)| {
-        most_s = most_s.max(seconds);
-        (f64::from(count), most_s)
-    };
-    calls.into_iter().map(rise).collect()
 }
 
 fn between(a: (f64, f64), b: (f64, f64), x: f64) -> f64 {
