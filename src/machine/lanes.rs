@@ -3,6 +3,7 @@
 //! hands its operations over, as far ahead as their order allows, the other sees them finish.
 
 use super::ops::Op;
+use super::spare::Cores;
 use super::{Fence, Fences, MachineError, os};
 use crate::cost::figures::LaneFigures;
 use crate::tier::{Lane, PerLane, Phase};
@@ -17,6 +18,11 @@ use std::time::Instant;
 /// Carries out one lane's operations, one at a time.
 pub trait Executor: Send {
     fn run(&mut self, op: Op) -> Result<(), MachineError>;
+
+    /// Cores that an operation keeps busy from beginning to end; 0 where it waits for something else.
+    fn cores(&self) -> usize {
+        0
+    }
 }
 
 /// Queues one lane's operations on a device, which carries them out in order by itself.
@@ -40,9 +46,6 @@ pub enum Worker {
     OnDevice(Box<dyn Issuer>, Box<dyn Completer>),
 }
 
-/// How often a waiter looks before it sleeps: about 20 µs, less than a wake-up costs.
-const SPINS: u32 = 4000;
-
 struct Task {
     op: Op,
     after: Fences,
@@ -60,8 +63,8 @@ struct Queue {
 }
 
 /// Finished counts of all lanes, and the first failure.
-#[derive(Default)]
 struct Board {
+    cores: Cores,
     finished: PerLane<AtomicU64>,
     /// Operations that a device's lane has handed over.
     issued: PerLane<AtomicU64>,
@@ -107,6 +110,19 @@ impl Need {
 }
 
 impl Board {
+    fn new(cores: Cores) -> Board {
+        Board {
+            cores,
+            finished: PerLane::default(),
+            issued: PerLane::default(),
+            sleepers: Mutex::default(),
+            sleeping: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+            failure: Mutex::default(),
+            log: Mutex::default(),
+        }
+    }
+
     fn reached(&self, need: &Need) -> bool {
         let at_least = |counts: &PerLane<AtomicU64>, fences: &Fences| {
             let done = |&lane: &Lane| counts[lane].load(Ordering::SeqCst) >= fences.mark(lane);
@@ -115,13 +131,10 @@ impl Board {
         at_least(&self.finished, &need.finished) && at_least(&self.issued, &need.issued)
     }
 
-    /// Spins a little, then sleeps until what is needed is there.
+    /// Looks a little, then sleeps until what is needed is there.
     fn wait(&self, fences: &Need) {
-        for _ in 0..SPINS {
-            if self.reached(fences) {
-                return;
-            }
-            std::hint::spin_loop();
+        if self.cores.look_for(|| self.reached(fences)) {
+            return;
         }
         let me = std::thread::current();
         lock(&self.sleepers).push((*fences, me.clone()));
@@ -173,7 +186,7 @@ pub struct Lanes {
 impl Lanes {
     /// Starts the threads of each lane that has somebody to work on it.
     pub fn start(lanes: Vec<(Lane, Worker)>) -> std::io::Result<Self> {
-        let board = Arc::new(Board::default());
+        let board = Arc::new(Board::new(Cores::here()));
         let mut queues = PerLane::<Option<Arc<Queue>>>::default();
         let mut workers = Vec::new();
         let on_device = |(lane, worker): &(Lane, Worker)| {
@@ -297,7 +310,7 @@ fn work(lane: Lane, mut executor: Box<dyn Executor>, queue: &Queue, board: &Boar
         os::take_short_turns();
     }
     let mut number = 0;
-    while let Some(task) = next(queue) {
+    while let Some(task) = next(queue, board) {
         board.wait(&Need::finished(&task.after));
         if !board.failed.load(Ordering::Acquire) {
             run_one(lane, executor.as_mut(), task, board);
@@ -308,13 +321,9 @@ fn work(lane: Lane, mut executor: Box<dyn Executor>, queue: &Queue, board: &Boar
 }
 
 /// The next task; None when the machine is being closed and the queue is empty.
-fn next(queue: &Queue) -> Option<Task> {
-    for _ in 0..SPINS {
-        if queue.length.load(Ordering::Acquire) > 0 {
-            break;
-        }
-        std::hint::spin_loop();
-    }
+fn next(queue: &Queue, board: &Board) -> Option<Task> {
+    let filled = || queue.length.load(Ordering::Acquire) > 0;
+    board.cores.look_for(filled);
     let mut tasks = lock(&queue.tasks);
     loop {
         if let Some(task) = tasks.0.pop_front() {
@@ -350,7 +359,7 @@ fn hand_over(
     (board, given): (&Board, Sender<InFlight>),
 ) {
     let mut number = 0;
-    while let Some(task) = next(queue) {
+    while let Some(task) = next(queue, board) {
         number += 1;
         let need = Need::on_device(&task.after, device);
         board.wait(&need);
@@ -410,6 +419,7 @@ fn guarded<T>(
 
 fn run_one(lane: Lane, executor: &mut dyn Executor, task: Task, board: &Board) {
     let bytes = task.op.bytes();
+    let _cores = board.cores.computing(executor.cores());
     let start = Instant::now();
     let done = guarded(lane, board, || executor.run(task.op));
     let busy_s = start.elapsed().as_secs_f64();

@@ -12,6 +12,7 @@ pub mod nvml;
 pub mod ops;
 pub mod os;
 pub mod price;
+mod spare;
 pub mod threaded;
 pub mod transfer;
 pub mod virtual_time;

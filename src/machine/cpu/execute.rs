@@ -38,6 +38,10 @@ impl Executor for ComputeExecutor {
         }
         Ok(())
     }
+
+    fn cores(&self) -> usize {
+        self.pool.threads()
+    }
 }
 
 impl ComputeExecutor {
