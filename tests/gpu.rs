@@ -3,8 +3,12 @@
 
 #[path = "gpu/bench.rs"]
 mod bench;
+#[path = "gpu/books.rs"]
+mod books;
 #[path = "gpu/goldens.rs"]
 mod goldens;
+#[path = "gpu/libraries.rs"]
+mod libraries;
 #[path = "gpu/random.rs"]
 mod random;
 #[path = "gpu/stand_in.rs"]
@@ -276,32 +280,6 @@ fn a_gpu_that_is_too_small_is_told_before_anything_runs() {
     let started = small.run("cuda:0", &told);
     started.fails(1, &["of GPU memory", "are free", "--gpu-mem"]);
     assert!(!started.stderr.contains("loading"), "{}", started.stderr);
-}
-
-#[test]
-fn a_gpu_that_cannot_be_used_is_an_error_with_the_way_out() {
-    let Some(gpu) = Gpu::new() else { return };
-    let pip = "pip install nvidia-cublas nvidia-cuda-nvrtc";
-    for (libraries, cause) in [
-        ("no-cublas", "libcublas was not found"),
-        ("no-nvrtc", "libnvrtc was not found"),
-        ("no-gemm-ex", "has no cublasGemmEx"),
-    ] {
-        for device in ["cuda:0", "auto"] {
-            let ended = gpu.over(libraries).run(device, SPLIT);
-            ended.fails(1, &[cause, pip, "--device cpu"]);
-        }
-    }
-    let old = [("FAKE_CUDA_DRIVER", "11080")];
-    gpu.with(&old)
-        .run("auto", SPLIT)
-        .fails(1, &["CUDA 11.8", "--device cpu"]);
-    let none = gpu.over("no-host-register").run("auto", SPLIT);
-    none.fails(1, &["cuMemHostRegister_v2", "too old"]);
-    let broken = gpu.with(&[("FAKE_NVRTC_FAIL", "1")]);
-    broken
-        .run("cuda:0", SPLIT)
-        .fails(1, &["cannot be compiled"]);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the stand-in CUDA libraries, or the runner of single kernels, with g++ alone:
-#   tests/cuda/build.sh DIR          DIR/default, DIR/no-cublas, DIR/no-nvrtc, DIR/no-gemm-ex, DIR/no-host-register
+#   tests/cuda/build.sh DIR          a directory of libraries for each VARIANT
 #   tests/cuda/build.sh DIR runner   DIR/runner: with address and undefined-behaviour sanitizers
 # Objects are kept in DIR/objects and made again only when a source is newer. Needs x86-64 with AVX2, FMA and F16C.
 set -euo pipefail
@@ -48,18 +48,27 @@ done
 if [ "$what" = libraries ]; then
   compile driver_no_register "$here/fake_driver.cpp" -DWITHOUT_HOST_REGISTER
   compile cublas_no_gemm_ex "$here/fake_cublas.cpp" -DWITHOUT_GEMM_EX
+  compile nvrtc_12 "$here/fake_nvrtc.cpp" -DCUDA_MAJOR=12
 fi
 wait "$first"
 wait "$second"
 
-link() { # DIRECTORY LIBRARY VERSION OBJECT... : LIBRARY.so.VERSION with its usual other names
+# DIRECTORY LIBRARY VERSION OBJECT... : LIBRARY.so.VERSION. What it needs is found by the loader or is there already,
+# as with the real ones: it names no directory.
+link() {
   local dir="$out/$1" name="$2" version="$3" needs=()
   shift 3
   mkdir -p "$dir"
   [ "$name" = libcuda ] || needs=(-L"$dir" -l:libcuda.so.1)
-  "$CXX" -shared -o "$dir/$name.so.$version" -Wl,-soname,"$name.so.$version" -Wl,-rpath,'$ORIGIN' \
-    "${@/%/.o}" "${needs[@]}" -lpthread
-  ln -sf "$name.so.$version" "$dir/$name.so"
+  [ "$name" = libcublas ] && needs+=(-Wl,--no-as-needed -l:"libcublasLt.so.$version")
+  "$CXX" -shared -o "$dir/$name.so.$version" -Wl,-soname,"$name.so.$version" "${@/%/.o}" "${needs[@]}" -lpthread
+}
+
+toolkit() { # DIRECTORY MAJOR CUBLAS NVRTC: the libraries of one CUDA; nothing for what is -
+  link "$1" libcublasLt "$2"
+  link "$1" libnvrtc-builtins "$2.0"
+  [ "$3" = - ] || link "$1" libcublas "$2" "$3"
+  [ "$4" = - ] || link "$1" libnvrtc "$2" "$4"
 }
 
 cd "$objects"
@@ -68,13 +77,21 @@ if [ "$what" = runner ]; then
   "$CXX" -fsanitize=address,undefined -o "$out/runner" emulator.o registry.o runner.o "${kernels[@]}" -lpthread
   exit
 fi
-for variant in default no-cublas no-nvrtc no-gemm-ex no-host-register; do
-  driver=fake_driver
-  cublas=fake_cublas
-  [ "$variant" = no-host-register ] && driver=driver_no_register
-  [ "$variant" = no-gemm-ex ] && cublas=cublas_no_gemm_ex
+# VARIANT DRIVER CUBLAS NVRTC
+while read -r variant driver cublas nvrtc; do
   link "$variant" libcuda 1 "$driver" fake_queue fake_stream fake_memory emulator registry "${kernels[@]%.o}"
+  # Nothing but the driver: no management library either.
+  [ "$variant" = driver-alone ] && continue
   link "$variant" libnvidia-ml 1 fake_nvml
-  [ "$variant" = no-cublas ] || link "$variant" libcublas 13 "$cublas"
-  [ "$variant" = no-nvrtc ] || link "$variant" libnvrtc 13 fake_nvrtc
-done
+  major=13
+  [ "$variant" = cuda-12 ] && major=12
+  toolkit "$variant" "$major" "$cublas" "$nvrtc"
+done <<END
+default fake_driver fake_cublas fake_nvrtc
+driver-alone fake_driver - -
+cuda-12 fake_driver fake_cublas nvrtc_12
+no-cublas fake_driver - fake_nvrtc
+no-nvrtc fake_driver fake_cublas -
+no-gemm-ex fake_driver cublas_no_gemm_ex fake_nvrtc
+no-host-register driver_no_register fake_cublas fake_nvrtc
+END

@@ -34,6 +34,7 @@ enum Result {
   ALREADY_REGISTERED = 712,
   NOT_REGISTERED = 713,
   NOT_SUPPORTED = 801,
+  SYSTEM_DRIVER_MISMATCH = 803,
 };
 
 /// A defect of the caller that no return code should hide.
@@ -82,5 +83,7 @@ EXPORTED bool fakeCudaReserve(int64_t bytes);
 EXPORTED uint64_t fakeCudaUsed();
 EXPORTED bool fakeCudaIsDevice(const void* at, uint64_t bytes);
 EXPORTED void fakeCudaCount(const char* what, uint64_t by);
+/// Keeps the largest value.
+EXPORTED void fakeCudaMost(const char* what, uint64_t value);
 
 #endif

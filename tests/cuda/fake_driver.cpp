@@ -44,6 +44,7 @@ const Named NAMES[] = {
     {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
     {ALREADY_REGISTERED, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED", "part or all of the requested memory range is already mapped"},
     {NOT_REGISTERED, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", "pointer does not correspond to a registered memory region"},
+    {SYSTEM_DRIVER_MISMATCH, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "system has unsupported display driver / cuda driver combination"},
     {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
 };
 
@@ -67,8 +68,9 @@ EXPORTED int cuGetErrorString(int result, const char** text) {
   return found ? SUCCESS : INVALID_VALUE;
 }
 EXPORTED int cuInit(unsigned) {
-  g_ready = devices() > 0;
-  return g_ready ? SUCCESS : NO_DEVICE;
+  int told = int(setting("FAKE_CUDA_INIT", devices() > 0 ? SUCCESS : NO_DEVICE));
+  g_ready = told == SUCCESS;
+  return told;
 }
 EXPORTED int cuDriverGetVersion(int* version) {
   *version = int(setting("FAKE_CUDA_DRIVER", 13000));
@@ -209,6 +211,7 @@ EXPORTED int cuMemHostRegister_v2(void* at, size_t bytes, unsigned) {
   if (memory().pinned.overlaps(at, bytes)) return ALREADY_REGISTERED;
   if (!memory().reserve_pinned(bytes)) return OUT_OF_MEMORY;
   memory().pinned.add(at, bytes);
+  fakeCudaCount("page locks", 1);
   return SUCCESS;
 }
 #endif

@@ -1,11 +1,18 @@
 // A libnvrtc that compiles nothing: its images are the source behind a line that the stand-in driver reads.
 #include "fake.h"
 
+#include <dlfcn.h>
 #include <vector>
+
+#ifndef CUDA_MAJOR
+#define CUDA_MAJOR 13
+#endif
+#define TEXT_OF(x) #x
+#define BUILTINS(major) "libnvrtc-builtins.so." TEXT_OF(major) ".0"
 
 namespace {
 
-enum Result { SUCCESS = 0, INVALID_INPUT = 3, INVALID_OPTION = 5, COMPILATION = 6, NO_IMAGE = 11 };
+enum Result { SUCCESS = 0, INVALID_INPUT = 3, INVALID_OPTION = 5, COMPILATION = 6, BUILTINS_FAILED = 7, NO_IMAGE = 11 };
 
 struct Program {
   std::string source, log, cubin, ptx;
@@ -31,7 +38,7 @@ bool replace(std::string& text, const std::string& what, const std::string& with
 }  // namespace
 
 EXPORTED int nvrtcVersion(int* major, int* minor) {
-  *major = 13, *minor = 0;
+  *major = CUDA_MAJOR, *minor = 0;
   return SUCCESS;
 }
 EXPORTED const char* nvrtcGetErrorString(int result) {
@@ -46,6 +53,11 @@ EXPORTED int nvrtcCreateProgram(Program** program, const char* source, const cha
   return SUCCESS;
 }
 EXPORTED int nvrtcCompileProgram(Program* program, int count, const char* const* options) {
+  // As the real one does: by name, when it is first needed.
+  if (!dlopen(BUILTINS(CUDA_MAJOR), RTLD_NOW)) {
+    program->log = "nvrtc: error: failed to open " BUILTINS(CUDA_MAJOR) ".\n";
+    return BUILTINS_FAILED;
+  }
   int arch = 52;
   bool real = false;
   for (int i = 0; i < count; i++) {

@@ -43,10 +43,10 @@ Stream& stream_of(void* handle) {
 using EventHandle = std::shared_ptr<Event>;
 EventHandle& event_of(void* handle) { return *static_cast<EventHandle*>(handle); }
 
-/// Counts by name, written to FAKE_CUDA_LOG when the process ends.
+/// Counts and largest values by name, written to FAKE_CUDA_LOG when the process ends.
 struct Books {
   std::mutex mutex;
-  std::map<std::string, uint64_t> counts;
+  std::map<std::string, uint64_t> counts, most;
 };
 void write_books();
 Books& books() {
@@ -62,6 +62,7 @@ void write_books() {
   if (!file) return;
   std::lock_guard<std::mutex> lock(books().mutex);
   for (auto& [name, count] : books().counts) fprintf(file, "%s %lu\n", name.c_str(), count);
+  for (auto& [name, most] : books().most) fprintf(file, "%s %lu\n", name.c_str(), most);
   fprintf(file, "device peak bytes %lu\npinned peak bytes %lu\n", memory().peak, memory().pinned_peak);
   fclose(file);
 }
@@ -103,6 +104,12 @@ constexpr unsigned HOST = 1, DEVICE_KIND = 2;
 void fakeCudaCount(const char* what, uint64_t by) {
   std::lock_guard<std::mutex> lock(books().mutex);
   books().counts[what] += by;
+}
+
+void fakeCudaMost(const char* what, uint64_t value) {
+  std::lock_guard<std::mutex> lock(books().mutex);
+  uint64_t& most = books().most[what];
+  most = std::max(most, value);
 }
 
 void fakeCudaEnqueue(void* stream, const char* name, std::function<void()>* task) {

@@ -39,6 +39,7 @@ void Stream::enqueue(const std::string& name, std::function<void()> task) {
   operations_ += !open_;
   open_ = true;
   hold({std::move(task), operations_});
+  fakeCudaMost("operations queued at most", operations_ - running_);
 }
 
 void Stream::wait(std::shared_ptr<Event> event) {
@@ -128,7 +129,10 @@ void Stream::work(uint64_t seed) {
     tasks_.pop_front();
     lock.unlock();
     if (longest && task.operation) std::this_thread::sleep_for(std::chrono::microseconds(random() % (longest + 1)));
-    if (task.operation) holds_->obey(task.operation);
+    if (task.operation) {
+      running_ = task.operation;
+      holds_->obey(task.operation);
+    }
     task.run();
     task.run = nullptr;
     lock.lock();

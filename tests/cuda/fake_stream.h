@@ -2,6 +2,7 @@
 #ifndef LOADMASTER_FAKE_STREAM_H
 #define LOADMASTER_FAKE_STREAM_H
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -80,6 +81,8 @@ class Stream {
   /// The last operation, and whether its record is still to come.
   std::string operation_;
   uint64_t operations_ = 0;
+  /// The latest one that has begun.
+  std::atomic<uint64_t> running_{0};
   bool open_ = false;
   std::shared_ptr<Holds> holds_ = std::make_shared<Holds>();
   uint64_t enqueued_ = 0, done_ = 0;

@@ -18,11 +18,12 @@ use std::sync::OnceLock;
 /// DRAM plays a GPU of the same size.
 pub const HOST: &str = "host:1GiB";
 
+/// The stand-in driver's context and cuBLAS's handle take 72 MiB.
 const FACTS: &str = r#"
 [gpu]
 name = "Emulated GPU"
 total_bytes = 1073741824
-context_bytes = 83886080
+context_bytes = 75497472
 host_bytes = 16777216
 copy_bytes_per_s = 2e11
 launch_s = 5e-6
@@ -81,6 +82,11 @@ impl Gpu {
         })
     }
 
+    /// Where they are.
+    pub fn libraries(&self) -> &Path {
+        &self.libraries
+    }
+
     /// The same home over other libraries.
     pub fn over(&self, libraries: &str) -> Gpu {
         Gpu {
@@ -90,12 +96,18 @@ impl Gpu {
         }
     }
 
+    /// The same GPU, told more.
     pub fn with(&self, told: &[(&str, &str)]) -> Gpu {
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         Gpu {
             home: self.home.clone(),
             libraries: self.libraries.clone(),
-            told: told.iter().map(owned).collect(),
+            told: self
+                .told
+                .iter()
+                .cloned()
+                .chain(told.iter().map(owned))
+                .collect(),
         }
     }
 
@@ -126,7 +138,9 @@ impl Gpu {
     /// Whatever the command starts finds this GPU.
     pub fn beside(&self, command: &mut Command) {
         command.env("LD_LIBRARY_PATH", &self.libraries);
-        command.env_remove("VIRTUAL_ENV").env_remove("CONDA_PREFIX");
+        for variable in ["VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_PATH", "CUDA_HOME"] {
+            command.env_remove(variable);
+        }
         command.envs(self.told.iter().cloned());
     }
 

@@ -114,7 +114,7 @@ pub fn find_gpu(index: usize) -> Result<DeviceFacts, GpuError> {
             facts.capability / 10,
             facts.capability % 10
         );
-        return Err(unusable(cause, "give --device cpu"));
+        return Err(unusable(cause, "use another GPU (--device cuda:N)"));
     }
     Ok(facts)
 }
@@ -234,11 +234,7 @@ fn load(library: &Library) -> Loaded {
 
 fn in_directories(stem: &str, names: &[String]) -> Option<(String, *mut libc::c_void)> {
     for dir in directories() {
-        if stem == "cublas" {
-            // cuBLAS needs its companion, which lies beside it and which no loader would find there.
-            let companions = cudarc::get_lib_name_candidates("cublasLt");
-            let _ = companions.iter().find_map(|name| open(&dir.join(name)));
-        }
+        open_companions(stem, &dir);
         for name in names {
             if let Some(handle) = open(&dir.join(name)) {
                 return Some((dir.join(name).display().to_string(), handle));
@@ -246,6 +242,22 @@ fn in_directories(stem: &str, names: &[String]) -> Option<(String, *mut libc::c_
         }
     }
     None
+}
+
+/// What a library asks its loader for by name alone lies beside it, where no loader would look: it is loaded
+/// before.
+fn open_companions(stem: &str, dir: &Path) {
+    let companion = match stem {
+        "cublas" => "libcublasLt.so",
+        "nvrtc" => "libnvrtc-builtins.so",
+        _ => return,
+    };
+    for file in entries(dir) {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with(companion) {
+            open(&file);
+        }
+    }
 }
 
 /// Windows' driver under WSL, toolkits, and the active Python environment's nvidia packages.
@@ -272,10 +284,15 @@ fn directories() -> Vec<PathBuf> {
 }
 
 fn subdirectories(dir: &Path) -> Vec<PathBuf> {
+    let all = entries(dir).into_iter();
+    all.filter(|path| path.is_dir()).collect()
+}
+
+fn entries(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut dirs: Vec<PathBuf> = entries.map(|e| e.path()).filter(|p| p.is_dir()).collect();
-    dirs.sort();
-    dirs
+    let mut paths: Vec<PathBuf> = entries.map(|e| e.path()).collect();
+    paths.sort();
+    paths
 }
 
 fn open(path: &Path) -> Option<*mut libc::c_void> {

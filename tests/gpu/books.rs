@@ -1,0 +1,131 @@
+//! What the driver was asked for, by its own books: which kernels, how often memory was page-locked, how far ahead
+//! the host was, how much memory was taken.
+
+use crate::SPLIT;
+use crate::stand_in::Gpu;
+use std::collections::HashMap;
+
+/// Counts by name of one run of lines of so many prompt tokens.
+fn books(gpu: &Gpu, (prompt, max_tokens): (usize, usize), words: &str) -> HashMap<String, u64> {
+    let line = |line: usize| {
+        let prompt: Vec<usize> = (0..prompt).map(|at| 4 + (7 * line + 3 * at) % 90).collect();
+        format!("{{\"prompt\": {prompt:?}, \"max_tokens\": {max_tokens}}}\n")
+    };
+    let lines: String = (0..4).map(line).collect();
+    let words = format!("--model GOLDEN --ignore-eos {words}");
+    let log = gpu.home.path("log.txt").display().to_string();
+    let told = gpu.with(&[("FAKE_CUDA_LOG", &log)]);
+    told.run_lines(&lines, "cuda:0", &words).good();
+    let text = gpu.home.read("log.txt");
+    let count = |line: &str| {
+        let (name, count) = line.rsplit_once(' ')?;
+        Some((name.to_owned(), count.parse().ok()?))
+    };
+    text.lines().filter_map(count).collect()
+}
+
+const RESIDENT: &str = "--percent 100 0 100 0 100 0 --gpu-batch-size 2 --num-gpu-batches 2";
+
+/// Which kernels of these were launched.
+fn launched<'a>(books: &HashMap<String, u64>, kernels: &[&'a str]) -> Vec<&'a str> {
+    let begins = |kernel: &&str| {
+        let of = format!("launch {kernel}");
+        books.keys().any(|name| name.starts_with(&of))
+    };
+    kernels.iter().copied().filter(begins).collect()
+}
+
+#[test]
+fn few_rows_never_widen_4_bit_weights_and_many_do() {
+    let Some(gpu) = Gpu::new() else { return };
+    let words = format!("{RESIDENT} --compress-weight 1");
+    let kernels = ["gemm_small_q4", "dequantise_q4_f16"];
+    let few = books(&gpu, (2, 4), &words);
+    assert_eq!(launched(&few, &kernels), ["gemm_small_q4"]);
+    assert!(!few.contains_key("products"));
+    let many = books(&gpu, (20, 4), &words);
+    assert_eq!(launched(&many, &kernels), kernels);
+    assert!(many["products"] > 0);
+}
+
+#[test]
+fn attention_is_by_the_kernel_of_its_rows_and_format() {
+    let Some(gpu) = Gpu::new() else { return };
+    let kernels = [
+        "attend_prefill_mma_f16_",
+        "attend_prefill_mma_q4_",
+        "attend_prefill_f16",
+        "attend_prefill_f32",
+        "attend_decode_f16",
+        "attend_decode_f32",
+        "attend_decode_q4",
+    ];
+    for (words, wanted) in [
+        ("", ["attend_prefill_mma_f16_", "attend_decode_f16"]),
+        (
+            "--compress-cache 1",
+            ["attend_prefill_mma_q4_", "attend_decode_q4"],
+        ),
+        ("--kv f32", ["attend_prefill_f32", "attend_decode_f32"]),
+        (
+            "--compute fp32",
+            ["attend_prefill_f16", "attend_decode_f16"],
+        ),
+    ] {
+        let found = books(&gpu, (20, 4), &format!("{RESIDENT} {words}"));
+        assert_eq!(launched(&found, &kernels), wanted, "{words}");
+    }
+}
+
+#[test]
+fn memory_is_page_locked_once_however_long_a_run_is() {
+    let Some(gpu) = Gpu::new() else { return };
+    let words = "--percent 0 100 0 100 0 100 --pin-weight 0 --gpu-batch-size 2 --num-gpu-batches 2";
+    let locks = |tokens| {
+        let found = books(&gpu, (4, tokens), words);
+        (found["page locks"], found["copy up"])
+    };
+    let ((few, few_copies), (many, many_copies)) = (locks(2), locks(12));
+    assert!(few > 0 && many_copies > 3 * few_copies);
+    assert_eq!(many, few);
+}
+
+/// The host has a pass's operations queued before the first of them is over.
+#[test]
+fn the_host_runs_ahead_of_a_slow_gpu() {
+    let Some(gpu) = Gpu::new() else { return };
+    let slow = gpu.with(&[
+        ("FAKE_CUDA_DELAY_US", "3000"),
+        ("FAKE_CUDA_DELAY_STREAM", "3"),
+    ]);
+    let words = "--percent 50 50 50 50 50 50 --gpu-batch-size 1 --num-gpu-batches 4";
+    let ahead = |words: &str| books(&slow, (3, 3), words)["operations queued at most"];
+    let (free, stepwise) = (ahead(words), ahead(&format!("{words} --overlap 0")));
+    // Two layers of four batches have more than eighty.
+    assert!(free > 60 && stepwise < 30, "{free} {stepwise}");
+}
+
+/// By the driver and by the management library; the plan is an upper bound, and a close one.
+#[test]
+fn device_memory_is_what_was_planned() {
+    let Some(gpu) = Gpu::new() else { return };
+    for words in [
+        SPLIT,
+        RESIDENT,
+        "--percent 0 0 0 0 0 0 --gpu-batch-size 2 --compress-weight 1",
+    ] {
+        let taken = books(&gpu, (20, 4), words)["device peak bytes"];
+        let report = gpu.home.json("report.json");
+        let peak = |of: &serde_json::Value| of["tiers"]["gpu"]["peak_bytes"].as_u64();
+        let planned = peak(&report["plan"]["estimate"]).expect("planned");
+        let measured = peak(&report["measured"]).expect("measured");
+        assert!(
+            taken <= planned && 100 * taken >= 97 * planned,
+            "{taken} of {planned}"
+        );
+        assert!(
+            measured <= planned && 100 * measured >= 97 * planned,
+            "{measured} of {planned}"
+        );
+    }
+}

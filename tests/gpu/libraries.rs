@@ -1,0 +1,170 @@
+//! Where the driver's and CUDA's libraries are looked for, and what is said where one of them cannot be used.
+
+use crate::SPLIT;
+use crate::stand_in::{Gpu, HOST};
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+/// Puts those libraries of a variant whose names begin so into a directory of the home: under their sonames
+/// alone, as runtime packages have them.
+fn lay(gpu: &Gpu, (variant, names): (&str, &[&str]), place: &str) {
+    let to = gpu.home.path(place);
+    std::fs::create_dir_all(&to).expect("made");
+    for entry in std::fs::read_dir(gpu.over(variant).libraries()).expect("built") {
+        let path = entry.expect("an entry").path();
+        let file = path.file_name().expect("a name").to_string_lossy();
+        if names.iter().any(|name| file.starts_with(name)) {
+            symlink(&path, to.join(&*file)).expect("linked");
+        }
+    }
+}
+
+const CUBLAS: &[&str] = &["libcublas"];
+const NVRTC: &[&str] = &["libnvrtc"];
+const BOTH: &[&str] = &["libcublas", "libnvrtc"];
+
+/// None of these directories is one of the loader's, nor do the libraries that lie there name it.
+#[test]
+fn libraries_are_found_where_no_loader_looks() {
+    let Some(gpu) = Gpu::new() else { return };
+    let on_host = gpu.tokens(HOST, SPLIT);
+    let packages = |env: &str| format!("{env}/lib/python3.12/site-packages/nvidia");
+    let (new, old) = (packages("new"), packages("old"));
+    lay(&gpu, ("default", BOTH), &format!("{new}/cu13/lib"));
+    lay(&gpu, ("cuda-12", CUBLAS), &format!("{old}/cublas/lib"));
+    lay(&gpu, ("cuda-12", NVRTC), &format!("{old}/cuda_nvrtc/lib"));
+    lay(&gpu, ("default", BOTH), "conda/lib");
+    lay(&gpu, ("default", BOTH), "toolkit/lib64");
+    let driver = gpu.over("driver-alone");
+    let cause = "libcublas was not found";
+    driver.run("auto", SPLIT).fails(1, &[cause]);
+    for (variable, place, version) in [
+        ("VIRTUAL_ENV", "new", "13000"),
+        ("VIRTUAL_ENV", "old", "12080"),
+        ("CONDA_PREFIX", "new", "13000"),
+        ("CONDA_PREFIX", "conda", "13000"),
+        ("CUDA_PATH", "toolkit", "13000"),
+        ("CUDA_HOME", "toolkit", "13000"),
+    ] {
+        let place = gpu.home.path(place).display().to_string();
+        let told = [(variable, place.as_str()), ("FAKE_CUDA_DRIVER", version)];
+        // Compiled anew: the compiler, too, must find what belongs to it.
+        let _ = std::fs::remove_dir_all(gpu.home.path("kernels"));
+        let found = driver.with(&told).tokens("auto", SPLIT);
+        assert_eq!(found, on_host, "{told:?}");
+    }
+}
+
+#[test]
+fn libraries_of_cuda_12_serve_both_drivers() {
+    let Some(gpu) = Gpu::new() else { return };
+    let on_host = gpu.tokens(HOST, SPLIT);
+    let older = gpu.over("cuda-12");
+    for driver in ["12000", "12080", "13000"] {
+        let told = [("FAKE_CUDA_DRIVER", driver)];
+        assert_eq!(older.with(&told).tokens("auto", SPLIT), on_host, "{driver}");
+    }
+}
+
+const FOR_13: &str = "pip install nvidia-cublas nvidia-cuda-nvrtc (or apt install libcublas-13-0";
+const FOR_12: &str =
+    "pip install nvidia-cublas-cu12 nvidia-cuda-nvrtc-cu12 (or apt install libcublas-12-0";
+const DRIVER: &str = "apt install nvidia-driver";
+
+#[test]
+fn a_gpu_that_cannot_be_used_is_an_error_with_the_way_out() {
+    let Some(gpu) = Gpu::new() else { return };
+    let plain = ("", "");
+    for (libraries, told, cause, remedy) in [
+        ("no-cublas", plain, "libcublas was not found", FOR_13),
+        ("no-nvrtc", plain, "libnvrtc was not found", FOR_13),
+        (
+            "no-nvrtc",
+            ("FAKE_CUDA_DRIVER", "12040"),
+            "libnvrtc was not found",
+            FOR_12,
+        ),
+        ("no-gemm-ex", plain, "has no cublasGemmEx", FOR_13),
+        (
+            "no-host-register",
+            plain,
+            "has no cuMemHostRegister_v2: it is too old",
+            DRIVER,
+        ),
+        (
+            "default",
+            ("FAKE_CUDA_DRIVER", "11080"),
+            "knows CUDA 11.8 only",
+            DRIVER,
+        ),
+        (
+            "default",
+            ("FAKE_CUDA_DRIVER", "12080"),
+            "libnvrtc is of CUDA 13.0 and the driver of CUDA 12.8",
+            FOR_12,
+        ),
+        (
+            "default",
+            ("FAKE_CUDA_CAPABILITY", "70"),
+            "compute capability 7.0, and the kernels need 7.5",
+            "another GPU",
+        ),
+        (
+            "default",
+            ("FAKE_CUDA_INIT", "803"),
+            "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
+            DRIVER,
+        ),
+    ] {
+        for device in ["cuda:0", "auto"] {
+            let unusable = gpu.over(libraries).with(&[told]);
+            let said = unusable
+                .run(device, SPLIT)
+                .fails(1, &[cause, remedy, "--device cpu"]);
+            assert_eq!(said.matches("--device cpu").count(), 1, "{said}");
+        }
+    }
+}
+
+#[test]
+fn kernels_that_cannot_be_compiled_or_hold_no_context_are_told() {
+    let Some(gpu) = Gpu::new() else { return };
+    let failing = |told: (&str, &str), parts: &[&str]| {
+        gpu.with(&[told]).run("cuda:0", SPLIT).fails(1, parts);
+    };
+    failing(("FAKE_NVRTC_FAIL", "1"), &["cannot be compiled"]);
+    // Less than the context takes, and less than cuBLAS takes beside it and the arena.
+    failing(("FAKE_CUDA_VRAM", "33554432"), &["gpu memory missing"]);
+}
+
+/// Functions of the three libraries that a source calls.
+fn called(source: &str) -> Vec<&str> {
+    let of = |rest: &str| -> Option<usize> {
+        let end = rest.find(|c: char| !c.is_ascii_alphanumeric() && c != '_')?;
+        let known = ["cu", "nvrtc", "cublas"].iter().any(|stem| {
+            let after = rest[..end].strip_prefix(stem);
+            after.is_some_and(|a| a.starts_with(|c: char| c.is_ascii_uppercase()))
+        });
+        (known && rest[end..].starts_with('(')).then_some(end)
+    };
+    let calls = source.match_indices("::").map(|(at, _)| &source[at + 2..]);
+    calls.filter_map(|rest| Some(&rest[..of(rest)?])).collect()
+}
+
+/// cudarc panics on a function that is not there.
+#[test]
+fn every_function_that_is_called_is_looked_for_before() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/machine/cuda");
+    let read = |path: &Path| std::fs::read_to_string(path).expect("a source");
+    let listed = read(&dir.join("presence.rs"));
+    let mut count = 0;
+    for entry in std::fs::read_dir(&dir).expect("sources") {
+        let path = entry.expect("an entry").path();
+        for function in called(&read(&path)) {
+            let quoted = format!("\"{function}\"");
+            assert!(listed.contains(&quoted), "{}: {function}", path.display());
+            count += 1;
+        }
+    }
+    assert!(count > 40, "{count} calls");
+}
