@@ -1,7 +1,11 @@
 //! The planner as its users see it: what it recommends fits, nothing that the same estimator prices
 //! beats it, more of anything never hurts, and what does not fit is refused with a budget that does.
 
+#[path = "planner/beside.rs"]
+mod beside;
 mod common;
+#[path = "planner/figures.rs"]
+mod figures;
 
 use common::planning::*;
 use common::*;

@@ -4,6 +4,8 @@
 mod common;
 #[path = "replay/drawn.rs"]
 mod drawn;
+#[path = "replay/order.rs"]
+mod order;
 mod running;
 
 use drawn::{Class, Drawn, drawn};
