@@ -181,6 +181,10 @@ pub struct CpuFacts {
     /// The same while all threads compute: who wakes up must first get a core.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub handover_busy_s: Option<f64>,
+    /// Seconds that the CPU's computing loses each time a lane of the disk wakes up meanwhile, besides what
+    /// [contention] says of the operation that follows.
+    #[serde(default)]
+    pub wake_takes_s: f64,
     /// Bytes of logits that the host draws tokens from per second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sampling_bytes_per_s: Option<f64>,
@@ -344,6 +348,7 @@ impl HardwareProfile {
                 "cpu.handover_busy_s".to_owned(),
                 self.cpu.handover_busy_s.unwrap_or(0.0),
             ),
+            ("cpu.wake_takes_s".to_owned(), self.cpu.wake_takes_s),
             ("cpu.append_call_s".to_owned(), self.cpu.append_call_s),
         ];
         let mut calls = |device: &str, attention: &BTreeMap<String, AttentionRates>| {

@@ -4,7 +4,6 @@
 
 use crate::cost::affine::{Affine, SHARES};
 use crate::cost::footprint::RUN_AHEAD_BYTES;
-use crate::cost::rates::Rates;
 use crate::cost::steps::Step;
 use crate::cost::terms::{Bound, Part, Row, TermInput, Work};
 use crate::cost::traffic::constant;
@@ -127,7 +126,7 @@ pub fn parallel_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> 
         })
         .collect();
     rows.extend(resource_rows(input, work));
-    rows.extend(pair_rows(input.rates, work));
+    rows.extend(pair_rows(input, place, work));
     rows.extend(cycle_rows(input, place, work));
     if place.part == Part::Layer {
         if input.rates.device.has_gpu() {
@@ -160,7 +159,8 @@ fn resource_rows(input: &TermInput, work: &Work) -> [Row; 2] {
 /// Two lanes with a and b seconds of their own, keeping ka and kb of their rates while both run, take
 /// max(b + a·(1−kb)/ka, a + b·(1−ka)/kb): the shorter one is slow throughout, the longer one only as
 /// long as that. Where running together would be slower than one after the other, it is the sum.
-fn pair_rows(rates: &Rates, work: &Work) -> Vec<Row> {
+fn pair_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> {
+    let rates = input.rates;
     let mut rows = Vec::new();
     let busy = Lane::ALL
         .into_iter()
@@ -176,6 +176,10 @@ fn pair_rows(rates: &Rates, work: &Work) -> Vec<Row> {
             let mut seconds = work.lanes[b];
             let delay = ((1.0 - keep_b) / keep_a).min(1.0);
             seconds.add_scaled(&work.lanes[a], delay);
+            if b == Lane::CpuCompute {
+                let woken = wakes(input, place, work, a);
+                seconds.add(&constant(rates.wake_takes_s * woken));
+            }
             rows.push(Row {
                 bound: Bound::Pair(a, b),
                 seconds,
@@ -183,6 +187,17 @@ fn pair_rows(rates: &Rates, work: &Work) -> Vec<Row> {
         }
     }
     rows
+}
+
+/// How often a lane of the disk wakes up in a layer for cache and hidden states, where it is known what is
+/// there: once a batch for each. Weights keep their lane awake.
+fn wakes(input: &TermInput, place: &Place, work: &Work, lane: Lane) -> f64 {
+    let disk = matches!(lane, Lane::DiskToCpu | Lane::CpuToDisk);
+    let Some(at) = input.at.as_ref().filter(|_| disk) else {
+        return 0.0;
+    };
+    let there = [&work.cache, &work.hidden].map(|moved| moved[lane].at(at) > 0.0);
+    place.batches() * there.into_iter().filter(|&there| there).count() as f64
 }
 
 /// Batches are alike, so that a cycle over one step of a batch is `1 ÷ batches` of the whole layer's

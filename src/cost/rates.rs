@@ -88,6 +88,8 @@ pub struct Rates {
     pub handover_s: f64,
     /// The same where all threads compute meanwhile.
     pub handover_busy_s: f64,
+    /// What the CPU's computing loses when a lane of the disk wakes up meanwhile.
+    pub wake_takes_s: f64,
     sampling_bytes_per_s: f64,
     /// Nothing, until a machine has been opened.
     pub unlocked: Unlocked,
@@ -128,6 +130,7 @@ impl Rates {
                 .cpu
                 .handover_busy_s
                 .unwrap_or(profile.cpu.handover_s),
+            wake_takes_s: profile.cpu.wake_takes_s,
             sampling_bytes_per_s: profile
                 .cpu
                 .sampling_bytes_per_s

@@ -19,6 +19,9 @@ use std::time::Instant;
 pub trait Executor: Send {
     fn run(&mut self, op: Op) -> Result<(), MachineError>;
 
+    /// Said once, on the thread that will run its operations.
+    fn begin(&mut self) {}
+
     /// Cores that an operation keeps busy from beginning to end; 0 where it waits for something else.
     fn cores(&self) -> usize {
         0
@@ -309,6 +312,7 @@ fn work(lane: Lane, mut executor: Box<dyn Executor>, queue: &Queue, board: &Boar
     if !matches!(lane, Lane::CpuCompute | Lane::GpuCompute) {
         os::take_short_turns();
     }
+    executor.begin();
     let mut number = 0;
     while let Some(task) = next(queue, board) {
         board.wait(&Need::finished(&task.after));

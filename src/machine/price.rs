@@ -115,6 +115,14 @@ impl Pricer {
         }
     }
 
+    /// Seconds that the CPU's computing loses when this lane wakes up meanwhile.
+    pub fn wake_takes_s(&self, lane: Lane) -> f64 {
+        match lane {
+            Lane::DiskToCpu | Lane::CpuToDisk => self.rates.wake_takes_s,
+            _ => 0.0,
+        }
+    }
+
     /// Seconds in which the host draws a token from so many logits.
     pub fn sampling_s(&self, logits: usize) -> f64 {
         self.rates.sampling_s(VALUE_BYTES * logits as f64)

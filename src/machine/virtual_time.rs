@@ -63,11 +63,12 @@ impl VirtualMachine {
     }
 
     /// When each lane begins its first operation, where that has its fences: a lane that slept meanwhile
-    /// takes a moment.
+    /// takes a moment, which the CPU's computing loses in part.
     fn begins_s(&mut self) -> PerLane<Option<f64>> {
         let mut begins_s = PerLane::default();
         let begun = |task: &Task| task.begins_s.is_some_and(|at_s| at_s <= self.now_s);
         let computing = self.queues[Lane::CpuCompute].front().is_some_and(begun);
+        let mut taken_s = 0.0;
         for lane in Lane::ALL {
             let slept = self.now_s - self.ended_s[lane] > SLEEPS_AFTER_S;
             let reached = self.queues[lane]
@@ -78,8 +79,14 @@ impl VirtualMachine {
                     true => self.pricer.handover_s(computing),
                     false => 0.0,
                 };
+                if task.begins_s.is_none() && slept && computing {
+                    taken_s += self.pricer.wake_takes_s(lane);
+                }
                 begins_s[lane] = Some(*task.begins_s.get_or_insert(self.now_s + wake_s));
             }
+        }
+        if let Some(computed) = self.queues[Lane::CpuCompute].front_mut() {
+            computed.left_s += taken_s;
         }
         begins_s
     }

@@ -195,6 +195,7 @@ impl ComputeArea {
             launch_s: 0.0,
             handover_s: 0.0,
             handover_busy_s: None,
+            wake_takes_s: 0.0,
             sampling_bytes_per_s: self.sampling_bytes_per_s.median().map(tidy),
             rowwise_bytes_per_s: self.rowwise_bytes_per_s.median().map(tidy),
             append_bytes_per_s: self.append_bytes_per_s.median().map(tidy),

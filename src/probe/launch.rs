@@ -4,6 +4,7 @@
 
 use super::ProbeError;
 use super::samples::{Series, tidy};
+use crate::cost::contention::smallness;
 use crate::cost::rates::Rates;
 use crate::dtype::{Arithmetic, Dtype};
 use crate::machine::arena::AlignedBuffer;
@@ -33,9 +34,13 @@ const PRODUCT_ROWS: usize = 96;
 const PRODUCT_OUTPUTS: usize = 256;
 const ROUNDS: usize = 7;
 
+/// The lanes whose threads take a core from those that compute.
+const DISK_LANES: [Lane; 2] = [Lane::CpuToDisk, Lane::DiskToCpu];
+
 /// A machine of its own, a mebibyte large, with a small file.
 pub struct LaunchBench {
     machine: ThreadedMachine,
+    pricer: Pricer,
     rows: [Arc<[u32]>; 2],
 }
 
@@ -45,7 +50,7 @@ impl LaunchBench {
         threads: usize,
         dir: &Path,
     ) -> Result<LaunchBench, ProbeError> {
-        let rates = Rates::new(profile, DeviceKind::Cpu, threads)?;
+        let pricer = Pricer::new(Rates::new(profile, DeviceKind::Cpu, threads)?);
         let file = DiskFile::create_unlinked(dir, PAGE_BYTES)?;
         let page = AlignedBuffer::new(PAGE_BYTES)?;
         file.write_at(&page, 0)?;
@@ -55,11 +60,12 @@ impl LaunchBench {
             cpu_bytes: MIB,
             threads,
             files: vec![Arc::new(file)],
-            pricer: Pricer::new(rates),
+            pricer: pricer.clone(),
             gpu: None,
         };
         Ok(LaunchBench {
             machine: ThreadedMachine::open(request)?,
+            pricer,
             rows: ROWS.map(|rows| (0..rows).collect()),
         })
     }
@@ -67,7 +73,7 @@ impl LaunchBench {
     /// Enters the seconds to start an operation and to hand over to an idle lane.
     pub fn measure(&mut self, cpu: &mut CpuFacts) -> Result<(), ProbeError> {
         let (mut launch, mut handover) = (Series::default(), Series::default());
-        let mut busy = Series::default();
+        let (mut busy, mut taken) = (Series::default(), Series::default());
         for _ in 0..ROUNDS {
             let few_s = self.in_turn((OPERATIONS, 0), &[Lane::CpuCompute])?;
             let more_s = self.in_turn((OPERATIONS, 1), &[Lane::CpuCompute])?;
@@ -75,12 +81,15 @@ impl LaunchBench {
             let none_s = few_s - (more_s - few_s) * few / (more - few);
             launch.push(none_s / OPERATIONS as f64);
             handover.push(self.handover_s()?);
-            busy.push(self.busy_handover_s()?);
+            let (busy_s, taken_s) = self.busy_handover_s()?;
+            busy.push(busy_s);
+            taken.push(taken_s);
         }
         let middle = |series: &Series| tidy(series.median().unwrap_or(0.0).max(0.0));
         cpu.launch_s = middle(&launch).max(1e-7);
         cpu.handover_s = middle(&handover);
         cpu.handover_busy_s = Some(middle(&busy).max(cpu.handover_s));
+        cpu.wake_takes_s = middle(&taken);
         Ok(())
     }
 
@@ -91,18 +100,45 @@ impl LaunchBench {
         self.between_s(HANDOVERS, &lanes)
     }
 
-    /// The same of the disk's lanes while all threads compute.
-    fn busy_handover_s(&mut self) -> Result<f64, ProbeError> {
+    /// The same of the disk's lanes while all threads compute, and the seconds that these lose each time.
+    fn busy_handover_s(&mut self) -> Result<(f64, f64), ProbeError> {
+        let alone_s = self.products_s()?;
+        self.submit_products();
+        let seconds = self.between_s(BUSY_HANDOVERS, &DISK_LANES)?;
+        let all = self.machine.submitted();
+        self.machine.wait(&all)?;
+        let figures = self.machine.lane_figures();
+        let lost_s = figures[Lane::CpuCompute].busy_s() - alone_s;
+        let known_s: f64 = DISK_LANES
+            .iter()
+            .map(|&lane| (1.0 - self.kept_beside(lane)) * figures[lane].busy_s())
+            .sum();
+        let wakes = (DISK_LANES.len() * BUSY_HANDOVERS) as f64;
+        Ok((seconds, (lost_s - known_s) / wakes))
+    }
+
+    /// Seconds of the products with nothing beside them.
+    fn products_s(&mut self) -> Result<f64, ProbeError> {
+        self.machine.forget_log();
+        self.submit_products();
+        let all = self.machine.submitted();
+        self.machine.wait(&all)?;
+        Ok(self.machine.lane_figures()[Lane::CpuCompute].busy_s())
+    }
+
+    fn submit_products(&mut self) {
         let product = Op::Compute(Compute::Gemm(product()));
         for _ in 0..PRODUCTS {
             let none = Fences::none();
             self.machine
                 .submit(Lane::CpuCompute, product.clone(), &none);
         }
-        let seconds = self.between_s(BUSY_HANDOVERS, &[Lane::CpuToDisk, Lane::DiskToCpu]);
-        let all = self.machine.submitted();
-        self.machine.wait(&all)?;
-        seconds
+    }
+
+    /// What computing that memory does not bind keeps of its rate beside a lane's single pages.
+    fn kept_beside(&self, lane: Lane) -> f64 {
+        let small = smallness(PAGE_BYTES as f64);
+        self.pricer.keep((Lane::CpuCompute, 0.0), &[(lane, small)])
     }
 
     fn between_s(&mut self, count: usize, lanes: &[Lane]) -> Result<f64, ProbeError> {

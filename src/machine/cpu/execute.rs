@@ -39,6 +39,10 @@ impl Executor for ComputeExecutor {
         Ok(())
     }
 
+    fn begin(&mut self) {
+        self.pool.bind_caller();
+    }
+
     fn cores(&self) -> usize {
         self.pool.threads()
     }

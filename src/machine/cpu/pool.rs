@@ -3,6 +3,7 @@
 //! its own run of neighbouring parts, so that what one job wrote is mostly read by the same core in the
 //! next, and then helps the others.
 
+use crate::machine::os;
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -216,6 +217,8 @@ pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     handles: Vec<Thread>,
+    /// The core of whoever calls; empty where threads are not bound.
+    core: Vec<usize>,
     turn: Mutex<()>,
 }
 
@@ -223,12 +226,17 @@ impl Pool {
     /// `threads` counts the caller; 0 is taken as 1.
     pub fn new(threads: usize) -> Pool {
         let shared = Arc::new(Shared::new(threads.max(1)));
-        let start = |thread: usize| {
-            let shared = Arc::clone(&shared);
+        let mut cores = os::core_of_each(threads).into_iter();
+        let core = cores.next().unwrap_or_default();
+        let mut start = |thread: usize| {
+            let (shared, core) = (Arc::clone(&shared), cores.next().unwrap_or_default());
             thread::Builder::new()
                 .name(format!("compute-{thread}"))
                 .stack_size(256 * 1024)
-                .spawn(move || shared.serve(thread))
+                .spawn(move || {
+                    os::bind_current_thread(&core);
+                    shared.serve(thread)
+                })
         };
         // Fewer threads than asked for are slower, never wrong: results do not depend on them.
         let workers: Vec<_> = (1..threads.max(1)).map_while(|t| start(t).ok()).collect();
@@ -237,8 +245,15 @@ impl Pool {
             shared,
             workers,
             handles,
+            core,
             turn: Mutex::new(()),
         }
+    }
+
+    /// Keeps the calling thread on the core that no worker of this pool has: for a thread that does nothing but
+    /// call it, since threads that it starts would stay there too.
+    pub fn bind_caller(&self) {
+        os::bind_current_thread(&self.core);
     }
 
     pub fn threads(&self) -> usize {

@@ -2,7 +2,7 @@
 //! The threads themselves are the pool's (machine/cpu).
 
 use super::cgroup::cpu_quota;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// Threads to use when nobody says: physical cores within affinity and every enclosing CPU quota.
@@ -21,7 +21,7 @@ pub fn default_threads() -> usize {
 /// As `default_threads`, over the /proc and /sys below `root`. Half a core more would only be
 /// throttled at every join, so that a quota is rounded down.
 pub fn default_threads_at(root: &Path) -> usize {
-    let cores = physical_cores(root, &allowed_cpus(root)).max(1);
+    let cores = physical_cores(root).len().max(1);
     match cpu_quota(root) {
         Some(quota) => cores.min((quota.floor() as usize).max(1)),
         None => cores,
@@ -53,17 +53,36 @@ fn cpu_list(text: &str) -> Vec<usize> {
     text.trim().split(',').filter_map(range).flatten().collect()
 }
 
-/// Distinct cores among `cpus`: hyperthreads share (package, core).
-fn physical_cores(root: &Path, cpus: &[usize]) -> usize {
+/// The cores within affinity, each as its CPUs: hyperthreads share (package, core).
+fn physical_cores(root: &Path) -> Vec<Vec<usize>> {
     let topology = |cpu: usize, file: &str| {
         let path = format!("sys/devices/system/cpu/cpu{cpu}/topology/{file}");
         std::fs::read_to_string(root.join(path)).ok()
     };
-    let core = |cpu: &usize| {
-        let known = topology(*cpu, "physical_package_id").zip(topology(*cpu, "core_id"));
+    let core = |cpu: usize| {
+        let known = topology(cpu, "physical_package_id").zip(topology(cpu, "core_id"));
         known.unwrap_or_else(|| (String::new(), format!("unknown {cpu}")))
     };
-    cpus.iter().map(core).collect::<BTreeSet<_>>().len()
+    let mut cores = BTreeMap::<_, Vec<usize>>::new();
+    for cpu in allowed_cpus(root) {
+        cores.entry(core(cpu)).or_default().push(cpu);
+    }
+    cores.into_values().collect()
+}
+
+/// A core for each of so many threads that compute together, as its CPUs, where they are as many as there are
+/// cores: two that wake up on one core would take twice as long, and the scheduler may leave them there for
+/// milliseconds. Empty where they are not, since others may want the same cores.
+pub fn core_of_each(threads: usize) -> Vec<Vec<usize>> {
+    core_of_each_at(Path::new("/"), threads)
+}
+
+fn core_of_each_at(root: &Path, threads: usize) -> Vec<Vec<usize>> {
+    let mut cores = physical_cores(root);
+    if threads < 2 || cores.len() != threads {
+        cores.clear();
+    }
+    cores
 }
 
 /// What the processor is called and which instructions matter to us.
@@ -122,7 +141,7 @@ pub fn cpu_info_at(root: &Path) -> CpuInfo {
     let present: BTreeSet<&str> = flags.split_whitespace().collect();
     CpuInfo {
         model: model.unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
-        cores: physical_cores(root, &allowed_cpus(root)),
+        cores: physical_cores(root).len(),
         flags: FLAGS
             .into_iter()
             .filter(|flag| present.contains(flag))
@@ -145,22 +164,24 @@ fn last_level_cache_bytes_at(root: &Path) -> Option<u64> {
     (0..8).filter_map(size).max()
 }
 
-/// Keeps the calling thread on one CPU. False where that is not possible.
+/// Keeps the calling thread on these CPUs. False where that is not possible.
 #[cfg(target_os = "linux")]
-pub fn pin_current_thread(cpu: usize) -> bool {
+pub fn bind_current_thread(cpus: &[usize]) -> bool {
     let mut set = std::mem::MaybeUninit::<libc::cpu_set_t>::zeroed();
-    if cpu >= 8 * size_of::<libc::cpu_set_t>() {
+    let most = 8 * size_of::<libc::cpu_set_t>();
+    if cpus.is_empty() || cpus.iter().any(|&cpu| cpu >= most) {
         return false;
     }
-    // SAFETY: a zeroed cpu_set_t is the empty set, `cpu` is within it, and the size is its own.
+    // SAFETY: a zeroed cpu_set_t is the empty set, each CPU is within it, and the size is its own.
     unsafe {
-        libc::CPU_SET(cpu, set.assume_init_mut());
+        cpus.iter()
+            .for_each(|&cpu| libc::CPU_SET(cpu, set.assume_init_mut()));
         libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), set.as_ptr()) == 0
     }
 }
 
 #[cfg(not(target_os = "linux"))]
-pub fn pin_current_thread(_cpu: usize) -> bool {
+pub fn bind_current_thread(_cpus: &[usize]) -> bool {
     false
 }
 
@@ -218,6 +239,14 @@ mod tests {
     }
 
     #[test]
+    fn as_many_threads_as_cores_have_one_each() {
+        let all = ("proc/self/status", "Cpus_allowed_list:\t0-3\n");
+        let of_each = |threads| core_of_each_at(machine(&[all]).path(), threads);
+        assert_eq!(of_each(2), [[0, 2], [1, 3]]);
+        assert!(of_each(1).is_empty() && of_each(3).is_empty() && of_each(4).is_empty());
+    }
+
+    #[test]
     fn without_topology_every_cpu_is_a_core() {
         let root = tree(&[("proc/self/status", "Cpus_allowed_list:\t0-2,7\n")]);
         assert_eq!(default_threads_at(root.path()), 4);
@@ -248,11 +277,13 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn a_thread_can_be_pinned() {
-        let pinned = std::thread::spawn(|| {
+    fn a_thread_can_be_bound() {
+        let bound = std::thread::spawn(|| {
             let first = allowed_cpus(Path::new("/"))[0];
-            pin_current_thread(first) && !pin_current_thread(1 << 20)
+            bind_current_thread(&[first])
+                && !bind_current_thread(&[1 << 20])
+                && !bind_current_thread(&[])
         });
-        assert!(pinned.join().unwrap());
+        assert!(bound.join().unwrap());
     }
 }
