@@ -162,6 +162,9 @@ pub struct Policy {
     pub compress_cache: bool,
     /// Attention over the cache's DRAM share on the CPU (always so without a GPU).
     pub cpu_cache_compute: bool,
+    /// The GPU has room for two layers' streamed weights: a part of the next one's comes with each batch.
+    #[serde(default)]
+    pub double_buffer: bool,
     pub overlap: bool,
     pub compute: Compute,
     /// F16 or F32; with `compress_cache` the cache is q4 all the same.

@@ -34,6 +34,7 @@ impl Case {
             compress_weight: compress,
             compress_cache: compress,
             cpu_cache_compute: device == DeviceKind::Cpu,
+            double_buffer: false,
             overlap: true,
             compute: Compute::Exact,
             kv: Dtype::F16,

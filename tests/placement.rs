@@ -77,12 +77,14 @@ fn percentages() -> impl Strategy<Value = [f64; 6]> {
 /// A random way to run: shares, batch shape, threads, overlap, who attends.
 fn policies() -> impl Strategy<Value = Policy> {
     let shape = (1usize..=5, 1usize..=3);
-    let switches = (1usize..=3, any::<bool>(), any::<bool>(), any::<bool>());
+    let flag = any::<bool>;
+    let switches = (1usize..=3, flag(), flag(), flag(), flag());
     (percentages(), 0u32..=2, shape, switches).prop_map(
-        |(percent, share, shape, (threads, overlap, attends, pin))| Policy {
+        |(percent, share, shape, (threads, overlap, attends, pin, double_buffer))| Policy {
             threads,
             overlap,
             cpu_cache_compute: attends,
+            double_buffer,
             pin_weight: pin,
             ..policy(percent, share as f64 / 2.0, shape)
         },

@@ -415,6 +415,7 @@ impl<'a> Drawing<'a> {
             compress_weight: fixed.compress_weight == Some(true),
             compress_cache: fixed.compress_cache == Some(true),
             cpu_cache_compute: false,
+            double_buffer: false,
             overlap: fixed.overlap != Some(false),
             compute: Compute::Exact,
             kv: crate::dtype::Dtype::F16,

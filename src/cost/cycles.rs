@@ -362,12 +362,13 @@ fn beside_rows(input: &TermInput, work: &Work) -> Vec<Row> {
 /// next layer's come in while the last product lets go of its own, and are waited for by the next first
 /// one. What lies between has the lane to itself. Where hidden states or cache come over the same lane,
 /// the next batch's are queued behind all of these weights and the first part of the following layer's.
+/// In a double buffer a part of the next layer's comes with each batch.
 fn stall_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> {
     let (uses, batches) = (place.uses(), place.batches());
     let gpu = input.rates.device.has_gpu();
     // From disk to a GPU, DRAM has a ring of its own, one layer large: reading goes on.
     let stalled = if gpu { Lane::CpuToGpu } else { Lane::DiskToCpu };
-    if uses <= 1.0 {
+    if uses <= 1.0 || input.policy.double_buffer {
         return Vec::new();
     }
     let pace = pace(input, place, work);

@@ -253,6 +253,7 @@ mod tests {
             compress_weight: false,
             compress_cache: false,
             cpu_cache_compute: true,
+            double_buffer: false,
             overlap,
             compute: Compute::default(),
             kv: Dtype::F16,

@@ -273,17 +273,12 @@ impl Footprint {
     fn add_rings(&mut self, input: &FootprintInput) {
         let reused = input.block.weights_reused(input.policy);
         let from_disk = [WeightHome::DiskShip, WeightHome::DiskCompute];
-        self.put(
-            Tier::Cpu,
-            Buffer::Ring,
-            ring_bytes(input.placement, &from_disk, reused),
-        );
         let shipped = [WeightHome::CpuShip, WeightHome::DiskShip];
-        self.put(
-            Tier::Gpu,
-            Buffer::Ring,
-            ring_bytes(input.placement, &shipped, reused),
-        );
+        for (tier, homes) in [(Tier::Cpu, from_disk), (Tier::Gpu, shipped)] {
+            let doubled = tier == Tier::Gpu && input.policy.double_buffer;
+            let bytes = ring_bytes(input.placement, &homes, (reused, doubled));
+            self.put(tier, Buffer::Ring, bytes);
+        }
         let stage = embedding_stage_bytes(input.placement, input.device);
         self.put(compute_tier(input.device), Buffer::EmbeddingStage, stage);
         if input.device.has_gpu() {
@@ -427,8 +422,8 @@ pub fn chunk_slot_bytes(panels: usize, panel_bytes: u64) -> u64 {
 }
 
 /// Ring of streamed panels. Where a layer's panels meet several products, all of the layer's must be
-/// there at once; otherwise two chunks are enough. Either way reading may run ahead.
-fn ring_bytes(placement: &Placement, homes: &[WeightHome], reused: bool) -> u64 {
+/// there at once; otherwise two chunks are enough. Either way reading may run ahead, a whole layer in a double buffer.
+fn ring_bytes(placement: &Placement, homes: &[WeightHome], (reused, doubled): (bool, bool)) -> u64 {
     let head = placement.matrices.last().map_or(0, |m| m.stage);
     let (mut layer, mut largest_chunk) = (0, 0);
     let mut stage = (0, 0);
@@ -455,10 +450,8 @@ fn ring_bytes(placement: &Placement, homes: &[WeightHome], reused: bool) -> u64 
     } else {
         largest_chunk
     };
-    let ahead = layer
-        .max(largest_chunk)
-        .min(RUN_AHEAD_BYTES)
-        .max(largest_chunk);
+    let most = if doubled { layer } else { RUN_AHEAD_BYTES };
+    let ahead = layer.min(most).max(largest_chunk);
     at_once + ahead + largest_chunk
 }
 

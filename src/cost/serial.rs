@@ -64,7 +64,7 @@ fn handovers(input: &TermInput, place: &Place, work: &Work) -> f64 {
         of_batch += PRODUCTS * WAKES_BESIDE;
     }
     let weights = task(&[&work.streams.disk_to_cpu, &work.streams.cpu_to_gpu]);
-    place.batches() * of_batch + tasks(place) * weights
+    place.batches() * of_batch + tasks(input, place) * weights
 }
 
 /// One lane of the weights' way without overlap.
@@ -82,7 +82,7 @@ fn streams(input: &TermInput, place: &Place, work: &Work) -> Vec<Stream> {
     let whole = |lane: Lane| work.streams[lane];
     let ahead = part_ahead(input, place);
     // The first piece of what comes at once has gone one lane before it is on the next.
-    let first = (tasks(place) / place.streamed_pieces).min(1.0);
+    let first = (tasks(input, place) / place.streamed_pieces).min(1.0);
     let last = (1.0 / place.streamed_pieces).min(1.0);
     let one = |(lane, other): (Lane, Lane)| {
         let seconds = whole(lane).plus(&whole(other).scaled(first));
@@ -108,10 +108,13 @@ fn part_ahead(input: &TermInput, place: &Place) -> f64 {
     (ring / bytes).min(1.0)
 }
 
-/// The tasks in which one layer's streamed weights come. Once the ring is full, the rest waits for the
-/// layer's last product and comes at once.
-fn tasks(place: &Place) -> f64 {
+/// The tasks in which one layer's streamed weights come. Once the ring is full, the rest waits for the layer's last
+/// product and comes at once; a double buffer has room for all.
+fn tasks(input: &TermInput, place: &Place) -> f64 {
     let ahead = (RUN_AHEAD_BYTES + STREAM_CHUNK_BYTES) as f64;
-    let part = (ahead / place.streamed_bytes.max(1.0)).min(1.0);
+    let part = match input.policy.double_buffer {
+        true => 1.0,
+        false => (ahead / place.streamed_bytes.max(1.0)).min(1.0),
+    };
     (place.batches() * part).max(1.0).min(place.streamed_pieces)
 }

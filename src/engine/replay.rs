@@ -190,7 +190,7 @@ fn sampled(input: &EstimateInput) -> Result<Timed, EngineError> {
     Ok(timed)
 }
 
-/// Layers whose streamed weights fit into what may be read ahead.
+/// Layers whose streamed weights fit into what may be read ahead; at least the next one's in a double buffer.
 fn layers_ahead(input: &EstimateInput) -> usize {
     let placement = Placement::new(input.model, input.policy);
     let homes = [
@@ -199,9 +199,10 @@ fn layers_ahead(input: &EstimateInput) -> usize {
         WeightHome::DiskCompute,
     ];
     let streamed = homes.map(|home| placement.stage_bytes(1, home));
+    let least = usize::from(input.policy.double_buffer);
     match streamed.iter().sum::<u64>() {
         0 => 0,
-        layer => (RUN_AHEAD_BYTES / layer) as usize,
+        layer => least.max((RUN_AHEAD_BYTES / layer) as usize),
     }
 }
 

@@ -85,6 +85,7 @@ impl JobLengths {
 pub struct Candidate {
     pub gpu_batch_size: usize,
     pub num_gpu_batches: usize,
+    pub double_buffer: bool,
     pub compress_weight: bool,
     pub compress_cache: bool,
     pub cpu_cache_compute: bool,
@@ -185,13 +186,14 @@ impl<'a> Space<'a> {
             None => vec![false, true],
         };
         let mut all = Vec::new();
-        for (gpu_batch_size, num_gpu_batches) in self.shapes() {
+        for (gpu_batch_size, num_gpu_batches, double_buffer) in self.buffered_shapes() {
             for &compress_weight in &either(self.fixed.compress_weight) {
                 for &compress_cache in &either(self.fixed.compress_cache) {
                     for &cpu_cache_compute in &by_cpu {
                         all.extend(sides.iter().map(|&cpu_side| Candidate {
                             gpu_batch_size,
                             num_gpu_batches,
+                            double_buffer,
                             compress_weight,
                             compress_cache,
                             cpu_cache_compute,
@@ -202,6 +204,20 @@ impl<'a> Space<'a> {
             }
         }
         all
+    }
+
+    /// With one batch nothing is computed while the next layer's weights could come.
+    fn buffered_shapes(&self) -> Vec<(usize, usize, bool)> {
+        let once = self
+            .shapes()
+            .into_iter()
+            .map(|(size, count)| (size, count, false));
+        let gpu = self.device().has_gpu();
+        let twice = |&(size, count, _): &(usize, usize, bool)| {
+            (gpu && count > 1 && !self.coarse).then_some((size, count, true))
+        };
+        once.flat_map(|shape| [Some(shape), twice(&shape)].into_iter().flatten())
+            .collect()
     }
 
     /// Batch shapes that are tried: no more slots than prompts need.
@@ -257,6 +273,7 @@ impl<'a> Space<'a> {
             compress_weight: candidate.compress_weight,
             compress_cache: candidate.compress_cache,
             cpu_cache_compute: candidate.cpu_cache_compute,
+            double_buffer: candidate.double_buffer,
             overlap: self.fixed.overlap.unwrap_or(true),
             compute: self.fixed.compute,
             kv: self.kv,

@@ -140,6 +140,7 @@ impl Case {
                 compress_weight: false,
                 compress_cache: false,
                 cpu_cache_compute: false,
+                double_buffer: false,
                 overlap: true,
                 compute: Compute::Exact,
                 kv: Dtype::F16,

@@ -38,11 +38,12 @@ impl fmt::Display for Drawn {
         let (prompt, generated) = self.lengths;
         write!(
             f,
-            "{} {:?} {}x{}, {lines} lines {prompt} + {generated}, overlap {}, 4-bit {} {}, by CPU {}, {:?}",
+            "{} {:?} {}x{} double {}, {lines} lines {prompt} + {generated}, overlap {}, 4-bit {} {}, by CPU {}, {:?}",
             self.size,
             self.device,
             p.gpu_batch_size,
             p.num_gpu_batches,
+            p.double_buffer,
             p.overlap,
             p.compress_weight,
             p.compress_cache,
@@ -133,7 +134,7 @@ fn one(next: &mut impl FnMut() -> f64) -> Drawn {
         &[1, 1, 1, 2, 4]
     };
     let num_gpu_batches = pick(next, counts);
-    let policy = Policy {
+    let mut policy = Policy {
         shares: drawn_shares(next, gpu, gpu_batch_size),
         gpu_batch_size,
         num_gpu_batches,
@@ -141,6 +142,7 @@ fn one(next: &mut impl FnMut() -> f64) -> Drawn {
         compress_weight: next() < 0.3,
         compress_cache: next() < 0.2,
         cpu_cache_compute: gpu && next() < 0.5,
+        double_buffer: false,
         overlap: next() < 0.7,
         compute: Compute::Exact,
         kv: Dtype::F16,
@@ -150,6 +152,8 @@ fn one(next: &mut impl FnMut() -> f64) -> Drawn {
         pick(next, &[16, 32, 64, 100, 128, 256, 512, 777, 1024]),
         pick(next, &[1, 2, 4, 8, 16, 32, 64]),
     );
+    // About half of those that may have one.
+    policy.double_buffer = gpu && num_gpu_batches > 1 && [1, 4, 16].contains(&lengths.1);
     let blocks = pick(next, &[0.7, 1.0, 1.0, 1.0, 2.0, 2.5, 3.0]);
     let lines = (policy.slots() as f64 * blocks).ceil() as usize;
     let mut profile = if gpu { t4() } else { two_cores() };

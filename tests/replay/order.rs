@@ -121,6 +121,40 @@ fn noted(policy: &Policy) -> Vec<Noted> {
     })
 }
 
+/// In a double buffer copies of cached tokens wait behind a part of the next layer's weights, never behind all of them.
+#[test]
+fn weights_of_the_next_layer_are_spread_over_this_ones_batches() {
+    let double = Policy {
+        double_buffer: true,
+        ..with([0.0, 100.0, 0.0, 100.0, 100.0, 0.0], false)
+    };
+    let all = noted(&double);
+    // Less than the smallest matrix: cached tokens of a batch are.
+    let matrix_bytes = 2 * 2048 * 2048;
+    let ups: Vec<bool> = all
+        .iter()
+        .filter(|n| n.lane == Lane::CpuToGpu && n.phase == Phase::Decode)
+        .map(|n| n.op.bytes() >= matrix_bytes)
+        .collect();
+    let runs: Vec<(bool, usize)> = ups
+        .chunk_by(|a, b| a == b)
+        .map(|r| (r[0], r.len()))
+        .collect();
+    // Layers in the middle of a pass: around its ends the embedding's and the head's weights come, too.
+    let middle = &runs[40..120];
+    let longest = |weights: bool| {
+        let of = middle.iter().filter(|run| run.0 == weights);
+        of.map(|run| run.1).max().unwrap_or(0)
+    };
+    assert_eq!(
+        longest(false),
+        1,
+        "weights come between all batches: {runs:?}"
+    );
+    // Seven pieces over four batches.
+    assert_eq!(longest(true), 2, "{runs:?}");
+}
+
 fn is_attention(noted: &Noted) -> bool {
     matches!(noted.op, Op::Compute(Compute::Attend(_)))
 }

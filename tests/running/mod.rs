@@ -171,6 +171,7 @@ pub fn policy(percent: [f64; 6], cpu_compute_share: f64, (gbs, ngb): (usize, usi
         compress_weight: false,
         compress_cache: false,
         cpu_cache_compute: false,
+        double_buffer: false,
         overlap: true,
         compute: Compute::Exact,
         kv: Dtype::F32,
