@@ -8,7 +8,9 @@
 #   benches/gpu.sh rows        probe, then predicted against measured under GPU_MEM: all on the GPU, weights and KV in
 #                              DRAM, attention on the CPU, disk, 4-bit; `rows unlimited` without that bound
 #   benches/gpu.sh large       a model that the GPU does not hold, eight tokens
-#   benches/gpu.sh peer        FlexLLMGen itself at the policies of `rows`, where Python has it and PyTorch
+#   benches/gpu.sh peer        FlexLLMGen itself at the policies of `rows`, where Python has it and PyTorch, beside what
+#                              `rows` measured; `peer NAME...` those rows alone: each makes its model anew, and on a
+#                              slow machine all of them are more than eight minutes
 # LOADMASTER = binary, GOLDENS = checkpoints, OUT = where reports go, SIZE and LARGE = models (a size or a directory),
 # PROMPT, GEN, BATCH, LARGE_PROMPTS, GPU_MEM = what is run; GOLDEN_PROMPT, GOLDEN_GEN, PLACEMENTS (how many) = of the
 # goldens; PYTHON = of the peer.
@@ -30,6 +32,17 @@ faults=0
 
 say() { printf '\n=== after %d s: %s\n' "$SECONDS" "$*"; }
 fault() { echo "FAILED: $*" && faults=$((faults + 1)); }
+# What stands above a table of measurements.
+machine() {
+  date -u +%Y-%m-%d
+  if command -v nvidia-smi >/dev/null; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total,pcie.link.gen.max,pcie.link.width.max --format=csv,noheader || true
+  else
+    head -n 1 /proc/driver/nvidia/version 2>/dev/null || echo "driver: unknown"
+  fi
+  echo "$(nproc) cores, $(grep MemTotal /proc/meminfo), $(uname -r)"
+  df -h --output=fstype,size,avail "$OUT" | tail -n 1
+}
 left() { # seconds of the stage that remain, one at least
   local seconds=$((STAGE_SECONDS - SECONDS))
   echo "$((seconds > 0 ? seconds : 1))"
@@ -56,7 +69,7 @@ tokens() {
 }
 
 same() { # WHAT RESULTS RESULTS
-  if cmp -s <(sort "$2") <(sort "$3"); then echo "same tokens: $1"; else fault "other tokens: $1"; fi
+  if [ -s "$2" ] && [ -s "$3" ] && cmp -s <(sort "$2") <(sort "$3"); then echo "same tokens: $1"; else fault "other tokens: $1"; fi
 }
 
 # Two percentages that sum to at most 100, behind $words: a subshell would draw numbers of its own.
@@ -67,6 +80,8 @@ draw_shares() {
 
 goldens() {
   local path name round words split="--percent 30 30 40 30 50 50 --gpu-batch-size 2 --num-gpu-batches 2"
+  # What an earlier run left must not stand in for a failed one's.
+  rm -f "$OUT"/*-gpu.jsonl "$OUT"/*-host.jsonl "$OUT"/placement-*.jsonl
   for path in "$GOLDENS"/*/; do
     name="$(basename "$path")"
     tokens "$name" "$path" <<END
@@ -107,7 +122,7 @@ sanitize() { # MODEL FLAG...
   done
 }
 
-# The policies of every table, one a line: name, then flags.
+# The policies of every table, one a line: name, then flags. The slowest last: if time runs out, the others are there.
 policies() {
   cat <<END
 resident --percent 100 0 100 0 100 0
@@ -115,8 +130,8 @@ weights-dram --percent 0 100 100 0 100 0
 weights-dram-unpinned --percent 0 100 100 0 100 0 --pin-weight 0
 kv-dram --percent 0 100 0 100 100 0 --cpu-cache-compute 0
 kv-dram-cpu --percent 0 100 0 100 100 0 --cpu-cache-compute 1
-disk --percent 0 0 100 0 100 0
 q4 --percent 0 100 100 0 100 0 --compress-weight 1 --compress-cache 1
+disk --percent 0 0 100 0 100 0
 END
 }
 
@@ -127,6 +142,19 @@ made() {
   series "$name" --device cuda:0 --model "$(model "$model")" --unpacked --prompt-len "$PROMPT" --ignore-eos \
     --disk-space "$DISK_SPACE" "$@"
   cat "$OUT/$name.txt"
+  above_plan "$OUT/$name.txt"
+}
+
+# Device memory as the management library counts it must never be above the plan; where it was not told, that is a
+# fault, too.
+above_plan() {
+  local name error
+  while read -r name error; do
+    case "$error" in
+      -[0-9]* | none) fault "$name: device memory against the plan: $error %" ;;
+    esac
+  done < <(awk '/^Predicted against measured/ { gsub(/[(,]/, ""); run = $4 }
+    $1 == "gpu" && $2 == "bytes" { error = $(NF - 1); print run, ($NF != "%" ? "none" : error < 0 ? error : 0) }' "$1")
 }
 
 rows() {
@@ -145,20 +173,34 @@ large() {
 }
 
 peer() {
-  local name words
+  local name words wanted=" $* "
   if ! "$PYTHON" -c 'import torch, flexllmgen' 2>/dev/null; then
     echo "no PyTorch with FlexLLMGen here ($PYTHON): left out"
     return
   fi
+  rm -f "$OUT"/peer-*.log
   while read -r name words; do
+    [ $# -eq 0 ] || [[ "$wanted" == *" $name "* ]] || continue
     # Pinning and who attends are its flags, too.
     say "FlexLLMGen $name"
-    timeout "$(left)" "$PYTHON" -m flexllmgen.flex_opt --model "facebook/$SIZE" --path _DUMMY_ --offload-dir "$OUT/peer" \
-      --prompt-len "$PROMPT" --gen-len "$GEN" --gpu-batch-size "$BATCH" --num-gpu-batches 1 $(peer_words "$words") \
-      </dev/null | tee "$OUT/peer-$name.log" || fault "FlexLLMGen $name"
+    timeout "$(left)" "$PYTHON" "$here/benches/flexllmgen.py" --model "facebook/$SIZE" --path _DUMMY_ \
+      --offload-dir "$OUT/peer" --log-file /dev/null --prompt-len "$PROMPT" --gen-len "$GEN" --gpu-batch-size "$BATCH" \
+      --num-gpu-batches 1 $(peer_words "$words") </dev/null | tee "$OUT/peer-$name.log" || fault "FlexLLMGen $name"
+    beside "$name"
   done < <(policies)
-  say "FlexLLMGen's own figures"
-  grep -H 'throughput' "$OUT"/peer-*.log || fault "FlexLLMGen printed no throughput"
+}
+
+# NAME: tokens a second of both, end to end, from what `rows` left (any bound of memory: the policy is the same).
+beside() {
+  local ours theirs
+  theirs="$(sed -n 's/.*total throughput: \([0-9.]*\) token.*/\1/p' "$OUT/peer-$1.log" | tail -n 1)"
+  [ -n "$theirs" ] || { fault "FlexLLMGen printed no throughput for $1" && return; }
+  ours="$(cat "$OUT"/rows-*.txt 2>/dev/null | awk -v row="$1-" '
+    /^Predicted against measured/ { mine = $0 ~ "\\(" row "(unlimited|[0-9])" }
+    mine && $1 == "throughput" { print $4; exit }')"
+  awk -v name="$1" -v ours="${ours:-0}" -v theirs="$theirs" 'BEGIN {
+    if (ours > 0) printf "%s: ours %.3f tok/s, FlexLLMGen %.3f tok/s, x %.2f\n", name, ours, theirs, ours / theirs
+    else printf "%s: FlexLLMGen %.3f tok/s; run the stage rows for ours\n", name, theirs }'
 }
 
 # Its switches stand alone.
@@ -169,6 +211,7 @@ peer_words() {
 
 case "${1:-}" in
   goldens | rows | large | peer)
+    machine
     "$@"
     say "$1: $faults failed, $(date -u +%Y-%m-%d), $("$LOADMASTER" --version)"
     [ "$faults" -eq 0 ]

@@ -96,6 +96,17 @@ pub fn errors(predicted: &Figures, measured: &Figures) -> Errors {
     }
 }
 
+/// The lane with the most work, and that work's seconds at the probed rates as a part of the time taken: 1 is
+/// perfect overlap at full rate. The lane of the whole run: less than what each phase's own would give.
+pub fn roofline(measured: &Figures) -> Option<(Lane, f64)> {
+    let work_s = |lane: Lane| measured.lanes[lane].work_s;
+    let lane = Lane::ALL
+        .into_iter()
+        .max_by(|&a, &b| work_s(a).total_cmp(&work_s(b)))?;
+    let known = work_s(lane) > 0.0 && measured.total_s > 0.0;
+    known.then(|| (lane, work_s(lane) / measured.total_s))
+}
+
 pub fn percent(predicted: f64, measured: f64) -> f64 {
     100.0 * (predicted - measured) / measured
 }
@@ -124,6 +135,18 @@ pub fn fold(errors: &[Errors], of: impl Fn(&[f64]) -> f64) -> Errors {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_roofline_is_the_busiest_lanes_work() {
+        let mut figures = Figures {
+            total_s: 10.0,
+            ..Figures::default()
+        };
+        assert_eq!(roofline(&figures), None);
+        figures.lanes[Lane::CpuToGpu].work_s = 9.0;
+        figures.lanes[Lane::GpuCompute].work_s = 4.0;
+        assert_eq!(roofline(&figures), Some((Lane::CpuToGpu, 0.9)));
+    }
 
     #[test]
     fn errors_are_relative_to_what_was_measured() {

@@ -136,6 +136,18 @@ fn delays_change_nothing() {
     }
 }
 
+/// Fills and copies from DRAM that is not page-locked go on there after their calls have returned.
+#[test]
+fn the_drivers_own_stream_is_waited_for() {
+    let Some(gpu) = Gpu::new() else { return };
+    let on_host = gpu.tokens(HOST, SPLIT);
+    let slow = gpu.with(&[
+        ("FAKE_CUDA_DELAY_STREAM", "0"),
+        ("FAKE_CUDA_DELAY_US", "20000"),
+    ]);
+    assert_eq!(slow.tokens("cuda:0", SPLIT), on_host);
+}
+
 #[test]
 fn what_cannot_be_page_locked_travels_through_the_relay() {
     let Some(gpu) = Gpu::new() else { return };

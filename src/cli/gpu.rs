@@ -56,9 +56,11 @@ impl LocalGpu {
         gpu.map_or_else(GpuChoice::default, |gpu| gpu.choice(offload_dir))
     }
 
-    /// Device memory that is free now; None where nobody tells.
+    /// Device memory that is free now; None where nobody tells. Of a part of a GPU (MIG), the management library
+    /// tells what is free on the whole.
     pub fn free_bytes(&self) -> Option<u64> {
-        nvml::gpu(Some(&self.facts.bus_id)).map(|gpu| gpu.free_bytes)
+        let gpu = nvml::gpu(Some(&self.facts.bus_id))?;
+        Some(gpu.free_bytes.min(self.facts.total_bytes))
     }
 }
 

@@ -1,6 +1,6 @@
 //! The text of a comparison: predicted beside measured, with the error of each row.
 
-use crate::compare::{ComparedRun, Comparison};
+use crate::compare::{ComparedRun, Comparison, roofline};
 use crate::cost::figures::{Figures, LaneFigures};
 use crate::tier::{Lane, Tier};
 use crate::units::{show_bytes, show_seconds};
@@ -79,8 +79,11 @@ fn show_run(run: &ComparedRun) -> String {
         "binding: prefill {}, decode {}",
         m.binding.prefill, m.binding.decode
     );
+    let part = roofline(m).map_or(String::new(), |(lane, part)| {
+        format!("; {part:.2} of the roofline of {}", lane.name())
+    });
     format!(
-        "Predicted against measured ({}, plan {})\n{table}\n{binding}\n",
+        "Predicted against measured ({}, plan {})\n{table}\n{binding}{part}\n",
         run.report, run.plan_id
     )
 }

@@ -13,7 +13,12 @@ objects="$out/$what-objects"
 CXX="${CXX:-g++}"
 FLAGS=(-std=c++17 -O2 -g1 -march=native -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -fno-strict-aliasing -I"$here")
 
-[ "$what" = runner ] && FLAGS+=(-fsanitize=address,undefined -fno-sanitize-recover=all)
+# Kernels stop at an access that is not aligned to its type, as a GPU does.
+KERNEL_FLAGS=(-fsanitize=alignment -fsanitize-undefined-trap-on-error)
+if [ "$what" = runner ]; then
+  FLAGS+=(-fsanitize=address,undefined -fno-sanitize-recover=all)
+  KERNEL_FLAGS=()
+fi
 
 exec 9>"$objects/lock"
 flock 9
@@ -31,7 +36,7 @@ compile() { # OBJECT SOURCE [FLAG...]
 compile_kernels() { # FILE...
   local file
   for file in "$@"; do
-    compile "kernels_$file" "$here/units/$file.cpp" "-DSIGNATURE=\"$(head -n 1 "$here/../../kernels/$file.cu" | sed 's/["\\]//g')\""
+    compile "kernels_$file" "$here/units/$file.cpp" "${KERNEL_FLAGS[@]}" "-DSIGNATURE=\"$(head -n 1 "$here/../../kernels/$file.cu" | sed 's/["\\]//g')\""
   done
 }
 

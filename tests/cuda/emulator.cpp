@@ -38,6 +38,7 @@ namespace emulator {
 namespace {
 
 constexpr size_t STACK = 64 * 1024;
+constexpr size_t SHARED_BYTES = 48 * 1024;
 enum class State { Ready, AtBarrier, AtWarp, Done };
 
 struct Fiber {
@@ -77,6 +78,7 @@ struct Runner {
   std::vector<Fiber> fibers;
   std::vector<Message> messages[2];
   std::map<int, std::unique_ptr<unsigned char[]>> shared;
+  size_t shared_bytes = 0;
   std::vector<std::unique_ptr<unsigned char[]>> stacks;
   void* scheduler = nullptr;
   Fiber* running = nullptr;
@@ -117,6 +119,7 @@ void Runner::prepare(dim3 grid, dim3 block, dim3 index) {
   unsigned count = block.x * block.y * block.z;
   fibers.assign(count, Fiber());
   shared.clear();
+  shared_bytes = 0;
   messages[0].resize(count);
   messages[1].resize(count);
   while (stacks.size() < count) stacks.emplace_back(new unsigned char[STACK]);
@@ -246,6 +249,8 @@ void keep_promises() {
 void* shared_variable(int id, size_t bytes) {
   auto& found = t_runner->shared[id];
   if (!found) {
+    t_runner->shared_bytes += bytes;
+    if (t_runner->shared_bytes > SHARED_BYTES) fail("more static shared memory than a launch has", *t_runner->running);
     found.reset(new unsigned char[bytes]);
     memset(found.get(), 0xff, bytes);
   }

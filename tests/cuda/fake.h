@@ -31,6 +31,7 @@ enum Result {
   INVALID_HANDLE = 400,
   NOT_FOUND = 500,
   NOT_READY = 600,
+  PRIMARY_CONTEXT_ACTIVE = 708,
   ALREADY_REGISTERED = 712,
   NOT_REGISTERED = 713,
   NOT_SUPPORTED = 801,
@@ -61,9 +62,15 @@ std::vector<Kernel>& registry();
 void add_kernel(Kernel kernel);
 const Kernel* find_kernel(const std::string& name);
 
+/// What a kernel is given lies in device memory, or is null; the runner of single kernels has no such memory.
+void require_device_address(const void* at);
+template <class T> void require_device_pointer(T) {}
+template <class T> void require_device_pointer(T* at) { require_device_address(at); }
+
 template <class... A, size_t... I>
 Bound bind_arguments(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
   std::tuple<A...> values(*static_cast<A*>(arguments[I])...);
+  (require_device_pointer(std::get<I>(values)), ...);
   return [kernel, values] { std::apply(kernel, values); };
 }
 
@@ -82,6 +89,8 @@ EXPORTED void fakeCudaEnqueue(void* stream, const char* name, std::function<void
 EXPORTED bool fakeCudaReserve(int64_t bytes);
 EXPORTED uint64_t fakeCudaUsed();
 EXPORTED bool fakeCudaIsDevice(const void* at, uint64_t bytes);
+/// Whether this thread has a context that somebody holds.
+EXPORTED bool fakeCudaHasContext();
 EXPORTED void fakeCudaCount(const char* what, uint64_t by);
 /// Keeps the largest value.
 EXPORTED void fakeCudaMost(const char* what, uint64_t value);

@@ -79,7 +79,7 @@ void Product::run() const {
 uint64_t element_bytes(int kind) { return kind == R_32F ? 4 : 2; }
 
 int enqueue(Handle* handle, const Product& p) {
-  if (!handle) return NOT_INITIALIZED;
+  if (!handle || !fakeCudaHasContext()) return NOT_INITIALIZED;
   if (p.rows < 1 || p.columns < 1 || p.k < 1) return INVALID_VALUE;
   if (p.a_stride < p.k || p.b_stride < p.k || p.out_stride < p.rows) return INVALID_VALUE;
   auto inside = [](const void* at, int lines, int stride, int width, uint64_t bytes) {
@@ -97,11 +97,13 @@ int enqueue(Handle* handle, const Product& p) {
 }  // namespace
 
 EXPORTED int cublasCreate_v2(Handle** handle) {
+  if (!fakeCudaHasContext()) return NOT_INITIALIZED;
   if (!fakeCudaReserve(HANDLE_BYTES)) return ALLOC_FAILED;
   *handle = new Handle;
   return SUCCESS;
 }
 EXPORTED int cublasDestroy_v2(Handle* handle) {
+  if (!fakeCudaHasContext()) fake::die("destroying cuBLAS's handle without its context");
   delete handle;
   fakeCudaReserve(-HANDLE_BYTES);
   return SUCCESS;
@@ -115,7 +117,8 @@ EXPORTED int cublasGetStream_v2(Handle* handle, void** stream) {
   return SUCCESS;
 }
 EXPORTED int cublasSetWorkspace_v2(Handle*, void* at, size_t bytes) {
-  return bytes == 0 || fakeCudaIsDevice(at, bytes) ? SUCCESS : INVALID_VALUE;
+  bool aligned = uint64_t(at) % 256 == 0;
+  return bytes == 0 || (aligned && fakeCudaIsDevice(at, bytes)) ? SUCCESS : INVALID_VALUE;
 }
 EXPORTED int cublasSetMathMode(Handle*, int) { return SUCCESS; }
 EXPORTED int cublasSetPointerMode_v2(Handle*, int mode) { return mode == 0 ? SUCCESS : NOT_SUPPORTED; }

@@ -42,6 +42,7 @@ const Named NAMES[] = {
     {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
+    {PRIMARY_CONTEXT_ACTIVE, "CUDA_ERROR_PRIMARY_CONTEXT_ACTIVE", "the primary context is already active"},
     {ALREADY_REGISTERED, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED", "part or all of the requested memory range is already mapped"},
     {NOT_REGISTERED, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", "pointer does not correspond to a registered memory region"},
     {SYSTEM_DRIVER_MISMATCH, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "system has unsupported display driver / cuda driver combination"},
@@ -54,6 +55,12 @@ const Named* named(int result) {
 }
 
 }  // namespace
+
+bool fakeCudaHasContext() { return t_current == &g_context && g_retained > 0; }
+
+void fake::require_device_address(const void* at) {
+  if (at && !memory().device.holds(at, 1)) die("a kernel is given an address outside of device memory");
+}
 
 // Errors, device, context.
 
@@ -145,7 +152,8 @@ EXPORTED int cuDevicePrimaryCtxRelease_v2(int) {
   return SUCCESS;
 }
 EXPORTED int cuDevicePrimaryCtxReset_v2(int) { return SUCCESS; }
-EXPORTED int cuDevicePrimaryCtxSetFlags_v2(int, unsigned) { return SUCCESS; }
+/// As older drivers have it; newer ones take them.
+EXPORTED int cuDevicePrimaryCtxSetFlags_v2(int, unsigned) { return g_retained ? PRIMARY_CONTEXT_ACTIVE : SUCCESS; }
 EXPORTED int cuCtxGetCurrent(void** context) {
   *context = t_current;
   return SUCCESS;
@@ -171,12 +179,13 @@ EXPORTED int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 // Memory.
 
 EXPORTED int cuMemGetInfo_v2(size_t* free, size_t* total) {
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   *total = memory().total;
   *free = memory().total - memory().used;
   return SUCCESS;
 }
 EXPORTED int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
-  if (!t_current) return INVALID_CONTEXT;
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   if (bytes == 0) return INVALID_VALUE;
   *at = uint64_t(memory().allocate(bytes));
   return *at ? SUCCESS : OUT_OF_MEMORY;
@@ -184,6 +193,7 @@ EXPORTED int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
 EXPORTED int cuMemAllocAsync(uint64_t* at, size_t bytes, void*) { return cuMemAlloc_v2(at, bytes); }
 EXPORTED int cuCtxSynchronize();
 EXPORTED int cuMemFree_v2(uint64_t at) {
+  if (!fakeCudaHasContext()) die("freeing device memory without its context");
   // As the driver does: nothing may still use it.
   cuCtxSynchronize();
   if (at && !memory().release(reinterpret_cast<void*>(at))) die("freeing device memory that is not allocated");
@@ -208,6 +218,8 @@ EXPORTED int cuMemFreeHost(void* at) {
 }
 #ifndef WITHOUT_HOST_REGISTER
 EXPORTED int cuMemHostRegister_v2(void* at, size_t bytes, unsigned) {
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
+  if (bytes == 0) return INVALID_VALUE;
   if (memory().pinned.overlaps(at, bytes)) return ALREADY_REGISTERED;
   if (!memory().reserve_pinned(bytes)) return OUT_OF_MEMORY;
   memory().pinned.add(at, bytes);
@@ -216,9 +228,14 @@ EXPORTED int cuMemHostRegister_v2(void* at, size_t bytes, unsigned) {
 }
 #endif
 EXPORTED int cuMemHostUnregister(void* at) {
+  if (!fakeCudaHasContext()) die("giving back page-locked memory without its context");
   cuCtxSynchronize();
   uint64_t bytes = memory().pinned.remove(at);
   memory().reserve_pinned(-int64_t(bytes));
+  uintptr_t page = uintptr_t(at) / 4096 * 4096;
+  if (bytes && msync(reinterpret_cast<void*>(page), uintptr_t(at) + bytes - page, MS_ASYNC)) {
+    die("page-locked memory was unmapped before it was given back");
+  }
   return bytes ? SUCCESS : NOT_REGISTERED;
 }
 EXPORTED int cuMemHostGetDevicePointer_v2(uint64_t* device, void* host, unsigned) {
@@ -241,7 +258,7 @@ EXPORTED int cuPointerGetAttribute(void* value, int attribute, uint64_t at) {
 // Modules. Images come from the stand-in NVRTC: "FAKECUBIN 80\n" or "FAKEPTX 80\n", then the source.
 
 EXPORTED int cuModuleLoadData(void** module, const void* image) {
-  if (!t_current) return INVALID_CONTEXT;
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   const char* text = static_cast<const char*>(image);
   int built_for = 0;
   bool cubin = sscanf(text, "FAKECUBIN %d", &built_for) == 1;
@@ -256,6 +273,7 @@ EXPORTED int cuModuleLoadDataEx(void** module, const void* image, unsigned, void
   return cuModuleLoadData(module, image);
 }
 EXPORTED int cuModuleUnload(void* module) {
+  if (!fakeCudaHasContext()) die("unloading kernels without their context");
   delete static_cast<Module*>(module);
   return SUCCESS;
 }
@@ -277,9 +295,9 @@ EXPORTED int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void*, int
 
 EXPORTED int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
                             unsigned bz, unsigned shared_bytes, void* stream, void** arguments, void** extra) {
-  if (!t_current) return INVALID_CONTEXT;
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   uint64_t threads = uint64_t(bx) * by * bz;
-  if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || !threads || threads > 1024) return INVALID_VALUE;
+  if (!gx || !gy || !gz || gx > 2147483647 || gy > 65535 || gz > 65535 || !threads || threads > 1024) return INVALID_VALUE;
   if (shared_bytes > 48 * 1024 || extra) return INVALID_VALUE;
   const Kernel* kernel = static_cast<const Kernel*>(function);
   fakeCudaCount(("launch " + kernel->name).c_str(), 1);

@@ -73,12 +73,16 @@ void require_device(uint64_t at, uint64_t bytes) {
   if (!is_device(at, bytes)) die("a copy or fill outside of device memory");
 }
 
-/// Rows from one memory to the other. One without pinned host memory is over when this returns.
+/// Rows from one memory to the other. One without pinned host memory is over when this returns; one that is pinned in
+/// part, or over two ranges, is refused.
 int copy(void* stream, const char* what, std::function<void()> work, const void* host, uint64_t bytes) {
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
+  bool pinned = host && memory().pinned.holds(host, bytes);
+  if (host && !pinned && memory().pinned.overlaps(host, bytes)) return INVALID_VALUE;
   fakeCudaCount(what, 1);
   Stream& queue = stream_of(stream);
   queue.enqueue(what, std::move(work));
-  if (host && !memory().pinned.holds(host, bytes)) queue.synchronise();
+  if (host && !pinned) queue.synchronise();
   return SUCCESS;
 }
 
@@ -98,6 +102,7 @@ struct Copy2d {
   size_t width, height;
 };
 constexpr unsigned HOST = 1, DEVICE_KIND = 2;
+constexpr size_t MAX_PITCH = 2147483647;
 
 }  // namespace
 
@@ -118,12 +123,14 @@ void fakeCudaEnqueue(void* stream, const char* name, std::function<void()>* task
 }
 
 EXPORTED int cuStreamCreate(void** stream, unsigned) {
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   *stream = open_stream();
   return SUCCESS;
 }
 EXPORTED int cuStreamCreateWithPriority(void** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
 EXPORTED int cuStreamDestroy_v2(void* handle) {
   if (uint64_t(handle) <= 2) return INVALID_HANDLE;
+  if (!fakeCudaHasContext()) die("destroying a stream without its context");
   Stream* stream = static_cast<Stream*>(handle);
   std::lock_guard<std::mutex> lock(queues().mutex);
   auto& live = queues().live;
@@ -132,6 +139,7 @@ EXPORTED int cuStreamDestroy_v2(void* handle) {
   return SUCCESS;
 }
 EXPORTED int cuStreamSynchronize(void* stream) {
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   stream_of(stream).synchronise();
   return SUCCESS;
 }
@@ -146,6 +154,7 @@ EXPORTED int cuCtxSynchronize() {
   return SUCCESS;
 }
 EXPORTED int cuStreamWaitEvent(void* stream, void* handle, unsigned) {
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   stream_of(stream).wait(event_of(handle));
   return SUCCESS;
 }
@@ -158,14 +167,17 @@ EXPORTED int cuLaunchHostFunc_v2(void* stream, void (*function)(void*), void* da
 }
 
 EXPORTED int cuEventCreate(void** event, unsigned) {
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   *event = new EventHandle(std::make_shared<Event>());
   return SUCCESS;
 }
 EXPORTED int cuEventDestroy_v2(void* event) {
+  if (!fakeCudaHasContext()) die("destroying an event without its context");
   delete static_cast<EventHandle*>(event);
   return SUCCESS;
 }
 EXPORTED int cuEventRecord(void* handle, void* stream) {
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   stream_of(stream).record(event_of(handle));
   return SUCCESS;
 }
@@ -208,13 +220,24 @@ EXPORTED int cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void* strea
   if (up) return cuMemcpyHtoDAsync_v2(to, reinterpret_cast<void*>(from), bytes, stream);
   return cuMemcpyDtoHAsync_v2(reinterpret_cast<void*>(to), from, bytes, stream);
 }
+/// From memory that is not pinned: over for the host when it is staged; it arrives later, and only what is on the
+/// default stream comes after it.
 EXPORTED int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) {
-  cuMemcpyHtoDAsync_v2(to, from, bytes, nullptr);
-  return cuStreamSynchronize(nullptr);
+  bool pinned = memory().pinned.holds(from, bytes);
+  if (int failed = cuStreamSynchronize(nullptr)) return failed;
+  if (pinned) {
+    int failed = cuMemcpyHtoDAsync_v2(to, from, bytes, nullptr);
+    return failed ? failed : cuStreamSynchronize(nullptr);
+  }
+  require_device(to, bytes);
+  const char* first = static_cast<const char*>(from);
+  auto staged = std::make_shared<std::vector<char>>(first, first + bytes);
+  auto arrive = [=] { memcpy(reinterpret_cast<void*>(to), staged->data(), staged->size()); };
+  return copy(nullptr, "copy up", arrive, nullptr, 0);
 }
 EXPORTED int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
-  cuMemcpyDtoHAsync_v2(to, from, bytes, nullptr);
-  return cuStreamSynchronize(nullptr);
+  int failed = cuMemcpyDtoHAsync_v2(to, from, bytes, nullptr);
+  return failed ? failed : cuStreamSynchronize(nullptr);
 }
 EXPORTED int cuMemcpyDtoD_v2(uint64_t to, uint64_t from, size_t bytes) {
   return cuMemcpyDtoDAsync_v2(to, from, bytes, nullptr);
@@ -224,6 +247,7 @@ EXPORTED int cuMemcpy2DAsync_v2(const Copy2d* asked, void* stream) {
   const Copy2d& c = *asked;
   bool kinds = (c.from_kind == HOST || c.from_kind == DEVICE_KIND) && (c.to_kind == HOST || c.to_kind == DEVICE_KIND);
   if (!kinds || !c.width || !c.height || c.from_pitch < c.width || c.to_pitch < c.width) return INVALID_VALUE;
+  if (c.from_pitch > MAX_PITCH || c.to_pitch > MAX_PITCH) return INVALID_VALUE;
   const void* from_base = c.from_kind == HOST ? c.from_host : reinterpret_cast<const void*>(c.from_device);
   void* to_base = c.to_kind == HOST ? c.to_host : reinterpret_cast<void*>(c.to_device);
   const char* from = static_cast<const char*>(from_base) + c.from_y * c.from_pitch + c.from_x;
@@ -240,13 +264,14 @@ EXPORTED int cuMemcpy2DAsync_v2(const Copy2d* asked, void* stream) {
 }
 
 EXPORTED int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* stream) {
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   require_device(to, bytes);
   stream_of(stream).enqueue("fill", [=] { memset(reinterpret_cast<void*>(to), value, bytes); });
   return SUCCESS;
 }
+/// Over for the host at once: of fills, only those of page-locked memory are waited for.
 EXPORTED int cuMemsetD8_v2(uint64_t to, unsigned char value, size_t bytes) {
-  cuMemsetD8Async(to, value, bytes, nullptr);
-  return cuStreamSynchronize(nullptr);
+  return cuMemsetD8Async(to, value, bytes, nullptr);
 }
 EXPORTED int cuMemsetD32Async(uint64_t to, unsigned value, size_t count, void* stream) {
   require_device(to, 4 * count);

@@ -10,7 +10,8 @@ use std::process::{Command, Output};
 const SANITIZER: &str =
     "#!/bin/sh\nwhile [ \"${1#--}\" != \"$1\" ]; do shift 2; done\nexec \"$@\"\n";
 /// Stands in for a Python that has FlexLLMGen.
-const PEER: &str = "#!/bin/sh\n[ \"$1\" = -c ] || echo 'throughput 1.0 token/s'\n";
+const PEER: &str =
+    "#!/bin/sh\n[ \"$1\" = -c ] || echo 'total latency: 1.000 s total throughput: 0.500 token/s'\n";
 
 struct Bench {
     gpu: Gpu,
@@ -89,6 +90,7 @@ fn every_stage_of_the_bench_runs_at_toy_size() {
     assert!(text.contains("no compute-sanitizer here"), "{text}");
     let text = bench.good("rows");
     assert!(text.contains("8 runs: mean error of throughput"), "{text}");
+    assert_eq!(text.matches("of the roofline").count(), 8, "{text}");
     let text = bench.good("large");
     assert!(
         text.contains("predicted") && text.contains("measured"),
@@ -96,7 +98,12 @@ fn every_stage_of_the_bench_runs_at_toy_size() {
     );
     assert!(bench.good("peer").contains("left out"));
     bench.tool("python", PEER);
-    assert_eq!(bench.good("peer").matches(":throughput 1.0").count(), 7);
+    let text = bench.good("peer");
+    let beside = text
+        .lines()
+        .filter(|line| line.contains(" 0.500 tok/s, x "));
+    assert_eq!(beside.count(), 7, "{text}");
+    assert_eq!(bench.good("peer disk q4").matches(", x ").count(), 2);
     // A budget that holds nothing is a finding, not a fault.
     let output = bench.stage("large", &[("GPU_MEM", "84MiB")]);
     let text = String::from_utf8_lossy(&output.stdout);

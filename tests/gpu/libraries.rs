@@ -53,6 +53,18 @@ fn libraries_are_found_where_no_loader_looks() {
         let found = driver.with(&told).tokens("auto", SPLIT);
         assert_eq!(found, on_host, "{told:?}");
     }
+    // A Python that no environment names: what is first in the path, and Debian's place for what pip installs.
+    for site in ["lib", "local/lib"] {
+        let image = format!("image-{}", site.len());
+        let packages = format!("{image}/{site}/python3.12/dist-packages/nvidia");
+        lay(&gpu, ("default", BOTH), &format!("{packages}/cu13/lib"));
+        let bin = gpu.home.path(&image).join("bin");
+        std::fs::create_dir_all(&bin).expect("made");
+        std::fs::write(bin.join("python3"), "").expect("written");
+        let path = bin.display().to_string();
+        let found = driver.with(&[("PATH", &path)]).tokens("auto", SPLIT);
+        assert_eq!(found, on_host, "{site}");
+    }
 }
 
 #[test]

@@ -141,6 +141,8 @@ impl Gpu {
         for variable in ["VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_PATH", "CUDA_HOME"] {
             command.env_remove(variable);
         }
+        // Python's packages are looked for there, too.
+        command.env("PATH", "").env("HOME", &self.home.dir);
         command.envs(self.told.iter().cloned());
     }
 

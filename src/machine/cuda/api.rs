@@ -140,7 +140,10 @@ impl Context {
             check("cuDeviceGet", sys::cuDeviceGet(&mut device, index as i32))?;
             let sleep = sys::CUctx_flags_enum::CU_CTX_SCHED_BLOCKING_SYNC as u32;
             let result = sys::cuDevicePrimaryCtxSetFlags_v2(device, sleep);
-            check("cuDevicePrimaryCtxSetFlags", result)?;
+            // cuBLAS may have kept the context of an earlier machine, which was opened with these flags.
+            if result != CUresult::CUDA_ERROR_PRIMARY_CONTEXT_ACTIVE {
+                check("cuDevicePrimaryCtxSetFlags", result)?;
+            }
             let result = sys::cuDevicePrimaryCtxRetain(&mut raw, device);
             check("cuDevicePrimaryCtxRetain", result)?;
         }
@@ -153,6 +156,15 @@ impl Context {
     pub fn use_here(&self) -> Result<(), CudaError> {
         // SAFETY: the context is retained while `self` lives.
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.raw) })
+    }
+
+    /// Sleeps until the driver's own stream is done: fills, and copies from DRAM that is not page-locked, go on
+    /// there after their calls have returned, and no other stream waits for them.
+    fn settle(&self) -> Result<(), CudaError> {
+        // SAFETY: the context is current on this thread; null is its own stream.
+        check("cuStreamSynchronize", unsafe {
+            sys::cuStreamSynchronize(std::ptr::null_mut())
+        })
     }
 
     /// (free, total) bytes of device memory.
@@ -177,7 +189,7 @@ impl Drop for Context {
 /// A queue of the GPU.
 pub struct Stream {
     raw: sys::CUstream,
-    _context: Arc<Context>,
+    context: Arc<Context>,
 }
 
 // SAFETY: streams may be used from any thread.
@@ -197,7 +209,7 @@ impl Stream {
         })?;
         Ok(Stream {
             raw,
-            _context: context.clone(),
+            context: context.clone(),
         })
     }
 
@@ -248,6 +260,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
+        let _ = self.context.use_here();
         // SAFETY: the handle is alive and nobody else has it.
         let _ = unsafe { sys::cuStreamDestroy_v2(self.raw) };
     }
@@ -256,7 +269,7 @@ impl Drop for Stream {
 /// A point in a stream, with its time.
 pub struct Event {
     raw: sys::CUevent,
-    _context: Arc<Context>,
+    context: Arc<Context>,
 }
 
 // SAFETY: events may be used from any thread.
@@ -275,7 +288,7 @@ impl Event {
         })?;
         Ok(Event {
             raw,
-            _context: context.clone(),
+            context: context.clone(),
         })
     }
 
@@ -309,6 +322,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
+        let _ = self.context.use_here();
         // SAFETY: the handle is alive and nobody else has it.
         let _ = unsafe { sys::cuEventDestroy_v2(self.raw) };
     }
@@ -352,6 +366,7 @@ impl DeviceBuffer {
         check("cuMemsetD8", unsafe {
             sys::cuMemsetD8_v2(address, 0, length)
         })?;
+        context.settle()?;
         Ok(buffer)
     }
 
@@ -375,7 +390,8 @@ impl DeviceBuffer {
         // SAFETY: both ranges are as long as said, and the call returns when it has read the source.
         check("cuMemcpyHtoD", unsafe {
             sys::cuMemcpyHtoD_v2(to, from.as_ptr().cast(), from.len())
-        })
+        })?;
+        self.context.settle()
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 /// A handle on one stream, with a workspace of ours.
 pub struct Blas {
     raw: sys::cublasHandle_t,
-    _context: Arc<Context>,
+    context: Arc<Context>,
 }
 
 // SAFETY: used by one thread at a time: the compute lane's.
@@ -53,7 +53,7 @@ impl Blas {
         check("cublasCreate", unsafe { sys::cublasCreate_v2(&mut raw) })?;
         let blas = Blas {
             raw,
-            _context: context.clone(),
+            context: context.clone(),
         };
         // SAFETY: handle and stream are alive; the workspace is device memory of that length, used by
         // this stream alone.
@@ -134,6 +134,7 @@ impl Blas {
 
 impl Drop for Blas {
     fn drop(&mut self) {
+        let _ = self.context.use_here();
         // SAFETY: created by `new`; its stream is idle.
         let _ = unsafe { sys::cublasDestroy_v2(self.raw) };
     }

@@ -256,7 +256,7 @@ fn refused(refused: Vec<(Region, CudaError)>, relay: Region) -> Option<Refused> 
     Some(Refused {
         regions,
         why: format!(
-            "{bytes} of DRAM could not be page-locked ({why}): copies of it go through a relay of {through} and are slower; raise `ulimit -l`"
+            "{bytes} of DRAM could not be page-locked ({why}): copies of it go through a relay of {through} and are slower"
         ),
     })
 }

@@ -54,6 +54,7 @@ const DRIVER: Library = Library {
         "cuStreamCreate",
         "cuStreamDestroy_v2",
         "cuStreamWaitEvent",
+        "cuStreamSynchronize",
         "cuEventCreate",
         "cuEventDestroy_v2",
         "cuEventRecord",
@@ -260,7 +261,8 @@ fn open_companions(stem: &str, dir: &Path) {
     }
 }
 
-/// Windows' driver under WSL, toolkits, and the active Python environment's nvidia packages.
+/// Windows' driver under WSL, toolkits, and the nvidia packages of the active Python environment, else of the
+/// Python in the path: images often have them beside a Python that no environment names.
 fn directories() -> Vec<PathBuf> {
     let mut dirs = vec![PathBuf::from("/usr/lib/wsl/lib")];
     for variable in ["CUDA_PATH", "CUDA_HOME"] {
@@ -268,19 +270,39 @@ fn directories() -> Vec<PathBuf> {
     }
     dirs.push("/usr/local/cuda/lib64".into());
     dirs.push("/opt/cuda/lib64".into());
-    for variable in ["VIRTUAL_ENV", "CONDA_PREFIX"] {
-        let Some(home) = std::env::var_os(variable) else {
-            continue;
-        };
+    for home in ["VIRTUAL_ENV", "CONDA_PREFIX"]
+        .into_iter()
+        .filter_map(std::env::var_os)
+    {
         let lib = PathBuf::from(home).join("lib");
         dirs.push(lib.clone());
-        for python in subdirectories(&lib) {
-            // "cublas/lib" of the packages for CUDA 12, "cu13/lib" of those for 13.
-            let packages = python.join("site-packages/nvidia");
-            dirs.extend(subdirectories(&packages).into_iter().map(|p| p.join("lib")));
-        }
+        dirs.extend(python_packages(&lib));
+    }
+    for lib in python_libs() {
+        dirs.extend(python_packages(&lib));
     }
     dirs
+}
+
+/// Directories that hold pythonX.Y: of the Pythons in the path, also Debian's under local, and the user's.
+fn python_libs() -> Vec<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let bins = std::env::split_paths(&path).filter(|bin| bin.join("python3").exists());
+    let prefixes = bins.filter_map(|bin| Some(bin.parent()?.to_owned()));
+    let of_prefix = |prefix: PathBuf| ["lib", "local/lib"].map(|lib| prefix.join(lib));
+    let mut libs: Vec<PathBuf> = prefixes.flat_map(of_prefix).collect();
+    libs.extend(std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/lib")));
+    libs
+}
+
+/// Libraries of the nvidia packages under `lib`: "cublas/lib" of those for CUDA 12, "cu13/lib" of those for 13.
+fn python_packages(lib: &Path) -> Vec<PathBuf> {
+    let pythons = subdirectories(lib).into_iter();
+    let sites = pythons.flat_map(|python| {
+        ["site-packages/nvidia", "dist-packages/nvidia"].map(|site| python.join(site))
+    });
+    let packages = sites.flat_map(|site| subdirectories(&site));
+    packages.map(|package| package.join("lib")).collect()
 }
 
 fn subdirectories(dir: &Path) -> Vec<PathBuf> {

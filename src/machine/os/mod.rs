@@ -12,7 +12,7 @@ pub(crate) use cgroup::unescape;
 pub use confine::{ConfineError, GroupAccount, MemoryGroup, wait_for_peak};
 pub use cores::{CpuInfo, cpu_info, cpu_info_at, default_threads, default_threads_at};
 pub use cores::{bind_current_thread, core_of_each, last_level_cache_bytes};
-pub use process::{ProcessMemory, page_locked_limit_bytes, process_memory, process_memory_at};
+pub use process::{ProcessMemory, process_memory, process_memory_at};
 pub use process::{busy_cores, keep_heap_small, kernel_version, release_free_heap, reset_peak};
 pub use turns::take_short_turns;
 

@@ -1,4 +1,4 @@
-//! This process and this kernel: memory used and its peak, limits, the kernel's version.
+//! This process and this kernel: memory used and its peak, the kernel's version.
 
 use super::{OsError, kilobytes, read};
 use std::path::Path;
@@ -86,27 +86,6 @@ pub fn reset_peak() -> bool {
     std::fs::write("/proc/self/clear_refs", "5").is_ok()
 }
 
-/// Bytes that may be locked in memory; `u64::MAX` where there is no limit.
-#[cfg(unix)]
-pub fn page_locked_limit_bytes() -> u64 {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: getrlimit writes one rlimit into the one it is given.
-    let rc = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) };
-    match (rc, limit.rlim_cur) {
-        (0, libc::RLIM_INFINITY) => u64::MAX,
-        (0, bytes) => bytes,
-        _ => 0,
-    }
-}
-
-#[cfg(not(unix))]
-pub fn page_locked_limit_bytes() -> u64 {
-    0
-}
-
 /// Cores that were busy over a quarter of a second from now; `None` where nobody counts. The load average
 /// would still count what ended a minute ago, such as the build of this very program.
 pub fn busy_cores() -> Option<f64> {
@@ -177,6 +156,5 @@ mod tests {
         let memory = process_memory().unwrap();
         assert!(memory.peak_bytes > 100_000 && memory.resident_bytes > 100_000);
         assert!(kernel_version().len() > 3);
-        assert!(page_locked_limit_bytes() > 0);
     }
 }
