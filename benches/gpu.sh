@@ -195,7 +195,8 @@ beside() {
   local ours theirs
   theirs="$(sed -n 's/.*total throughput: \([0-9.]*\) token.*/\1/p' "$OUT/peer-$1.log" | tail -n 1)"
   [ -n "$theirs" ] || { fault "FlexLLMGen printed no throughput for $1" && return; }
-  ours="$(cat "$OUT"/rows-*.txt 2>/dev/null | awk -v row="$1-" '
+  # Without any the stage goes on: a failing part of a pipe would end it.
+  ours="$({ cat "$OUT"/rows-*.txt 2>/dev/null || true; } | awk -v row="$1-" '
     /^Predicted against measured/ { mine = $0 ~ "\\(" row "(unlimited|[0-9])" }
     mine && $1 == "throughput" { print $4; exit }')"
   awk -v name="$1" -v ours="${ours:-0}" -v theirs="$theirs" 'BEGIN {

@@ -104,6 +104,11 @@ fn every_stage_of_the_bench_runs_at_toy_size() {
         .filter(|line| line.contains(" 0.500 tok/s, x "));
     assert_eq!(beside.count(), 7, "{text}");
     assert_eq!(bench.good("peer disk q4").matches(", x ").count(), 2);
+    let alone = bench.gpu.home.path("alone").display().to_string();
+    let output = bench.stage("peer disk q4", &[("OUT", &alone)]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}");
+    assert_eq!(text.matches("run the stage rows for ours").count(), 2);
     // A budget that holds nothing is a finding, not a fault.
     let output = bench.stage("large", &[("GPU_MEM", "84MiB")]);
     let text = String::from_utf8_lossy(&output.stdout);
