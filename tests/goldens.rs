@@ -8,7 +8,8 @@ use loadmaster::dtype::Dtype;
 use loadmaster::engine::Request;
 use loadmaster::engine::sampling::Sampling;
 use loadmaster::policy::{Compute, DeviceKind, Policy};
-use running::{PackedFile, Ran, pack, policy, run_with};
+use running::policy::policy;
+use running::{PackedFile, Ran, pack, run_with};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 

@@ -16,7 +16,8 @@ use loadmaster::tier::Lane;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
-use running::{PackedFile, Ran, pack, policy, requests, run, small_model};
+use running::policy::policy;
+use running::{PackedFile, Ran, pack, requests, run, small_model};
 
 const LENGTHS: [(usize, usize); 5] = [(5, 4), (17, 3), (1, 6), (9, 2), (12, 5)];
 

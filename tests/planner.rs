@@ -6,6 +6,8 @@ mod beside;
 mod common;
 #[path = "planner/figures.rs"]
 mod figures;
+#[path = "running/policy.rs"]
+mod policy;
 
 use common::planning::*;
 use common::*;

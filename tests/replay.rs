@@ -19,7 +19,8 @@ use loadmaster::model::families::named_size;
 use loadmaster::policy::{DeviceKind, Policy};
 use loadmaster::tier::{Lane, PerTier};
 use loadmaster::workload::Workload;
-use running::{policy, round_profile};
+use running::policy::policy;
+use running::round_profile;
 
 fn both(
     size: &str,

@@ -12,7 +12,8 @@ use loadmaster::engine::{Engine, EngineError, Finished, Progress, RunOptions, Si
 use loadmaster::machine::price::Pricer;
 use loadmaster::policy::{DeviceKind, Policy};
 use loadmaster::workload::Lengths;
-use running::{PackedFile, pack, policy, requests, round_profile, small_model, workload};
+use running::policy::policy;
+use running::{PackedFile, pack, requests, round_profile, small_model, workload};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering::Relaxed};
 

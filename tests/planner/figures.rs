@@ -3,11 +3,12 @@
 
 use crate::common::planning::HOST;
 use crate::common::{opt_1_3b, t4};
+use crate::policy::policy;
 use loadmaster::cost::estimate::{EstimateInput, estimate};
 use loadmaster::cost::footprint::Buffer;
 use loadmaster::cost::locks::Unlocked;
 use loadmaster::cost::rates::Rates;
-use loadmaster::dtype::{Compute, Dtype};
+use loadmaster::dtype::Dtype;
 use loadmaster::model::ModelSpec;
 use loadmaster::policy::{DeviceKind, Policy, Shares};
 use loadmaster::profile::{GpuFacts, GpuLink, HardwareProfile, QuantiseRates};
@@ -133,18 +134,9 @@ impl Case {
                 ..opt_1_3b()
             },
             policy: Policy {
-                shares: Shares::from_percent(percent, 0.0).expect("percentages"),
-                gpu_batch_size: batch.0,
-                num_gpu_batches: batch.1,
-                pin_weight: true,
-                compress_weight: false,
-                compress_cache: false,
-                cpu_cache_compute: false,
-                double_buffer: false,
-                overlap: true,
-                compute: Compute::Exact,
                 kv: Dtype::F16,
                 threads: 16,
+                ..policy(percent, 0.0, batch)
             },
             unlocked: Vec::new(),
         }

@@ -2,7 +2,8 @@
 //! on a clock.
 
 use crate::common::t4;
-use crate::running::{Collected, policy, requests};
+use crate::running::policy::policy;
+use crate::running::{Collected, requests};
 use loadmaster::cost::estimate::EstimateInput;
 use loadmaster::cost::figures::LaneFigures;
 use loadmaster::cost::footprint::HostBytes;

@@ -1,6 +1,8 @@
 //! What several test files share: small models, packed weights on disk, profiles, runs.
 #![allow(dead_code)]
 
+pub mod policy;
+
 use loadmaster::checkpoint::WeightSource;
 use loadmaster::cost::figures::LaneFigures;
 use loadmaster::cost::footprint::HostBytes;
@@ -14,7 +16,7 @@ use loadmaster::machine::cpu::kernels::{Isa, PackSource, pack_panels};
 use loadmaster::machine::cpu::pool::Pool;
 use loadmaster::machine::price::Pricer;
 use loadmaster::model::{Activation, ModelSpec};
-use loadmaster::policy::{Compute, DeviceKind, Policy, Shares};
+use loadmaster::policy::{DeviceKind, Policy};
 use loadmaster::probe::ProfileKey;
 use loadmaster::profile::HardwareProfile;
 use loadmaster::tier::PerLane;
@@ -159,23 +161,6 @@ impl Sink for Collected {
     }
     fn logits(&mut self, line: usize, generated: usize, logits: &[f32]) {
         self.logits.insert((line, generated), logits.to_vec());
-    }
-}
-
-pub fn policy(percent: [f64; 6], cpu_compute_share: f64, (gbs, ngb): (usize, usize)) -> Policy {
-    Policy {
-        shares: Shares::from_percent(percent, cpu_compute_share).expect("percentages"),
-        gpu_batch_size: gbs,
-        num_gpu_batches: ngb,
-        pin_weight: true,
-        compress_weight: false,
-        compress_cache: false,
-        cpu_cache_compute: false,
-        double_buffer: false,
-        overlap: true,
-        compute: Compute::Exact,
-        kv: Dtype::F32,
-        threads: 2,
     }
 }
 
