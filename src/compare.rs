@@ -100,9 +100,7 @@ pub fn errors(predicted: &Figures, measured: &Figures) -> Errors {
 /// perfect overlap at full rate. The lane of the whole run: less than what each phase's own would give.
 pub fn roofline(measured: &Figures) -> Option<(Lane, f64)> {
     let work_s = |lane: Lane| measured.lanes[lane].work_s;
-    let lane = Lane::ALL
-        .into_iter()
-        .max_by(|&a, &b| work_s(a).total_cmp(&work_s(b)))?;
+    let lane = Lane::with_most(work_s);
     let known = work_s(lane) > 0.0 && measured.total_s > 0.0;
     known.then(|| (lane, work_s(lane) / measured.total_s))
 }

@@ -85,9 +85,6 @@ impl RunReport {
 
 /// The lane that was busy longest in each phase.
 pub fn busiest(lanes: &PerLane<LaneFigures>, seconds: fn(&LaneFigures) -> f64) -> String {
-    let longest = |a: &Lane, b: &Lane| seconds(&lanes[*a]).total_cmp(&seconds(&lanes[*b]));
-    Lane::ALL
-        .into_iter()
-        .max_by(longest)
-        .map_or(String::new(), |lane| lane.name().to_owned())
+    let longest = Lane::with_most(|lane| seconds(&lanes[lane]));
+    longest.name().to_owned()
 }

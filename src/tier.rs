@@ -52,6 +52,14 @@ impl Lane {
         Lane::CpuCompute,
     ];
 
+    /// The lane that has most of something; of several, the last.
+    pub fn with_most(of: impl Fn(Lane) -> f64) -> Lane {
+        let most = Lane::ALL
+            .into_iter()
+            .max_by(|&a, &b| of(a).total_cmp(&of(b)));
+        most.unwrap_or(Lane::CpuCompute)
+    }
+
     pub fn name(self) -> &'static str {
         [
             "disk_to_cpu",

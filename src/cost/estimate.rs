@@ -137,17 +137,12 @@ fn segment_time(segment: &Segment, shares: &ShareVector) -> (f64, &'static str) 
             Lane::CpuCompute.name()
         }
         Bound::Resource(resource) => resource.name(),
-        Bound::Sum | Bound::Serial(_) => busiest(&segment.lanes_at(shares)).name(),
+        Bound::Sum | Bound::Serial(_) => {
+            let own_s = segment.lanes_at(shares);
+            Lane::with_most(|lane| own_s[lane]).name()
+        }
     };
     (seconds.max(0.0), name)
-}
-
-fn busiest(own: &PerLane<f64>) -> Lane {
-    let by_time = |a: &Lane, b: &Lane| own[*a].total_cmp(&own[*b]);
-    Lane::ALL
-        .into_iter()
-        .max_by(by_time)
-        .unwrap_or(Lane::CpuCompute)
 }
 
 impl Segment {

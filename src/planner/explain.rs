@@ -65,10 +65,7 @@ fn beside_closed_form(space: &Space, found: &Found) -> String {
         "prefill" => replayed.lanes[lane].prefill_s,
         _ => replayed.lanes[lane].decode_s,
     };
-    let busiest = Lane::ALL
-        .into_iter()
-        .max_by(|&a, &b| busy_s(a).total_cmp(&busy_s(b)))
-        .unwrap_or(Lane::CpuCompute);
+    let busiest = Lane::with_most(busy_s);
     format!(
         "{text}, most of it in {name}: {}, the busiest lane there, works {:.0} % of that time and waits for others the rest, because a lane's operations keep their order",
         busiest.name(),

@@ -102,13 +102,13 @@ impl LaunchBench {
 
     /// The same of the disk's lanes while all threads compute, and the seconds that these lose each time.
     fn busy_handover_s(&mut self) -> Result<(f64, f64), ProbeError> {
-        let alone_s = self.products_s()?;
+        self.machine.forget_log();
+        self.submit_products();
+        let alone_s = self.computed_s()?;
         self.submit_products();
         let seconds = self.between_s(BUSY_HANDOVERS, &DISK_LANES)?;
-        let all = self.machine.submitted();
-        self.machine.wait(&all)?;
+        let lost_s = self.computed_s()? - alone_s;
         let figures = self.machine.lane_figures();
-        let lost_s = figures[Lane::CpuCompute].busy_s() - alone_s;
         let known_s: f64 = DISK_LANES
             .iter()
             .map(|&lane| (1.0 - self.kept_beside(lane)) * figures[lane].busy_s())
@@ -117,10 +117,8 @@ impl LaunchBench {
         Ok((seconds, (lost_s - known_s) / wakes))
     }
 
-    /// Seconds of the products with nothing beside them.
-    fn products_s(&mut self) -> Result<f64, ProbeError> {
-        self.machine.forget_log();
-        self.submit_products();
+    /// Waits for everything; seconds that the CPU has computed.
+    fn computed_s(&mut self) -> Result<f64, ProbeError> {
         let all = self.machine.submitted();
         self.machine.wait(&all)?;
         Ok(self.machine.lane_figures()[Lane::CpuCompute].busy_s())

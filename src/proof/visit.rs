@@ -97,12 +97,9 @@ pub fn lane_weights(figures: &Figures, phase: Phase, overlap: bool) -> PerLane<f
         weights[lane] = seconds(&figures.lanes[lane]) / all;
     }
     if overlap {
-        let busiest = Lane::ALL
-            .into_iter()
-            .max_by(|a, b| weights[*a].total_cmp(&weights[*b]));
-        for lane in Lane::ALL {
-            weights[lane] = if Some(lane) == busiest { 1.0 } else { 0.0 };
-        }
+        let busiest = Lane::with_most(|lane| weights[lane]);
+        weights = PerLane::default();
+        weights[busiest] = 1.0;
     }
     weights
 }
