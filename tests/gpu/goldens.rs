@@ -1,11 +1,12 @@
 //! transformers' own tokens on a GPU, from the golden checkpoints over three tiers: prompts of 1 to 40 tokens, so
 //! that products of few rows and of many, and both kernels of prompts' attention, are met.
 
-use crate::stand_in::{Gpu, golden};
+use crate::stand_in::{Gpu, HOST, golden};
 use serde_json::Value;
 use std::path::PathBuf;
 
-const SPLIT: &str = "--percent 30 30 40 30 50 25 --gpu-batch-size 2 --num-gpu-batches 2";
+const SPLIT: &str =
+    "--percent 30 30 40 30 50 25 --gpu-batch-size 2 --num-gpu-batches 2 --ignore-eos";
 
 /// Of the continuations, so many tokens.
 const TOKENS: usize = 6;
@@ -44,15 +45,14 @@ impl Golden {
         }
     }
 
-    /// Continuations of all cases on the GPU.
-    fn run(&self, gpu: &Gpu, words: &str) -> Vec<Vec<usize>> {
+    /// Continuations of all cases.
+    fn run(&self, gpu: &Gpu, device: &str, words: &str) -> Vec<Vec<usize>> {
         let line = |(prompt, _): &(Value, Vec<usize>)| {
             format!("{{\"prompt\": {prompt}, \"max_tokens\": {TOKENS}}}\n")
         };
         let lines: String = self.cases.iter().map(line).collect();
-        let model = self.path.display();
-        let words = format!("--model {model} --ignore-eos {SPLIT} {words}");
-        let ended = gpu.run_lines(&lines, "cuda:0", &words).good();
+        let words = format!("--model {} {words}", self.path.display());
+        let ended = gpu.run_lines(&lines, device, &words).good();
         let lines = ended.lines();
         lines.iter().map(|line| ids(&line["token_ids"])).collect()
     }
@@ -81,7 +81,7 @@ fn ids(list: &Value) -> Vec<usize> {
 fn with_fp32_activations_tokens_are_transformers_own() {
     let Some(gpu) = Gpu::new() else { return };
     for golden in goldens() {
-        let ours = golden.run(&gpu, "--kv f32 --compute fp32");
+        let ours = golden.run(&gpu, "cuda:0", &format!("{SPLIT} --kv f32 --compute fp32"));
         for (case, ours) in ours.iter().enumerate() {
             let what = golden.path.display();
             let theirs = &golden.cases[case].1[..TOKENS];
@@ -96,11 +96,29 @@ fn with_rounded_activations_tokens_are_as_good_as_transformers() {
     let Some(gpu) = Gpu::new() else { return };
     let mut worst = 0.0f32;
     for golden in goldens() {
-        let ours = golden.run(&gpu, "");
+        let ours = golden.run(&gpu, "cuda:0", SPLIT);
         for (case, ours) in ours.iter().enumerate() {
             worst = worst.max(golden.loss(case, ours));
         }
         println!("{}: {worst:e}", golden.path.display());
     }
     assert!(worst <= 1e-2, "{worst:e} of the largest logit");
+}
+
+/// The shares alone: the rest is the plan's own choice, activations are rounded where it rounds them, and lines end
+/// where the model ends them.
+#[test]
+fn six_percentages_give_the_hosts_tokens_for_every_checkpoint() {
+    let Some(gpu) = Gpu::new() else { return };
+    for golden in goldens() {
+        let on = |device: &str| golden.run(&gpu, device, "--percent 30 30 40 30 50 50");
+        let (wanted, what) = (on(HOST), golden.path.display());
+        assert_eq!(on("cuda:0"), wanted, "{what}");
+        let report = gpu.home.json("report.json");
+        assert_eq!(report["host"]["gpu"], "Emulated GPU");
+        for lane in ["cpu_to_gpu", "gpu_to_cpu", "disk_to_cpu", "gpu_compute"] {
+            let busy = report["measured"]["lanes"][lane]["decode_s"].as_f64();
+            assert!(busy > Some(0.0), "{what}: {lane} was never busy");
+        }
+    }
 }
