@@ -74,11 +74,13 @@ impl Bench {
         text
     }
 
-    fn fails(&self, words: &str, told: &[(&str, &str)]) {
+    /// What a stage that fails prints.
+    fn fails(&self, words: &str, told: &[(&str, &str)]) -> String {
         let output = self.stage(words, told);
-        let text = String::from_utf8_lossy(&output.stdout);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert_eq!(output.status.code(), Some(1), "{words}: {text}");
         assert!(text.contains("FAILED: "), "{words}: {text}");
+        text
     }
 }
 
@@ -87,6 +89,7 @@ fn every_stage_of_the_bench_runs_at_toy_size() {
     let Some(bench) = Bench::new() else { return };
     let text = bench.good("goldens");
     assert_eq!(text.matches("same tokens").count(), 5, "{text}");
+    assert_eq!(text.matches("% of tokens alike").count(), 6, "{text}");
     assert!(text.contains("no compute-sanitizer here"), "{text}");
     let text = bench.good("rows");
     assert!(text.contains("8 runs: mean error of throughput"), "{text}");
@@ -133,5 +136,47 @@ fn a_stage_of_the_bench_fails_with_what_it_runs() {
     bench.fails("goldens", &[("PLACEMENTS", "1")]);
     bench.tool("compute-sanitizer", SANITIZER);
     let text = bench.good("goldens");
-    assert!(text.contains("compute-sanitizer racecheck"), "{text}");
+    assert_eq!(text.matches("=== after").count(), 8, "{text}");
+    assert_eq!(text.matches("compute-sanitizer racecheck").count(), 2);
+    assert!(text.contains("compute-sanitizer memcheck: --percent 30 30 40 30 50 50"));
+}
+
+/// The program, but for the tokens of one format, which come out wrong from the second on.
+const SPOILING: &str = r#"#!/bin/sh
+"$REAL" "$@" || exit
+[ "$1" = series ] || exit 0
+sed -i 's/"token_ids":\[\([0-9]*\),[0-9,]*/"token_ids":[\1,0,0/' "$OUT"/*-cache4-gpu.jsonl
+"#;
+
+#[test]
+fn a_stage_of_the_bench_fails_with_tokens_that_are_not_alike() {
+    let Some(bench) = Bench::new() else { return };
+    bench.tool("spoiling", SPOILING);
+    let spoiling = bench.gpu.home.path("bin/spoiling").display().to_string();
+    let told = [
+        ("LOADMASTER", spoiling.as_str()),
+        ("REAL", env!("CARGO_BIN_EXE_loadmaster")),
+        ("PLACEMENTS", "1"),
+    ];
+    let text = bench.fails("goldens", &told);
+    assert_eq!(text.matches("FAILED: only 33 % of tokens alike").count(), 2);
+    assert_eq!(text.matches("FAILED").count(), 2, "{text}");
+}
+
+#[test]
+fn what_hangs_in_a_stage_is_killed() {
+    let Some(bench) = Bench::new() else { return };
+    bench.tool(
+        "deaf",
+        "#!/bin/sh\ntrap '' TERM\nsleep 300 &\nwait\nsleep 300\n",
+    );
+    let deaf = bench.gpu.home.path("bin/deaf").display().to_string();
+    let start = std::time::Instant::now();
+    let told = [
+        ("LOADMASTER", deaf.as_str()),
+        ("STAGE_SECONDS", "1"),
+        ("GRACE_SECONDS", "1"),
+    ];
+    bench.fails("large", &told);
+    assert!(start.elapsed().as_secs() < 60);
 }
