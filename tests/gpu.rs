@@ -7,8 +7,12 @@ mod bench;
 mod books;
 #[path = "gpu/goldens.rs"]
 mod goldens;
+#[path = "gpu/heads.rs"]
+mod heads;
 #[path = "gpu/libraries.rs"]
 mod libraries;
+#[path = "gpu/probe.rs"]
+mod probe;
 #[path = "gpu/random.rs"]
 mod random;
 #[path = "gpu/stand_in.rs"]

@@ -4,6 +4,7 @@
 use super::ProbeError;
 use super::gpu_work::{self as work, Room, Task};
 use super::samples::{Series, tidy};
+use super::scale::GpuExtent;
 use crate::cost::rates::Rates;
 use crate::dtype::Dtype;
 use crate::machine::cuda::{DeviceFacts, GpuChoice};
@@ -27,29 +28,22 @@ pub struct GpuProbe {
     pub choice: GpuChoice,
 }
 
-/// Rounds of each figure; medians are kept.
-const ROUNDS: usize = 5;
 /// What is expected to take longer than this once is left out: its smaller neighbours stand for it.
 const LONG_S: f64 = 0.5;
-/// Repetitions fill this time.
-const SAMPLE_S: f64 = 0.01;
-const MOST_REPEATS: usize = 200;
-const LINK_BYTES: [u64; 5] = [64 << 10, MIB, 4 * MIB, 16 * MIB, 64 * MIB];
-const GEMM_ROWS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
-/// (inputs, outputs): smaller matrices run at a smaller part of the peak.
-const GEMM_SHAPES: [(usize, usize); 3] = [(1024, 4096), (4096, 4096), (7168, 28672)];
-const LAUNCHES: usize = 500;
 
 /// Adds the GPU and its links to a profile.
 pub fn measure(
     profile: &mut HardwareProfile,
     probe: &GpuProbe,
-    threads: usize,
+    (threads, extent): (usize, &'static GpuExtent),
     (progress, stop): (&mut dyn FnMut(&str), &AtomicBool),
 ) -> Result<(), ProbeError> {
     progress(&format!("measuring {}", probe.facts.name));
     let before = Held::now(&probe.facts.bus_id);
-    let room = Room::within(before.device_free.unwrap_or(probe.facts.total_bytes));
+    let room = Room::within(
+        before.device_free.unwrap_or(probe.facts.total_bytes),
+        extent,
+    );
     let request = OpenRequest {
         device: DeviceKind::Cuda,
         gpu_bytes: room.places().arena_bytes,
@@ -62,6 +56,7 @@ pub fn measure(
     let mut meter = Meter {
         machine: ThreadedMachine::open(request)?,
         room,
+        extent,
         stop,
     };
     let memory = meter.memory()?;
@@ -127,6 +122,7 @@ impl Held {
 struct Meter<'a> {
     machine: ThreadedMachine,
     room: Room,
+    extent: &'static GpuExtent,
     stop: &'a AtomicBool,
 }
 
@@ -152,10 +148,14 @@ impl Meter<'_> {
 
     /// Median seconds of one run of a task; the first run, which may load code, does not count.
     fn seconds(&mut self, task: &Task) -> Result<f64, ProbeError> {
+        let extent = self.extent;
         self.busy(task, 1)?;
         let once = self.busy(task, 1)?.max(1e-7);
-        let repeats = ((SAMPLE_S / once) as usize).clamp(1, MOST_REPEATS);
-        let rounds = if once > SAMPLE_S { 2 } else { ROUNDS };
+        let repeats = ((extent.sample_s / once) as usize).clamp(1, extent.most_repeats);
+        let rounds = match once > extent.sample_s {
+            true => extent.rounds.min(2),
+            false => extent.rounds,
+        };
         let mut series = Series::default();
         for _ in 0..rounds {
             series.push(self.busy(task, repeats)? / repeats as f64);
@@ -172,12 +172,13 @@ impl Meter<'_> {
     /// Wall seconds from submitting to finishing, per operation, over many that do next to nothing.
     fn launch(&mut self) -> Result<f64, ProbeError> {
         let task = work::nothing(&self.room);
-        self.busy(&task, LAUNCHES)?;
+        let launches = self.extent.launches;
+        self.busy(&task, launches)?;
         let mut series = Series::default();
-        for _ in 0..ROUNDS {
+        for _ in 0..self.extent.rounds {
             let start = Instant::now();
-            self.busy(&task, LAUNCHES)?;
-            series.push(start.elapsed().as_secs_f64() / LAUNCHES as f64);
+            self.busy(&task, launches)?;
+            series.push(start.elapsed().as_secs_f64() / launches as f64);
         }
         Ok(tidy(series.median().unwrap_or(0.0).max(1e-7)))
     }
@@ -186,9 +187,9 @@ impl Meter<'_> {
         let mut curves = BTreeMap::new();
         for format in [Dtype::F16, Dtype::Q4, Dtype::Bf16, Dtype::F32] {
             let mut points = Vec::new();
-            for (inputs, outputs) in GEMM_SHAPES {
+            for &(inputs, outputs) in self.extent.gemm_shapes {
                 let mut last = None;
-                for rows in GEMM_ROWS {
+                for &rows in self.extent.gemm_rows {
                     let long = |(m, s): (usize, f64)| s * rows as f64 / m as f64 > LONG_S;
                     let shape = (rows, inputs, outputs);
                     let Some(task) = work::product(&self.room, format, shape) else {
@@ -213,7 +214,7 @@ impl Meter<'_> {
     /// 4-bit bytes per second to fp16, by how many there are.
     fn widening(&mut self) -> Result<Vec<(u64, f64)>, ProbeError> {
         let mut curve = Vec::new();
-        for (inputs, outputs) in GEMM_SHAPES {
+        for &(inputs, outputs) in self.extent.gemm_shapes {
             let Some((task, bytes)) = work::widen(&self.room, (inputs, outputs)) else {
                 break;
             };
@@ -253,7 +254,8 @@ impl Meter<'_> {
             let most = self.room.link_bytes;
             let mut curves = [Vec::new(), Vec::new()];
             for (curve, pinned) in curves.iter_mut().zip([true, false]) {
-                for bytes in LINK_BYTES.into_iter().filter(|&b| b <= most) {
+                let sizes = self.extent.link_bytes.iter().copied();
+                for bytes in sizes.filter(|&b| b <= most) {
                     let task = work::copy(&self.room, lane, (bytes, pinned));
                     let seconds = self.seconds(&task)?;
                     curve.push((bytes, tidy(bytes as f64 / seconds)));
@@ -286,10 +288,11 @@ impl Meter<'_> {
     fn race(&mut self, first: &Task, second: &Task) -> Result<[f64; 2], ProbeError> {
         let alone = [self.seconds(first)?, self.seconds(second)?];
         // As many of each as take about the same time.
-        let window_s = (4.0 * alone[0].max(alone[1])).max(SAMPLE_S);
-        let counts = alone.map(|s| ((window_s / s).round() as usize).clamp(1, MOST_REPEATS));
+        let window_s = (4.0 * alone[0].max(alone[1])).max(self.extent.sample_s);
+        let counts =
+            alone.map(|s| ((window_s / s).round() as usize).clamp(1, self.extent.most_repeats));
         let mut kept = [Series::default(), Series::default()];
-        for _ in 0..ROUNDS {
+        for _ in 0..self.extent.rounds {
             let before = self.machine.lane_figures();
             let tasks = [first, second];
             for turn in 0..counts[0].max(counts[1]) {
@@ -313,7 +316,8 @@ impl Meter<'_> {
 
     fn contention(&mut self, profile: &mut HardwareProfile) -> Result<(), ProbeError> {
         let copy = self.room.link_bytes.min(16 * MIB);
-        let product = work::product(&self.room, Dtype::F16, (8, 1024, 4096));
+        let (inputs, outputs) = self.extent.race_shape;
+        let product = work::product(&self.room, Dtype::F16, (8, inputs, outputs));
         let beside = work::cpu_product(&self.room);
         for (name, task) in [("gpu_compute", product), ("cpu_compute", Some(beside))] {
             for lane in [Lane::CpuToGpu, Lane::GpuToCpu] {

@@ -1,6 +1,7 @@
 //! The operations that a GPU is measured with, over one arena on each side. What is done with their
 //! seconds is gpu.rs.
 
+use super::scale::GpuExtent;
 use crate::dtype::{Arithmetic, Dtype, panels};
 use crate::machine::arena::Region;
 use crate::machine::cuda::GpuPlaces;
@@ -21,8 +22,6 @@ const VALUES_BYTES: u64 = 96 * MIB;
 /// Attention is measured at this width.
 const HIDDEN: usize = 4096;
 const HEADS: usize = 32;
-const PAST: usize = 1023;
-const PROMPT: usize = 512;
 
 /// One operation on one lane.
 pub struct Task {
@@ -45,11 +44,12 @@ pub struct Room {
     scratch_bytes: u64,
     /// The largest copy, page-locked and not, each in a region of its own.
     pub link_bytes: u64,
+    extent: &'static GpuExtent,
 }
 
 impl Room {
     /// A third of what is free at most.
-    pub fn within(free_bytes: u64) -> Room {
+    pub fn within(free_bytes: u64, extent: &'static GpuExtent) -> Room {
         let most = (free_bytes / 3).min(MOST_DEVICE_BYTES);
         let large = most > 1024 * MIB;
         let (values_bytes, scratch_bytes) = match large {
@@ -62,6 +62,7 @@ impl Room {
             values_bytes,
             scratch_bytes,
             link_bytes: if large { 64 * MIB } else { 16 * MIB },
+            extent,
         }
     }
 
@@ -88,6 +89,12 @@ impl Room {
             relay: host(TABLES_BYTES, RELAY_BYTES),
             pinned: vec![host(0, self.unpinned())],
         }
+    }
+
+    /// Rows of a prompt.
+    fn prompt(&self) -> usize {
+        let most = self.values_bytes / (4 * 4 * HIDDEN as u64);
+        self.extent.prompt.min(most as usize)
     }
 
     fn pinned(&self) -> u64 {
@@ -140,7 +147,7 @@ fn rows(base: u64, count: usize, width: usize) -> HiddenRows {
 /// Rows copied from one half of the region to the other, and their bytes.
 pub fn gather(room: &Room) -> (Task, u64) {
     let half = room.work_bytes / 2 / MIB * MIB;
-    let count = (half / (4 * HIDDEN as u64)).min(8192) as usize;
+    let count = (half / (4 * HIDDEN as u64)).min(room.extent.copied_rows as u64) as usize;
     let from = rows(0, count, HIDDEN);
     let bytes = (4 * count * HIDDEN) as u64;
     (compute(Compute::Gather { from, out: half }), bytes)
@@ -252,10 +259,12 @@ fn item((place, rows, past): (usize, usize, usize), record_bytes: u64) -> KvItem
 /// One new token for as many sequences as there is room for, and the bytes of keys and values read.
 pub fn decode(room: &Room, format: Dtype) -> (Task, u64) {
     let record = 2 * format.row_bytes(HIDDEN);
-    let sequence = (PAST + 1) as u64 * record;
-    let count = (room.work_bytes / sequence).clamp(1, 64) as usize;
+    let past = room.extent.past;
+    let sequence = (past + 1) as u64 * record;
+    let most = room.extent.sequences as u64;
+    let count = (room.work_bytes / sequence).clamp(1, most) as usize;
     let items = (0..count)
-        .map(|place| item((place, 1, PAST), record))
+        .map(|place| item((place, 1, past), record))
         .collect();
     let bytes = count as u64 * sequence;
     (
@@ -266,7 +275,7 @@ pub fn decode(room: &Room, format: Dtype) -> (Task, u64) {
 
 /// One prompt, and the FLOP of its causal half.
 pub fn prefill(room: &Room, format: Dtype) -> (Task, f64) {
-    let rows = PROMPT.min((room.values_bytes / (4 * 4 * HIDDEN as u64)) as usize);
+    let rows = room.prompt();
     let items = vec![item((0, rows, 0), 2 * format.row_bytes(HIDDEN))];
     let flop = 4.0 * (rows * (rows + 1) / 2 * HIDDEN) as f64;
     (
@@ -277,7 +286,7 @@ pub fn prefill(room: &Room, format: Dtype) -> (Task, f64) {
 
 /// Keys and values of a prompt into 4 bits, and their bytes in fp32.
 pub fn append(room: &Room) -> (Task, u64) {
-    let rows = PROMPT.min((room.values_bytes / (4 * 4 * HIDDEN as u64)) as usize);
+    let rows = room.prompt();
     let items = vec![item((0, rows, 0), 2 * Dtype::Q4.row_bytes(HIDDEN))];
     let bytes = (4 * 2 * rows * HIDDEN) as u64;
     (

@@ -130,7 +130,8 @@ pub fn probe(options: ProbeOptions) -> Result<HardwareProfile, ProbeError> {
     drop(launches);
     if let Some(gpu) = gpu {
         let talk = (options.progress, options.stop);
-        gpu::measure(&mut profile, gpu, options.threads, talk)?;
+        let how = (options.threads, options.scale.gpu());
+        gpu::measure(&mut profile, gpu, how, talk)?;
     }
     // What is handed out is what a saved file would give back: checked by the same reader.
     Ok(HardwareProfile::from_toml(&profile.to_toml())?)

@@ -67,6 +67,29 @@ pub struct Extent {
     pub prompt_tokens: &'static [usize],
 }
 
+/// The extent of a GPU's part, which comes after everything else.
+#[derive(Clone, Copy, Debug)]
+pub struct GpuExtent {
+    /// Rounds of each figure; medians are kept.
+    pub rounds: usize,
+    /// Repetitions fill this time, and are no more than this.
+    pub sample_s: f64,
+    pub most_repeats: usize,
+    pub launches: usize,
+    pub link_bytes: &'static [u64],
+    pub gemm_rows: &'static [usize],
+    /// (inputs, outputs): smaller matrices run at a smaller part of the peak.
+    pub gemm_shapes: &'static [(usize, usize)],
+    /// The product that copies race with.
+    pub race_shape: (usize, usize),
+    /// Rows that are copied within device memory, at most.
+    pub copied_rows: usize,
+    /// Decoding sequences at most, the tokens that each looks back on, and those of a prompt at most.
+    pub sequences: usize,
+    pub past: usize,
+    pub prompt: usize,
+}
+
 const fn step(block_bytes: u64, depth: u32, repeats: u64) -> DiskStep {
     DiskStep {
         block_bytes,
@@ -135,6 +158,21 @@ static FULL: Extent = Extent {
     prompt_tokens: &[16, 64, 512],
 };
 
+static FULL_GPU: GpuExtent = GpuExtent {
+    rounds: 5,
+    sample_s: 0.01,
+    most_repeats: 200,
+    launches: 500,
+    link_bytes: &[KIB_64, MIB, 4 * MIB, 16 * MIB, 64 * MIB],
+    gemm_rows: &[1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
+    gemm_shapes: &[(1024, 4096), (4096, 4096), (7168, 28672)],
+    race_shape: (1024, 4096),
+    copied_rows: 8192,
+    sequences: 64,
+    past: 1023,
+    prompt: 512,
+};
+
 static QUICK: Extent = Extent {
     rounds: 1,
     write_rounds: 1,
@@ -156,11 +194,34 @@ static QUICK: Extent = Extent {
     prompt_tokens: &[32],
 };
 
+static QUICK_GPU: GpuExtent = GpuExtent {
+    rounds: 1,
+    sample_s: 0.0005,
+    most_repeats: 20,
+    launches: 50,
+    link_bytes: &[KIB_64, MIB, 4 * MIB, 16 * MIB],
+    gemm_rows: &[1, 8, 32],
+    gemm_shapes: &[(256, 512), (512, 1024)],
+    race_shape: (512, 1024),
+    copied_rows: 512,
+    sequences: 2,
+    // More than one part of a row's attention.
+    past: 299,
+    prompt: 32,
+};
+
 impl ProbeScale {
     pub fn extent(self) -> &'static Extent {
         match self {
             ProbeScale::Full => &FULL,
             ProbeScale::Quick => &QUICK,
+        }
+    }
+
+    pub fn gpu(self) -> &'static GpuExtent {
+        match self {
+            ProbeScale::Full => &FULL_GPU,
+            ProbeScale::Quick => &QUICK_GPU,
         }
     }
 }

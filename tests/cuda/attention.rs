@@ -240,7 +240,7 @@ fn prompts(problem: &mut Problem, name: &str, tile: usize, tolerance: f32) {
 #[test]
 fn attention_of_prompts_is_the_cpus() {
     for format in FORMATS {
-        for (heads, head_size) in [(2, 20), (1, 64), (1, 80), (1, 256)] {
+        for (heads, head_size) in [(2, 20), (1, 64), (1, 80), (1, 128), (1, 256)] {
             let mut problem =
                 Problem::new(12, (heads, head_size), format, &[(17, 0), (5, 40), (1, 3)]);
             let name = format!("attend_prefill_{}", format.name());
