@@ -63,7 +63,8 @@ impl Measured {
     /// Memory in use by others, before the arenas are mapped.
     pub fn others(&mut self) {
         let bus_id = self.gpu_bus_id.as_deref();
-        self.gpu_before = bus_id.and_then(|id| nvml::gpu(Some(id)));
+        self.gpu_before =
+            bus_id.and_then(|id| nvml::before_the_first(id).or_else(|| nvml::gpu(Some(id))));
         if let Ok(now) = os::memory_now() {
             let own = os::process_memory().map_or(0, |m| m.resident_bytes);
             self.total_bytes = now.total_bytes;

@@ -4,6 +4,7 @@
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use nvml_wrapper::{Device, Nvml, error::NvmlError};
+use std::sync::Mutex;
 
 /// One GPU, as the management library describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +35,24 @@ pub fn gpus() -> Option<Vec<GpuInfo>> {
 pub fn gpu(bus_id: Option<&str>) -> Option<GpuInfo> {
     let wanted = |gpu: &GpuInfo| bus_id.is_none_or(|id| same_bus(id, &gpu.bus_id));
     gpus()?.into_iter().find(wanted)
+}
+
+static UNOPENED: Mutex<Vec<GpuInfo>> = Mutex::new(Vec::new());
+
+/// Notes the GPU as it is: told before this process opens a machine on it, of which the first time counts.
+pub fn about_to_open(bus_id: &str) {
+    if before_the_first(bus_id).is_none() {
+        let mut noted = UNOPENED.lock().expect("nobody panics with it");
+        noted.extend(gpu(Some(bus_id)));
+    }
+}
+
+/// The GPU as it was before this process opened its first machine on it; None where there was none. What the
+/// process holds is the difference from that: cuBLAS may keep the context of one machine for the next.
+pub fn before_the_first(bus_id: &str) -> Option<GpuInfo> {
+    let noted = UNOPENED.lock().expect("nobody panics with it");
+    let found = noted.iter().find(|gpu| same_bus(bus_id, &gpu.bus_id));
+    found.cloned()
 }
 
 /// Device memory of this process on a GPU, as the driver counts it; None where it does not tell.

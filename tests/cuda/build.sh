@@ -54,6 +54,7 @@ if [ "$what" = libraries ]; then
   compile driver_no_register "$here/fake_driver.cpp" -DWITHOUT_HOST_REGISTER
   compile cublas_no_gemm_ex "$here/fake_cublas.cpp" -DWITHOUT_GEMM_EX
   compile nvrtc_12 "$here/fake_nvrtc.cpp" -DCUDA_MAJOR=12
+  compile cublas_12 "$here/fake_cublas.cpp" -DCUDA_MAJOR=12
 fi
 wait "$first"
 wait "$second"
@@ -94,7 +95,8 @@ while read -r variant driver cublas nvrtc; do
 done <<END
 default fake_driver fake_cublas fake_nvrtc
 driver-alone fake_driver - -
-cuda-12 fake_driver fake_cublas nvrtc_12
+cuda-12 fake_driver cublas_12 nvrtc_12
+new-cublas fake_driver fake_cublas nvrtc_12
 no-cublas fake_driver - fake_nvrtc
 no-nvrtc fake_driver fake_cublas -
 no-gemm-ex fake_driver cublas_no_gemm_ex fake_nvrtc

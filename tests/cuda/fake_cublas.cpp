@@ -1,6 +1,10 @@
 // A libcublas over host memory: row-major products of the one shape that the program asks for.
 #include "fake.h"
 
+#ifndef CUDA_MAJOR
+#define CUDA_MAJOR 13
+#endif
+
 #include <thread>
 #include <vector>
 
@@ -96,8 +100,12 @@ int enqueue(Handle* handle, const Product& p) {
 
 }  // namespace
 
+EXPORTED int cuDevicePrimaryCtxRetain(void** context, int device);
 EXPORTED int cublasCreate_v2(Handle** handle) {
   if (!fakeCudaHasContext()) return NOT_INITIALIZED;
+  // For good, as some versions do.
+  static void* kept = nullptr;
+  if (fake::setting("FAKE_CUBLAS_KEEPS", 0) && !kept) cuDevicePrimaryCtxRetain(&kept, 0);
   if (!fakeCudaReserve(HANDLE_BYTES)) return ALLOC_FAILED;
   *handle = new Handle;
   return SUCCESS;
@@ -123,7 +131,12 @@ EXPORTED int cublasSetWorkspace_v2(Handle*, void* at, size_t bytes) {
 EXPORTED int cublasSetMathMode(Handle*, int) { return SUCCESS; }
 EXPORTED int cublasSetPointerMode_v2(Handle*, int mode) { return mode == 0 ? SUCCESS : NOT_SUPPORTED; }
 EXPORTED int cublasGetVersion_v2(Handle*, int* version) {
-  *version = 130000;
+  *version = CUDA_MAJOR * 10000;
+  return SUCCESS;
+}
+/// Of the library itself, by which: major, minor, patch.
+EXPORTED int cublasGetProperty(int which, int* value) {
+  *value = which == 0 ? CUDA_MAJOR : 0;
   return SUCCESS;
 }
 EXPORTED const char* cublasGetStatusName(int status) {

@@ -116,6 +116,12 @@ fn a_gpu_that_cannot_be_used_is_an_error_with_the_way_out() {
             FOR_12,
         ),
         (
+            "new-cublas",
+            ("FAKE_CUDA_DRIVER", "12080"),
+            "libcublas is of CUDA 13 and the driver of CUDA 12.8",
+            FOR_12,
+        ),
+        (
             "default",
             ("FAKE_CUDA_CAPABILITY", "70"),
             "compute capability 7.0, and the kernels need 7.5",

@@ -225,6 +225,14 @@ impl Stream {
         })
     }
 
+    /// Sleeps until everything queued is done.
+    pub fn synchronise(&self) -> Result<(), CudaError> {
+        // SAFETY: the handle is alive.
+        check("cuStreamSynchronize", unsafe {
+            sys::cuStreamSynchronize(self.raw)
+        })
+    }
+
     /// Queues a copy of DRAM to the device.
     /// # Safety
     /// `from` stays readable and `to` the device's until the stream has passed this.

@@ -41,6 +41,37 @@ fn check(call: &str, status: Status) -> Result<(), String> {
     }
 }
 
+/// Rows of activations that cuBLAS is warmed up with, and the square of weights.
+const WARM_ROWS: [usize; 2] = [32, 256];
+const WARM_WIDTH: usize = 256;
+
+/// Operands and result one behind the other.
+fn warm_product(memory: u64, format: Dtype, m: usize) -> LargeProduct {
+    let w = memory + m as u64 * format.row_bytes(WARM_WIDTH);
+    LargeProduct {
+        format,
+        x: memory,
+        x_stride: WARM_WIDTH,
+        w,
+        m,
+        rows: WARM_WIDTH,
+        inputs: WARM_WIDTH,
+        out: w + WARM_WIDTH as u64 * format.row_bytes(WARM_WIDTH),
+        out_stride: WARM_WIDTH,
+        scale: 1.0,
+        adds: false,
+    }
+}
+
+/// The CUDA that the library belongs to, by its first number; the library is loaded already.
+pub fn major_version() -> Option<u32> {
+    let mut major = 0;
+    let which = sys::libraryPropertyType_t::MAJOR_VERSION;
+    // SAFETY: written to a live integer; no handle is needed.
+    let status = unsafe { sys::cublasGetProperty(which, &mut major) };
+    (status == Status::CUBLAS_STATUS_SUCCESS).then_some(major as u32)
+}
+
 impl Blas {
     pub fn new(
         context: &Arc<Context>,
@@ -68,6 +99,28 @@ impl Blas {
             )?;
         }
         Ok(blas)
+    }
+
+    /// Multiplies once in each format, few rows and many, and waits: cuBLAS loads kernels when they are first used,
+    /// which no run should count. The memory holds zeros and does so afterwards, since that is what comes out;
+    /// where it is too small for a product, none takes long.
+    /// # Safety
+    /// The memory is nobody else's until this returns.
+    pub unsafe fn warm_up(
+        &self,
+        stream: &Stream,
+        (memory, bytes): (u64, u64),
+    ) -> Result<(), String> {
+        for format in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
+            for m in WARM_ROWS {
+                let product = warm_product(memory, format, m);
+                if product.out + 4 * (m * product.out_stride) as u64 <= memory + bytes {
+                    // SAFETY: the operands and the result lie in the memory, one behind the other.
+                    unsafe { self.multiply(&product) }?;
+                }
+            }
+        }
+        stream.synchronise().map_err(|e| e.to_string())
     }
 
     /// Queues one product.

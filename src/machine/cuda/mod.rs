@@ -20,6 +20,7 @@ use super::MachineError;
 use super::arena::Region;
 use super::lanes::Worker;
 use super::memory::{Memory, RemoteArena};
+use super::nvml;
 use crate::tier::Lane;
 use crate::units::show_bytes;
 use api::{Context, CudaError, DeviceBuffer, PinnedRange};
@@ -82,6 +83,7 @@ impl Gpu {
     pub fn open(choice: &GpuChoice, places: GpuPlaces) -> Result<Gpu, MachineError> {
         let facts = presence::find_gpu(choice.index)
             .map_err(|error| MachineError::Gpu(error.to_string()))?;
+        nvml::about_to_open(&facts.bus_id);
         let context = Context::new(choice.index).map_err(gpu_error)?;
         let target = Target {
             capability: facts.capability,
@@ -101,6 +103,9 @@ impl Gpu {
         let workspace = arena.at(places.blas.offset, places.blas.bytes);
         let blas = Blas::new(&context, stream, (workspace, places.blas.bytes))
             .map_err(|why| blas_error(&why))?;
+        let unused = (arena.at(0, places.blas.offset), places.blas.offset);
+        // SAFETY: nothing uses the arena yet; the range ends where cuBLAS's workspace begins.
+        unsafe { blas.warm_up(stream, unused) }.map_err(|why| blas_error(&why))?;
         Ok(Gpu {
             context,
             arena: Arc::new(arena),

@@ -78,7 +78,7 @@ const CUBLAS: Library = Library {
         "cublasDestroy_v2",
         "cublasSetStream_v2",
         "cublasSetWorkspace_v2",
-        "cublasGetVersion_v2",
+        "cublasGetProperty",
         "cublasGemmEx",
         "cublasSgemm_v2",
     ],
@@ -164,7 +164,26 @@ fn look() -> Result<usize, GpuError> {
         }
     }
     check_compiler(driver, &remedy)?;
+    check_blas(driver, &remedy)?;
     Ok(count)
+}
+
+/// One newer than the driver has no kernels that the driver takes, and says no more than "not initialised".
+fn check_blas(driver: u32, remedy: &str) -> Result<(), GpuError> {
+    match super::blas::major_version() {
+        Some(major) if major > driver / 1000 => {
+            let cause = format!(
+                "libcublas is of CUDA {major} and the driver of CUDA {}",
+                show_version(driver)
+            );
+            Err(unusable(cause, remedy))
+        }
+        Some(_) => Ok(()),
+        None => Err(unusable(
+            "libcublas does not tell its version".into(),
+            remedy,
+        )),
+    }
 }
 
 /// A compiler newer than the driver makes kernels that the driver refuses.
