@@ -92,7 +92,7 @@ struct Runner {
   bool release_barrier(bool progressed);
 };
 
-thread_local Runner* t_runner = nullptr;
+__attribute__((tls_model("initial-exec"))) thread_local Runner* t_runner = nullptr;
 
 void pause(State state) {
   Fiber& fiber = *t_runner->running;

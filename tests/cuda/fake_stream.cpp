@@ -10,7 +10,12 @@ bool drops_wait(const std::string& name) {
   static const char* dropped = getenv("FAKE_CUDA_DROP_WAITS");
   fakeCudaCount("waits", 1);
   fakeCudaCount(("wait " + name).c_str(), 1);
-  return dropped && name == dropped;
+  if (!dropped || name != dropped) return false;
+  // Of one name all are met in the order of their stream.
+  static std::atomic<uint64_t> met{0};
+  static const uint64_t only = setting("FAKE_CUDA_DROP_ONE", UINT64_MAX);
+  uint64_t number = met++;
+  return only == UINT64_MAX || number == only;
 }
 
 Stream::Stream(uint64_t number, uint64_t seed) : number_(number) {
