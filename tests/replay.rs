@@ -8,6 +8,7 @@ mod drawn;
 mod order;
 mod running;
 
+use common::t4;
 use drawn::{Class, Drawn, drawn};
 use loadmaster::cost::estimate::{EstimateInput, estimate};
 use loadmaster::cost::figures::Figures;
@@ -178,4 +179,41 @@ fn sampled_passes_stand_for_the_whole_job() {
         long.total_s,
         short.total_s
     );
+}
+
+/// Where the CPU attends as long as the GPU computes, the GPU has another batch meanwhile: a pass takes the longer of the
+/// two, not both, in the schedule as in the formula.
+#[test]
+fn attention_on_the_cpu_is_overlapped_with_the_next_batch() {
+    let rates = Rates::new(&t4(), DeviceKind::Cuda, 16).expect("rates");
+    let of = |batches: usize, overlap: bool| {
+        let p = Policy {
+            kv: Dtype::F16,
+            cpu_cache_compute: true,
+            threads: 16,
+            overlap,
+            ..policy([100.0, 0.0, 0.0, 100.0, 100.0, 0.0], 0.0, (16, batches))
+        };
+        let work = Workload::uniform(16 * batches, 256, 16);
+        let (closed, played) = priced("opt-6.7b", &p, (&rates, &work));
+        let lanes = [Lane::GpuCompute, Lane::CpuCompute].map(|l| played.lanes[l].decode_s);
+        let (longer, both) = (lanes[0].max(lanes[1]), lanes[0] + lanes[1]);
+        assert!(longer < 0.65 * both, "one of them hardly counts: {lanes:?}");
+        assert!(off_percent(closed.decode_s, played.decode_s) < 3.0);
+        (played.decode_s / longer, played.decode_s / both)
+    };
+    for batches in [2, 3, 4] {
+        let (of_longer, _) = of(batches, true);
+        assert!(
+            of_longer < 1.1,
+            "{batches} batches: {of_longer} times the longer one"
+        );
+    }
+    for (batches, overlap) in [(1, true), (2, false)] {
+        let (_, of_both) = of(batches, overlap);
+        assert!(
+            of_both > 0.98,
+            "{batches} batches, overlap {overlap}: {of_both} of the sum"
+        );
+    }
 }

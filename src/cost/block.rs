@@ -3,7 +3,7 @@
 
 use crate::cost::footprint::CHUNK_ROWS_MAX;
 use crate::placement::Placement;
-use crate::policy::Policy;
+use crate::policy::{DeviceKind, Policy};
 use crate::tier::{PerTier, Tier};
 use crate::workload::{Lengths, Workload};
 
@@ -58,10 +58,28 @@ impl BlockShape {
         }
     }
 
+    /// True where decode passes stagger their batches (engine/schedule.rs): the CPU attends for some.
+    pub fn staggers(&self, policy: &Policy, device: DeviceKind) -> bool {
+        let away = |of: &PerTier<u64>| of.cpu + of.disk > 0;
+        let one_chunk = policy.gpu_batch_size as u64 <= self.chunk_rows;
+        let travels = away(&self.hidden_rows);
+        one_chunk && away(&self.kv_tokens) && can_stagger(policy, device, travels)
+    }
+
     /// True where one layer's weights meet more than one product each: several batches or chunks.
     pub fn weights_reused(&self, policy: &Policy) -> bool {
         policy.num_gpu_batches > 1 || self.batch_rows > self.chunk_rows
     }
+}
+
+/// True where the CPU can attend for one batch while a GPU has the next: there is another, and two fit into
+/// where else one chunk of prompts is. Of two batches whose hidden states travel between layers, neither's is back when the
+/// other's attention begins.
+pub fn can_stagger(policy: &Policy, device: DeviceKind, hidden_travels: bool) -> bool {
+    let fits = 2 * policy.gpu_batch_size <= CHUNK_ROWS_MAX;
+    let least = if hidden_travels { 3 } else { 2 };
+    let several = policy.num_gpu_batches >= least && policy.overlap;
+    device.has_gpu() && policy.cpu_cache_compute && several && fits
 }
 
 /// Rows of a chunk: at most CHUNK_ROWS_MAX, and all chunks nearly equal, so that no short last one lets

@@ -3,13 +3,14 @@
 //! comes back to the same place some steps later and takes no less than the sum of what lies on it.
 
 use crate::cost::affine::{Affine, SHARES};
+use crate::cost::block::can_stagger;
 use crate::cost::footprint::RUN_AHEAD_BYTES;
 use crate::cost::steps::Step;
 use crate::cost::terms::{Bound, Part, Row, TermInput, Work};
 use crate::cost::traffic::constant;
-use crate::cost::waits::{NODES, Node, Waits};
+use crate::cost::waits::{NODES, Node, Order, Waits};
 use crate::policy::DeviceKind;
-use crate::tier::{Lane, PerLane, Resource};
+use crate::tier::{Lane, PerLane, Phase, Resource};
 
 /// Of a layer's products the first one's part: 3 of 12 hidden² weights where ffn = 4 · hidden.
 const FIRST_PRODUCT: f64 = 0.25;
@@ -108,6 +109,16 @@ impl Place<'_> {
         }
     }
 
+    /// Whether a layer's batches are staggered (engine/schedule.rs), where it is known what is there; whether they
+    /// may be, where not.
+    fn is_staggered(&self, input: &TermInput, work: &Work) -> bool {
+        let decodes = self.part == Part::Layer && self.step.phase == Phase::Decode;
+        let beside = is_there(input, &work.beside.cpu_compute);
+        let travels = input.at.is_some() && is_there(input, &sum(&work.hidden));
+        let several = self.batches() > 1.0;
+        decodes && beside && several && can_stagger(input.policy, input.rates.device, travels)
+    }
+
     /// How many products meet each weight.
     fn uses(&self) -> f64 {
         match self.part {
@@ -130,7 +141,7 @@ pub fn parallel_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> 
     rows.extend(cycle_rows(input, place, work));
     if place.part == Part::Layer {
         if input.rates.device.has_gpu() {
-            rows.extend(beside_rows(input, work));
+            rows.extend(beside_rows(input, place, work));
         }
         rows.extend(stall_rows(input, place, work));
     }
@@ -213,7 +224,12 @@ fn cycle_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> {
     }
     let hidden = sum(&work.hidden);
     let cache = sum(&work.cache);
-    let steps = place.batches().min(2.0);
+    // Staggered, hidden states have three places.
+    let batches = place.batches();
+    let places = match place.is_staggered(input, work) {
+        true => 3.0,
+        false => 2.0,
+    };
     let mut rows = Vec::new();
     for way in Way::all(input, work) {
         let mut add = |turn: Turn, seconds: Affine, steps: f64| {
@@ -222,7 +238,8 @@ fn cycle_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> {
                 seconds: seconds.scaled(1.0 / steps),
             });
         };
-        add(Turn::Batch, hidden.plus(&way.whole()), steps);
+        add(Turn::Batch, way.whole(), batches.min(2.0));
+        add(Turn::Batch, hidden.plus(&way.whole()), batches.min(places));
         if !cache.is_zero() {
             add(Turn::CacheHalf, cache.plus(&way.attention), 2.0);
         }
@@ -296,7 +313,8 @@ fn slowest_row(input: &TermInput, place: &Place, work: &Work, floor_s: f64) -> O
         true => input.rates.handover_busy_s,
         false => input.rates.handover_s,
     };
-    let waits = Waits::new(durations, several, [input.rates.handover_s, others_s]);
+    let order = order(input, place, work);
+    let waits = Waits::new(durations, order, [input.rates.handover_s, others_s]);
     let cycle = waits.slowest(floor_s / batches)?;
     let mut seconds = constant(batches * cycle.wakes_s / cycle.steps);
     for node in cycle.nodes {
@@ -306,6 +324,17 @@ fn slowest_row(input: &TermInput, place: &Place, work: &Work, floor_s: f64) -> O
         bound: Bound::Cycle(Turn::Slowest, 0, heaviest(work)),
         seconds,
     })
+}
+
+/// How the batches of a layer follow each other at shares that are known, or could.
+fn order(input: &TermInput, place: &Place, work: &Work) -> Order {
+    if place.is_staggered(input, work) {
+        return Order::Staggered;
+    }
+    match place.batches() > 1.0 {
+        true => Order::InTurn,
+        false => Order::Alone,
+    }
 }
 
 /// The lane that has most to do besides products: it is named for a cycle.
@@ -330,19 +359,23 @@ fn heaviest(work: &Work) -> Lane {
 /// Operations of one lane run in the order of the schedule, a batch's after those of the batch before:
 /// while the CPU attends or multiplies for a batch, the GPU has nothing else to do. What the CPU sends up
 /// waits on the link behind the next batch's cache and weights, and what comes after waits for it.
-fn beside_rows(input: &TermInput, work: &Work) -> Vec<Row> {
+/// Staggered, the GPU has the next batch while the CPU attends.
+fn beside_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> {
     let gpu = &work.lanes.gpu_compute;
     let mut rows = Vec::new();
     let beside = sum(&work.beside);
     let attending = gpu.minus(&work.attention).plus(&beside);
-    if !beside.is_zero() {
+    let staggered = place.is_staggered(input, work);
+    if !beside.is_zero() && !staggered {
         rows.push((Bound::Attending, attending));
     }
     if !work.side_products.is_zero() {
         let side = work.side_products.plus(&sum(&work.side));
         let multiplying = |other: &Affine| other.minus(&work.products).plus(&side);
         rows.push((Bound::Multiplying, multiplying(gpu)));
-        rows.push((Bound::AttendingAndMultiplying, multiplying(&attending)));
+        if !staggered {
+            rows.push((Bound::AttendingAndMultiplying, multiplying(&attending)));
+        }
         if input.at.is_none() {
             let mut queued = work.lanes.cpu_to_gpu;
             if !work.cache.cpu_to_gpu.is_zero() {
@@ -418,7 +451,7 @@ fn pace(input: &TermInput, place: &Place, work: &Work) -> Affine {
     } else {
         work.lanes.cpu_compute
     };
-    if is_there(input, &beside) {
+    if is_there(input, &beside) && !place.is_staggered(input, work) {
         busy = busy.minus(&work.attention).plus(&beside);
     }
     let Some(at) = input.at.as_ref() else {

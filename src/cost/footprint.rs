@@ -3,8 +3,10 @@
 
 pub use crate::cost::block::BlockShape;
 use crate::cost::cuda_buffers::cuda_buffers;
+use crate::cost::ring::{RingUse, ring_bytes};
+pub use crate::cost::ring::{chunk_panels, chunk_slot_bytes};
 use crate::cost::spill::SpillBytes;
-use crate::model::{MatrixKind, ModelSpec};
+use crate::model::ModelSpec;
 use crate::placement::{Placement, WeightHome};
 use crate::policy::{DeviceKind, Policy};
 use crate::profile::GpuFacts;
@@ -40,13 +42,13 @@ pub enum Buffer {
     EmbeddingStage,
     /// Keys and values at home elsewhere, for two batches.
     CacheStage,
-    /// Hidden states at home elsewhere, for two batches.
+    /// Hidden states at home elsewhere, for two batches, or the rows of three in a staggered decode pass.
     HiddenStage,
     /// chunk × hidden: normalised input of a product.
     Normed,
-    /// chunk × 3 hidden.
+    /// chunk × 3 hidden, or two batches' in a staggered decode pass.
     Qkv,
-    /// chunk × hidden.
+    /// chunk × hidden, or two batches'.
     Attended,
     /// chunk × ffn.
     Ffn,
@@ -271,12 +273,16 @@ impl Footprint {
     }
 
     fn add_rings(&mut self, input: &FootprintInput) {
-        let reused = input.block.weights_reused(input.policy);
+        let of = |doubled| RingUse {
+            reused: input.block.weights_reused(input.policy),
+            staggered: input.block.staggers(input.policy, input.device),
+            doubled,
+        };
         let from_disk = [WeightHome::DiskShip, WeightHome::DiskCompute];
         let shipped = [WeightHome::CpuShip, WeightHome::DiskShip];
         for (tier, homes) in [(Tier::Cpu, from_disk), (Tier::Gpu, shipped)] {
             let doubled = tier == Tier::Gpu && input.policy.double_buffer;
-            let bytes = ring_bytes(input.placement, &homes, (reused, doubled));
+            let bytes = ring_bytes(input.placement, &homes, of(doubled));
             self.put(tier, Buffer::Ring, bytes);
         }
         let stage = embedding_stage_bytes(input.placement, input.device);
@@ -309,12 +315,11 @@ impl Footprint {
         let row = input.model.hidden as u64 * HIDDEN_VALUE_BYTES;
         let disk_rows = block.batch_hidden_rows.disk;
         let items = input.policy.gpu_batch_size as u64;
+        let staggered = u64::from(block.staggers(input.policy, input.device));
         if disk_rows > 0 && gpu {
-            self.put(
-                Tier::Cpu,
-                Buffer::HiddenStage,
-                2 * (disk_rows * row + slack),
-            );
+            let decoded = staggered * 3 * items.min(disk_rows) * round_up(row, PAGE_BYTES);
+            let bytes = 2 * (disk_rows * row + slack);
+            self.put(Tier::Cpu, Buffer::HiddenStage, bytes.max(decoded));
         } else if disk_rows > 0 {
             let step = page_step_bytes(row);
             self.put(
@@ -325,7 +330,9 @@ impl Footprint {
         }
         let rows = disk_rows + block.batch_hidden_rows.cpu;
         if gpu && rows > 0 {
-            self.put(Tier::Gpu, Buffer::HiddenStage, 2 * (rows + 2) * row);
+            let decoded = staggered * (3 * items.min(rows) + 4);
+            let rows = (2 * (rows + 2)).max(decoded);
+            self.put(Tier::Gpu, Buffer::HiddenStage, rows * row);
         }
     }
 
@@ -333,9 +340,10 @@ impl Footprint {
         let (m, block, tier) = (input.model, input.block, compute_tier(input.device));
         let rows = |count: u64, width: usize| count * width as u64 * HIDDEN_VALUE_BYTES;
         let chunk = block.chunk_rows;
+        let [qkv, attended] = attended_bytes(input);
         self.put(tier, Buffer::Normed, rows(chunk, m.hidden));
-        self.put(tier, Buffer::Qkv, rows(chunk, 3 * m.hidden));
-        self.put(tier, Buffer::Attended, rows(chunk, m.hidden));
+        self.put(tier, Buffer::Qkv, qkv);
+        self.put(tier, Buffer::Attended, attended);
         self.put(tier, Buffer::Ffn, rows(chunk, m.ffn));
         self.put(tier, Buffer::Product, rows(chunk, m.hidden));
         self.put(tier, Buffer::HeadRows, rows(block.slots, m.hidden));
@@ -377,15 +385,24 @@ impl Footprint {
         }
         let away = block.kv_tokens.cpu + block.kv_tokens.disk > 0;
         if policy.cpu_cache_compute && away {
-            self.put(Tier::Cpu, Buffer::Qkv, rows(block.chunk_rows, 3 * m.hidden));
-            self.put(
-                Tier::Cpu,
-                Buffer::Attended,
-                rows(block.chunk_rows, m.hidden),
-            );
+            let [qkv, attended] = attended_bytes(input);
+            self.put(Tier::Cpu, Buffer::Qkv, qkv);
+            self.put(Tier::Cpu, Buffer::Attended, attended);
         }
         self.put(Tier::Cpu, Buffer::Logits, rows(block.slots, m.vocab));
     }
+}
+
+/// Queries, keys and values of a chunk, and its attended rows. The halves that two batches of a staggered pass
+/// have begin at pages.
+fn attended_bytes(input: &FootprintInput) -> [u64; 2] {
+    let (block, policy) = (input.block, input.policy);
+    let staggered = u64::from(block.staggers(policy, input.device));
+    [3, 1].map(|widths| {
+        let row = widths * input.model.hidden as u64 * HIDDEN_VALUE_BYTES;
+        let half = round_up(policy.gpu_batch_size as u64 * row, PAGE_BYTES);
+        (block.chunk_rows * row).max(staggered * 2 * half)
+    })
 }
 
 fn store_bytes(model: &ModelSpec, compress: bool) -> u64 {
@@ -409,61 +426,6 @@ pub fn compute_tier(device: DeviceKind) -> Tier {
     } else {
         Tier::Cpu
     }
-}
-
-/// Panels of one streamed chunk of a matrix.
-pub fn chunk_panels(panel_bytes: u64) -> usize {
-    (STREAM_CHUNK_BYTES / panel_bytes).max(1) as usize
-}
-
-/// Bytes that one chunk takes in the ring: rounded out to whole pages for direct I/O.
-pub fn chunk_slot_bytes(panels: usize, panel_bytes: u64) -> u64 {
-    round_up(panels as u64 * panel_bytes + PAGE_BYTES, PAGE_BYTES)
-}
-
-/// Ring of streamed panels. Where a layer's panels meet several products, all of the layer's must be
-/// there at once; otherwise two chunks are enough. Either way reading may run ahead, a whole layer in a double buffer.
-fn ring_bytes(placement: &Placement, homes: &[WeightHome], (reused, doubled): (bool, bool)) -> u64 {
-    let head = placement.matrices.last().map_or(0, |m| m.stage);
-    let (mut layer, mut largest_chunk) = (0, 0);
-    let mut stage = (0, 0);
-    // Matrices come stage by stage.
-    for (i, matrix) in placement.matrices.iter().enumerate() {
-        if matrix.kind == MatrixKind::Embedding {
-            continue;
-        }
-        if matrix.stage != stage.0 {
-            stage = (matrix.stage, 0);
-        }
-        for &home in homes {
-            let panels = placement.splits[i].count(home);
-            let (all, largest) = chunk_slots(panels, placement.panel_bytes[i]);
-            largest_chunk = largest_chunk.max(largest);
-            stage.1 += all;
-        }
-        if matrix.stage != head {
-            layer = layer.max(stage.1);
-        }
-    }
-    let at_once = if reused {
-        layer.max(largest_chunk)
-    } else {
-        largest_chunk
-    };
-    let most = if doubled { layer } else { RUN_AHEAD_BYTES };
-    let ahead = layer.min(most).max(largest_chunk);
-    at_once + ahead + largest_chunk
-}
-
-/// Bytes in a ring of all chunks of so many panels, and of the largest one.
-fn chunk_slots(panels: usize, panel_bytes: u64) -> (u64, u64) {
-    let most = chunk_panels(panel_bytes);
-    let slot = |panels: usize| match panels {
-        0 => 0,
-        _ => chunk_slot_bytes(panels, panel_bytes),
-    };
-    let all = (panels / most) as u64 * slot(most) + slot(panels % most);
-    (all, slot(most.min(panels)))
 }
 
 /// Room for the token table's rows that are not on the compute device: two pieces of a few panels.

@@ -13,6 +13,7 @@ pub mod layer;
 pub mod locks;
 pub mod rates;
 mod requests;
+pub mod ring;
 mod serial;
 pub mod spill;
 pub mod steps;

@@ -5,7 +5,18 @@
 
 use crate::tier::Lane;
 
-/// Operations of one step.
+/// How a layer's batches follow each other.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Order {
+    /// There is one: its hidden state comes and goes in its own step.
+    Alone,
+    /// A step's visitors come while the batch before is computed, and hidden states leave while the next one is.
+    InTurn,
+    /// The same, with a batch's end in the next one's step, after that one's attention has begun.
+    Staggered,
+}
+
+/// Operations of one step. Of a staggered one attended rows on their way up and the end are the batch before's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Node {
     ReadWeights,
@@ -87,18 +98,16 @@ pub struct Cycle {
 use Node::*;
 
 impl Waits {
-    /// With several batches a step's visitors come while the batch before is computed, and hidden states
-    /// leave while the next one is; the only batch's hidden state comes and goes in its own step.
-    pub fn new(durations: Durations, several: bool, handovers_s: [f64; 2]) -> Self {
+    pub fn new(durations: Durations, order: Order, handovers_s: [f64; 2]) -> Self {
         let mut all = Waits {
             durations,
             handovers_s,
             waits: Vec::new(),
         };
-        all.lanes(several);
-        all.computation(if several { 1.0 } else { 0.0 });
+        all.lanes(order);
+        all.computation(order);
         all.cache();
-        all.hidden(if several { 1.0 } else { 0.0 });
+        all.hidden(order);
         all
     }
 
@@ -128,11 +137,11 @@ impl Waits {
     }
 
     /// Each lane runs what it is given in order, a step's operations after those of the step before.
-    fn lanes(&mut self, several: bool) {
-        let down: &[Node] = if several {
-            &[ReturnHidden, BeginDown, AttendDown, EndDown, ReturnCache]
-        } else {
-            &[BeginDown, AttendDown, EndDown, ReturnHidden, ReturnCache]
+    fn lanes(&mut self, order: Order) {
+        let down: &[Node] = match order {
+            Order::Alone => &[BeginDown, AttendDown, EndDown, ReturnHidden, ReturnCache],
+            Order::InTurn => &[ReturnHidden, BeginDown, AttendDown, EndDown, ReturnCache],
+            Order::Staggered => &[ReturnHidden, BeginDown, AttendDown, ReturnCache, EndDown],
         };
         for order in [
             &[ReadWeights, ReadCache, ReadHidden][..],
@@ -153,7 +162,12 @@ impl Waits {
     }
 
     /// Products and attention in their order, each on both computers at once.
-    fn computation(&mut self, ahead: f64) {
+    fn computation(&mut self, order: Order) {
+        let (ahead, later) = match order {
+            Order::Alone => (0.0, 0.0),
+            Order::InTurn => (1.0, 0.0),
+            Order::Staggered => (1.0, 1.0),
+        };
         let hidden = self.last(&[ReadHidden, ShipHidden]);
         self.wait(&hidden, &[Begin, BeginDown], ahead);
         self.wait(&[End, EndUp], &[Begin, BeginDown], 1.0);
@@ -162,8 +176,9 @@ impl Waits {
             [AttendDown, AttendBeside, AttendUp],
             [EndDown, EndBeside, EndUp],
         ] {
+            let up_later = if beside == AttendBeside { later } else { 0.0 };
             self.wait(&[down], &[beside], 0.0);
-            self.wait(&[beside], &[up], 0.0);
+            self.wait(&[beside], &[up], up_later);
         }
         self.wait(&[Begin, BeginUp], &[Attend, AttendDown], 0.0);
         self.wait(&[Attend, AttendUp], &[Middle], 0.0);
@@ -198,16 +213,20 @@ impl Waits {
     }
 
     /// A hidden state comes into the half, or the place, that the one before has left.
-    fn hidden(&mut self, ahead: f64) {
+    fn hidden(&mut self, order: Order) {
+        let (leaves, comes) = match order {
+            Order::Alone => (0.0, 1.0),
+            Order::InTurn | Order::Staggered => (1.0, 0.0),
+        };
         self.wait(&[ReadHidden], &[ShipHidden], 0.0);
         self.wait(&[ReturnHidden], &[WriteHidden], 0.0);
         let left = self.last(&[ReturnHidden, WriteHidden]);
         self.wait(
             &[End, EndUp],
             &self.first(&[ReturnHidden, WriteHidden]),
-            ahead,
+            leaves,
         );
-        self.wait(&left, &self.first(&[ReadHidden, ShipHidden]), 1.0 - ahead);
+        self.wait(&left, &self.first(&[ReadHidden, ShipHidden]), comes);
     }
 
     fn first(&self, of: &[Node]) -> Vec<Node> {
@@ -300,8 +319,8 @@ mod tests {
         durations
     }
 
-    fn slowest(of: &[(Node, f64)], several: bool) -> (f64, Cycle) {
-        let waits = Waits::new(step(of), several, [0.0; 2]);
+    fn slowest(of: &[(Node, f64)], order: Order) -> (f64, Cycle) {
+        let waits = Waits::new(step(of), order, [0.0; 2]);
         let cycle = waits.slowest(0.0).expect("a lane is a cycle");
         (waits.seconds_of(&cycle) / cycle.steps, cycle)
     }
@@ -310,16 +329,17 @@ mod tests {
 
     #[test]
     fn what_is_at_home_takes_as_long_as_it_is_computed() {
-        assert_eq!(slowest(&COMPUTED, true).0, 4.0);
-        assert_eq!(slowest(&COMPUTED, false).0, 4.0);
+        assert_eq!(slowest(&COMPUTED, Order::InTurn).0, 4.0);
+        assert_eq!(slowest(&COMPUTED, Order::Alone).0, 4.0);
+        assert_eq!(slowest(&COMPUTED, Order::Staggered).0, 4.0);
     }
 
     #[test]
     fn hidden_states_on_disk_wait_for_themselves() {
         let with = [&COMPUTED[..], &[(ReadHidden, 3.0), (WriteHidden, 3.0)]].concat();
         // The only batch goes through everything; of several, every second one has the same half.
-        assert_eq!(slowest(&with, false).0, 10.0);
-        let (seconds, cycle) = slowest(&with, true);
+        assert_eq!(slowest(&with, Order::Alone).0, 10.0);
+        let (seconds, cycle) = slowest(&with, Order::InTurn);
         assert_eq!((seconds, cycle.steps), (5.0, 2.0));
         assert!(cycle.nodes.contains(&ReadHidden) && cycle.nodes.contains(&WriteHidden));
     }
@@ -330,16 +350,38 @@ mod tests {
         let hidden = [(ShipHidden, 1.0), (ReturnHidden, 1.0)];
         let with = [&[(Begin, 1.0), (End, 2.0)][..], &attended, &hidden].concat();
         // Back, up, then this batch's attended rows, then its end: one step after the other.
-        assert_eq!(slowest(&with, true).0, 5.0_f64.max(1.0 + 1.0 + 0.5 + 2.0));
+        let in_turn = Order::InTurn;
+        assert_eq!(
+            slowest(&with, in_turn).0,
+            5.0_f64.max(1.0 + 1.0 + 0.5 + 2.0)
+        );
         let slow = [&with[..], &[(ReadHidden, 4.0), (WriteHidden, 4.0)]].concat();
-        assert_eq!(slowest(&slow, true).0, 12.5);
+        assert_eq!(slowest(&slow, in_turn).0, 12.5);
+    }
+
+    #[test]
+    fn staggered_batches_are_computed_while_others_are_attended() {
+        let with = |beside_s: f64| {
+            let attended = [(AttendDown, 0.5), (AttendBeside, beside_s), (AttendUp, 0.5)];
+            [&[(Begin, 1.0), (End, 2.0)][..], &attended].concat()
+        };
+        let staggered = Order::Staggered;
+        assert_eq!(slowest(&with(2.5), Order::InTurn).0, 6.5);
+        // The GPU has most to do; the half of what is attended is waited for; the CPU has most to do.
+        assert_eq!(slowest(&with(1.0), staggered).0, 3.0);
+        assert_eq!(slowest(&with(2.5), staggered).0, 6.5 / 2.0);
+        assert_eq!(slowest(&with(7.0), staggered).0, 7.0);
+        // Back, up, then the last batch's attended rows, then its end: as where batches come in turn.
+        let hidden = [(ShipHidden, 1.5), (ReturnHidden, 1.5)];
+        let travels = [&with(2.5)[..], &hidden].concat();
+        assert_eq!(slowest(&travels, staggered).0, 5.5);
     }
 
     #[test]
     fn a_lane_that_waited_takes_a_moment_to_begin() {
         let with = [&COMPUTED[..], &[(ReadHidden, 3.0), (WriteHidden, 3.0)]].concat();
         // The compute lane for what was read, the writer for what was computed, the reader for what was written.
-        let cycle = Waits::new(step(&with), false, [0.25; 2]).slowest(0.0);
+        let cycle = Waits::new(step(&with), Order::Alone, [0.25; 2]).slowest(0.0);
         assert_eq!(cycle.map(|c| c.wakes_s), Some(0.75));
     }
 }

@@ -3,7 +3,7 @@
 
 use super::cache::CachePool;
 use super::layout::{HiddenSpace, Layout};
-use super::schedule::{Schedule, Task, TaskKind};
+use super::schedule::{Schedule, Task, TaskKind, hidden_parts};
 use super::step::{Step, StepRules};
 use super::visits::Visits;
 use super::weights::WeightStream;
@@ -83,6 +83,8 @@ pub struct Core<'m> {
     pub join: Fences,
     /// Newest operation on the compute lane.
     pub last: Fence,
+    /// Rows that the CPU attends to for a batch under way: how they come up, and after what.
+    pub attended: [Option<(Vec<Copy2d>, Fence)>; 2],
     pub embedding_done: [Fences; 2],
     pub embedding_half: usize,
     pub pass: u64,
@@ -112,6 +114,7 @@ impl<'m> Core<'m> {
             lane,
             join: Fences::none(),
             last: Fence { lane, number: 0 },
+            attended: [None, None],
             embedding_done: [Fences::none(); 2],
             embedding_half: 0,
             pass: 0,
@@ -122,14 +125,20 @@ impl<'m> Core<'m> {
     }
 
     pub fn step_rules(&self) -> StepRules {
+        let batches = self.facts.policy.num_gpu_batches;
+        let staggers = self
+            .facts
+            .block
+            .staggers(&self.facts.policy, self.facts.device);
         StepRules {
             gpu_batch_size: self.facts.policy.gpu_batch_size,
-            batches: self.facts.policy.num_gpu_batches,
+            batches,
             chunk_rows: self.facts.block.chunk_rows as usize,
             compute: self.compute,
             hidden_tiers: self.facts.placement.hidden_tiers.clone(),
             hidden_row_bytes: self.hidden.row_bytes,
-            stage_rows: self.hidden.stage_rows,
+            stage_rows: self.hidden.parts(hidden_parts(false)),
+            staggered_rows: staggers.then(|| self.hidden.parts(hidden_parts(true))),
             step_rows: self.hidden.step_rows,
             position_offset: POSITION_OFFSET,
             reads_rows: self.facts.fetches_tokens,
@@ -141,10 +150,13 @@ impl<'m> Core<'m> {
     /// `more` says whether another pass will follow, so that its first weights can be on their way.
     pub fn run_pass(&mut self, step: &Step, more: bool) -> Result<Fences, MachineError> {
         self.machine.set_phase(step.phase);
+        let batches = self.facts.policy.num_gpu_batches;
         let schedule = Schedule {
             stages: self.facts.model.stages(),
-            batches: self.facts.policy.num_gpu_batches,
+            batches,
+            staggered: step.staggered,
         };
+        self.visits.begin_pass(hidden_parts(step.staggered));
         for task in schedule.pass().filter(|task| more || !task.next_pass) {
             self.run_task(step, task);
             if !self.facts.policy.overlap {
@@ -164,6 +176,8 @@ impl<'m> Core<'m> {
             TaskKind::LoadCache => self.load_cache(batch, task),
             TaskKind::LoadHidden => self.load_hidden(batch, task),
             TaskKind::Compute => self.compute_task(step, task),
+            TaskKind::Begin => self.begin_task(step, task),
+            TaskKind::End => self.end_task(step, task),
             TaskKind::StoreCache => self.store_cache(batch, task),
             TaskKind::StoreHidden => self.store_hidden(batch, task),
         }

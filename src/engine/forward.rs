@@ -6,8 +6,8 @@ use super::product::Product;
 use super::schedule::Task;
 use super::step::{BatchStep, Step, overlap};
 use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES};
+use crate::machine::Fences;
 use crate::machine::ops::{Affine, Attention, Compute, Copy2d, KvItem, Op, Table};
-use crate::machine::{Fence, Fences};
 use crate::model::{Activation, MatrixKind, SmallKind};
 use crate::tier::{Lane, Tier};
 use std::ops::Range;
@@ -19,27 +19,59 @@ impl Core<'_> {
         if task.stage == 0 {
             self.begin_hidden_visit(batch, task);
         }
-        let half = self.visits.hidden_half(task.batch);
-        let ready = self.visits.take_hidden_ready(task.batch);
-        self.join = self.join.join(&ready);
+        self.await_hidden(task);
         if task.stage == self.facts.model.head_stage() {
-            return self.head(step, task.batch, half);
+            return self.head(step, task.batch);
         }
-        for (index, chunk) in batch.chunks.iter().enumerate() {
-            let rows = batch.tables.hidden[half].part(chunk.start, chunk.len());
-            let last = self.is_last_batch(step, task.batch) && index + 1 == batch.chunks.len();
-            let part = Part {
-                stage: task.stage,
-                batch: task.batch,
-                chunk: chunk.clone(),
-                rows,
-                last,
-            };
+        for part in self.parts(step, task) {
             match task.stage {
                 0 => self.embed(batch, &part),
-                _ => self.layer(batch, &part),
+                _ => {
+                    self.begin_layer(batch, &part);
+                    self.end_layer(&part);
+                }
             }
         }
+        self.visits.hidden_made(task.batch, self.made());
+    }
+
+    /// The first half of compute(i, j, k) on a layer, to the batch's attention, and the second.
+    pub fn begin_task(&mut self, step: &Step, task: Task) {
+        self.await_hidden(task);
+        for part in self.parts(step, task) {
+            self.begin_layer(&step.batches[task.batch], &part);
+        }
+    }
+
+    pub fn end_task(&mut self, step: &Step, task: Task) {
+        for part in self.parts(step, task) {
+            self.end_layer(&part);
+        }
+        self.visits.hidden_made(task.batch, self.made());
+    }
+
+    fn await_hidden(&mut self, task: Task) {
+        let ready = self.visits.take_hidden_ready(task.batch);
+        self.join = self.join.join(&ready);
+    }
+
+    /// The batch's chunks; of a staggered pass, where two batches are under way, there is one.
+    fn parts(&self, step: &Step, task: Task) -> Vec<Part> {
+        let batch = &step.batches[task.batch];
+        let hidden = &batch.tables.hidden[self.visits.part_of(task.batch)];
+        let last_batch = self.is_last_batch(step, task.batch);
+        let of_chunk = |(index, chunk): (usize, &Range<usize>)| Part {
+            stage: task.stage,
+            batch: task.batch,
+            half: match step.staggered {
+                true => self.visits.half(task.stage, task.batch),
+                false => 0,
+            },
+            chunk: chunk.clone(),
+            rows: hidden.part(chunk.start, chunk.len()),
+            last: last_batch && index + 1 == batch.chunks.len(),
+        };
+        batch.chunks.iter().enumerate().map(of_chunk).collect()
     }
 
     /// True when no later batch of this pass has rows: its products are the last users of the stage's weights.
@@ -82,30 +114,33 @@ impl Core<'_> {
         });
     }
 
-    /// x += Attn(LN1(x)); x += W2·act(W1·LN2(x)), or with the norms after the sums.
-    fn layer(&mut self, batch: &BatchStep, part: &Part) {
-        let [normed, qkv, attended, ffn, product] = [
-            Buffer::Normed,
-            Buffer::Qkv,
-            Buffer::Attended,
-            Buffer::Ffn,
-            Buffer::Product,
-        ]
-        .map(|b| self.buffer(b));
-        let attention_norm = self.affine(
-            SmallKind::AttentionNormWeight,
-            SmallKind::AttentionNormBias,
-            part.stage,
-        );
-        let ffn_norm = self.affine(SmallKind::FfnNormWeight, SmallKind::FfnNormBias, part.stage);
-        let activation = Some(self.facts.model.activation);
-        self.norm_before(part, attention_norm, normed);
+    /// x += Attn(LN1(x)); x += W2·act(W1·LN2(x)), or with the norms after the sums: up to the attention.
+    fn begin_layer(&mut self, batch: &BatchStep, part: &Part) {
+        let normed = self.buffer(Buffer::Normed);
+        let qkv = self.attended_buffer(self.compute, Buffer::Qkv, part);
+        self.norm_before(part, self.attention_norm(part), normed);
         self.product(
             &part
                 .product(MatrixKind::Qkv, (normed, qkv))
                 .bias(SmallKind::QkvBias),
         );
         self.attention(batch, part);
+    }
+
+    /// And from there on.
+    fn end_layer(&mut self, part: &Part) {
+        let [normed, ffn, product] =
+            [Buffer::Normed, Buffer::Ffn, Buffer::Product].map(|b| self.buffer(b));
+        let attended = self.attended_buffer(self.compute, Buffer::Attended, part);
+        let attention_norm = self.attention_norm(part);
+        let ffn_norm = self.affine(SmallKind::FfnNormWeight, SmallKind::FfnNormBias, part.stage);
+        let activation = Some(self.facts.model.activation);
+        // Only now: the GPU attends, or has another batch, while the CPU attends, and what that batch needs from the
+        // link does not queue behind these rows.
+        if let Some((up, attended)) = self.attended[part.half].take() {
+            let back = self.copy(Lane::CpuToGpu, up, &attended.into());
+            self.join.add(back);
+        }
         self.product(
             &part
                 .product(MatrixKind::AttentionOut, (attended, product))
@@ -125,6 +160,19 @@ impl Core<'_> {
                 .bias(SmallKind::Fc2Bias),
         );
         self.add_back(part, ffn_norm, product);
+    }
+
+    /// Queries, keys and values, or attended rows, of the half that the chunk's batch has.
+    fn attended_buffer(&self, tier: Tier, buffer: Buffer, part: &Part) -> u64 {
+        self.layout.buffer(tier, buffer).part(part.half, 2)
+    }
+
+    fn attention_norm(&self, part: &Part) -> Affine {
+        self.affine(
+            SmallKind::AttentionNormWeight,
+            SmallKind::AttentionNormBias,
+            part.stage,
+        )
     }
 
     fn affine(&self, weight: SmallKind, bias: SmallKind, stage: usize) -> Affine {
@@ -173,36 +221,34 @@ impl Core<'_> {
             }
         }
         let ready = self.visits.cache_ready(part.stage, part.batch);
-        let back = (!beside.is_empty()).then(|| self.attend_beside(part, beside, ready));
+        if !beside.is_empty() {
+            self.attend_beside(part, beside, ready);
+        }
         if !here.is_empty() {
             self.join = self.join.join(&ready);
-            let attention = self.attention_op(self.compute, here);
+            let attention = self.attention_op(self.compute, part, here);
             self.submit(Compute::Append(attention.clone()));
             let done = self.submit(Compute::Attend(attention));
             self.visits.cache_used(part.stage, part.batch, done);
         }
-        // Only now: the GPU attends while the CPU does.
-        if let Some(back) = back {
-            self.join.add(back);
-        }
     }
 
-    fn attention_op(&self, tier: Tier, items: Vec<KvItem>) -> Attention {
+    fn attention_op(&self, tier: Tier, part: &Part, items: Vec<KvItem>) -> Attention {
         Attention {
-            qkv: self.layout.buffer(tier, Buffer::Qkv).offset,
+            qkv: self.attended_buffer(tier, Buffer::Qkv, part),
             heads: self.facts.model.heads,
             hidden: self.facts.model.hidden,
             format: self.facts.policy.kv_format(),
             items: items.into(),
-            out: self.layout.buffer(tier, Buffer::Attended).offset,
+            out: self.attended_buffer(tier, Buffer::Attended, part),
             wide: self.facts.policy.is_wide(),
         }
     }
 
-    /// Attention on the CPU for a GPU: q, k, v rows down, attended rows up: what the next product waits for.
-    fn attend_beside(&mut self, part: &Part, items: Vec<KvItem>, ready: Fences) -> Fence {
+    /// Attention on the CPU for a GPU: q, k, v rows down; attended rows come up when the next product asks for them.
+    fn attend_beside(&mut self, part: &Part, items: Vec<KvItem>, ready: Fences) {
         let row = self.facts.model.hidden as u64 * HIDDEN_VALUE_BYTES;
-        let attention = self.attention_op(Tier::Cpu, items);
+        let attention = self.attention_op(Tier::Cpu, part, items);
         let rows_of = |width: u64, from: u64, to: u64| -> Vec<Copy2d> {
             let span = |i: &KvItem| (i.first_row as u64 * width, i.rows as u64 * width);
             attention
@@ -212,9 +258,11 @@ impl Core<'_> {
                 .map(|(at, bytes)| Copy2d::flat(from + at, to + at, bytes))
                 .collect()
         };
-        let down = rows_of(3 * row, self.buffer(Buffer::Qkv), attention.qkv);
-        let up = rows_of(row, attention.out, self.buffer(Buffer::Attended));
-        // The compute lane waits for what the CPU made before, so its buffers are free when this is `made`.
+        let here = |buffer| self.attended_buffer(self.compute, buffer, part);
+        let down = rows_of(3 * row, here(Buffer::Qkv), attention.qkv);
+        let up = rows_of(row, attention.out, here(Buffer::Attended));
+        // The compute lane has waited for what the CPU made of the half's last batch, so that its buffers are
+        // free when this is `made`.
         let arrived = self.copy(Lane::GpuToCpu, down, &self.made());
         let append = Op::Compute(Compute::Append(attention.clone()));
         self.machine
@@ -224,16 +272,17 @@ impl Core<'_> {
             .machine
             .submit(Lane::CpuCompute, attend, &Fences::none());
         self.visits.cache_used(part.stage, part.batch, attended);
-        self.copy(Lane::CpuToGpu, up, &attended.into())
+        self.attended[part.half] = Some((up, attended));
     }
 
     /// Last rows normalised; after the last batch the logits of all sequences in one product.
-    fn head(&mut self, step: &Step, batch_index: usize, half: usize) {
+    fn head(&mut self, step: &Step, batch_index: usize) {
         let batch = &step.batches[batch_index];
+        let visiting = self.visits.part_of(batch_index);
         let row = self.facts.model.hidden as u64 * HIDDEN_VALUE_BYTES;
         let heads = self.buffer(Buffer::HeadRows);
         if !batch.items.is_empty() {
-            let rows = batch.tables.hidden[half].as_slice();
+            let rows = batch.tables.hidden[visiting].as_slice();
             let last_row = |i: &super::step::StepItem| rows[i.first_row + i.rows - 1];
             let entries = batch.items.iter().map(last_row).collect();
             let from = self.hidden_rows(Table::whole(entries));
@@ -256,6 +305,7 @@ impl Core<'_> {
         let all = Part {
             stage,
             batch: 0,
+            half: 0,
             chunk: 0..m,
             rows: Table::whole(self.identity.clone()).part(0, 0),
             last: true,
@@ -282,6 +332,8 @@ impl Core<'_> {
 pub struct Part {
     pub stage: usize,
     pub batch: usize,
+    /// Of what is attended: two batches of a staggered pass are under way.
+    pub half: usize,
     pub chunk: Range<usize>,
     pub rows: Table,
     /// Nothing after this chunk uses the stage's weights in this pass.

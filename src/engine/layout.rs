@@ -5,7 +5,7 @@ use crate::model::{ModelSpec, Small, SmallKind};
 use crate::placement::{Placement, WeightHome};
 use crate::policy::DeviceKind;
 use crate::tier::{PerTier, Tier};
-use crate::units::round_up;
+use crate::units::{PAGE_BYTES, round_up};
 use std::collections::{BTreeMap, HashMap};
 
 /// Small tensors start at this alignment.
@@ -16,6 +16,14 @@ const SMALL_ALIGN: u64 = 64;
 pub struct Place {
     pub offset: u64,
     pub bytes: u64,
+}
+
+impl Place {
+    /// Where one of so many equal parts begins, each at a page.
+    pub fn part(self, part: usize, parts: usize) -> u64 {
+        let bytes = self.bytes / parts as u64 / PAGE_BYTES * PAGE_BYTES;
+        self.offset + part as u64 * bytes
+    }
 }
 
 /// All places of one run.
@@ -113,8 +121,9 @@ fn place(footprint: &Footprint, tier: Tier) -> BTreeMap<Buffer, Place> {
 pub struct HiddenSpace {
     pub base: u64,
     pub row_bytes: u64,
-    /// First visiting row of each of the two halves.
-    pub stage_rows: [u32; 2],
+    /// First visiting row, and rows that can visit.
+    stage_first: u64,
+    stage_rows: u64,
     /// Visiting items start at multiples of this many rows: without a GPU they are read from disk in place.
     pub step_rows: u32,
 }
@@ -135,14 +144,22 @@ impl HiddenSpace {
             page_step_bytes(row_bytes) / row_bytes
         };
         let first = round_up(stage.offset.saturating_sub(base).div_ceil(row_bytes), step);
-        let half = (stage.bytes / row_bytes).saturating_sub(2 * step) / 2 / step * step;
-        let stage_rows = [first as u32, (first + half) as u32];
         HiddenSpace {
             base,
             row_bytes,
-            stage_rows,
+            stage_first: first,
+            stage_rows: (stage.bytes / row_bytes).saturating_sub(2 * step),
             step_rows: step as u32,
         }
+    }
+
+    /// First visiting row of each of so many parts.
+    pub fn parts(&self, parts: usize) -> Vec<u32> {
+        let step = u64::from(self.step_rows);
+        let rows = self.stage_rows / parts as u64 / step * step;
+        (0..parts as u64)
+            .map(|part| (self.stage_first + part * rows) as u32)
+            .collect()
     }
 
     pub fn offset(&self, row: u32) -> u64 {

@@ -68,8 +68,8 @@ pub struct BatchStep {
 pub struct RowTables {
     pub ids: Table,
     pub positions: Table,
-    /// Row on the compute device, for each half of the visiting rows' buffer.
-    pub hidden: [Table; 2],
+    /// Row on the compute device, for each part of the visiting rows' buffer.
+    pub hidden: Vec<Table>,
 }
 
 /// One pass over the stages.
@@ -79,6 +79,8 @@ pub struct Step {
     /// Slots in the order of their head rows.
     pub active: Vec<usize>,
     pub phase: Phase,
+    /// A layer's end comes after the next batch's beginning (schedule.rs).
+    pub staggered: bool,
 }
 
 /// What building a step needs to know of the run.
@@ -90,8 +92,10 @@ pub struct StepRules {
     pub compute: Tier,
     pub hidden_tiers: Vec<Tier>,
     pub hidden_row_bytes: u64,
-    /// First visiting row of each half, counted from the hidden base.
-    pub stage_rows: [u32; 2],
+    /// First visiting row of each part, counted from the hidden base; also of a staggered pass, in a run that
+    /// has some.
+    pub stage_rows: Vec<u32>,
+    pub staggered_rows: Option<Vec<u32>>,
     pub step_rows: u32,
     pub position_offset: usize,
     /// False where no row is ever read (replay.rs): of tables only the lengths count then.
@@ -105,6 +109,11 @@ impl Step {
         let mut active = Vec::new();
         let mut batches = Vec::new();
         let mut stand_in = Table::whole([].into());
+        let staggered = rules.staggers(slots);
+        let parts = match (&rules.staggered_rows, staggered) {
+            (Some(rows), true) => rows,
+            _ => &rules.stage_rows,
+        };
         for batch in 0..rules.batches {
             // A block that is not full may have fewer slots than batches.
             let first = (batch * rules.gpu_batch_size).min(slots.len());
@@ -115,8 +124,8 @@ impl Step {
             active.extend(sequences.iter().map(|s| s.slot));
             let items = step_items(rules, &sequences, &mut next_home);
             let tables = match rules.reads_rows {
-                true => row_tables(rules, &sequences, &items),
-                false => stand_ins(&mut stand_in, &items),
+                true => row_tables(rules, &sequences, (&items, parts)),
+                false => stand_ins(&mut stand_in, &items, parts.len()),
             };
             batches.push(batch_step(rules, items, (tables, head_first)));
         }
@@ -131,8 +140,21 @@ impl Step {
             batches,
             active,
             phase,
+            staggered,
         }
     }
+}
+
+impl StepRules {
+    /// Only where every sequence has one row, so that two batches find room where else one has.
+    fn staggers(&self, slots: &[Option<&Sequence>]) -> bool {
+        let decodes = |s: &&Sequence| is_decode(s) && s.next_rows() == 1;
+        self.staggered_rows.is_some() && slots.iter().flatten().all(decodes)
+    }
+}
+
+fn is_decode(sequence: &Sequence) -> bool {
+    sequence.cached > 0 && sequence.generated() > 0
 }
 
 fn items(batches: &[BatchStep]) -> impl Iterator<Item = &StepItem> {
@@ -153,7 +175,7 @@ fn step_items(
             first_row: first_row - rows,
             rows,
             past,
-            decode: past > 0 && sequence.generated() > 0,
+            decode: is_decode(sequence),
             cache: sequence.cache.clone(),
             hidden: HiddenHome {
                 tier,
@@ -187,7 +209,11 @@ fn rows_of(items: &[StepItem]) -> usize {
     items.last().map_or(0, |last| last.first_row + last.rows)
 }
 
-fn row_tables(rules: &StepRules, members: &[&Sequence], items: &[StepItem]) -> RowTables {
+fn row_tables(
+    rules: &StepRules,
+    members: &[&Sequence],
+    (items, parts): (&[StepItem], &[u32]),
+) -> RowTables {
     let rows = rows_of(items);
     let (mut ids, mut positions) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
     for (sequence, item) in members.iter().zip(items) {
@@ -198,12 +224,15 @@ fn row_tables(rules: &StepRules, members: &[&Sequence], items: &[StepItem]) -> R
     RowTables {
         ids: Table::whole(ids.into()),
         positions: Table::whole(positions.into()),
-        hidden: [0, 1].map(|half| hidden_table(rules, items, half)),
+        hidden: parts
+            .iter()
+            .map(|&first| hidden_table(rules, items, first))
+            .collect(),
     }
 }
 
 /// Tables of the right lengths, all cut from one.
-fn stand_ins(stand_in: &mut Table, items: &[StepItem]) -> RowTables {
+fn stand_ins(stand_in: &mut Table, items: &[StepItem], parts: usize) -> RowTables {
     let rows = rows_of(items);
     if stand_in.len < rows {
         *stand_in = Table::whole(vec![0; rows].into());
@@ -212,7 +241,7 @@ fn stand_ins(stand_in: &mut Table, items: &[StepItem]) -> RowTables {
     RowTables {
         ids: table.clone(),
         positions: table.clone(),
-        hidden: [table.clone(), table],
+        hidden: vec![table; parts],
     }
 }
 
@@ -226,10 +255,10 @@ fn take_home(rules: &StepRules, next: &mut PerTier<u64>, (tier, rows): (Tier, u6
     at
 }
 
-/// Row of each of the batch's rows on the compute device: at home there, or in the visiting half, items
+/// Row of each of the batch's rows on the compute device: at home there, or in its part of the visiting rows, items
 /// one after the other, each at a row step that keeps direct reads page-aligned.
-fn hidden_table(rules: &StepRules, items: &[StepItem], half: usize) -> Table {
-    let mut visiting = rules.stage_rows[half];
+fn hidden_table(rules: &StepRules, items: &[StepItem], first: u32) -> Table {
+    let mut visiting = first;
     let mut entries = Vec::with_capacity(rows_of(items));
     for item in items {
         let rows = item.rows as u32;

@@ -1,6 +1,7 @@
 //! The tasks that bring cache and hidden state to where they are computed with and back home:
 //! load_cache, store_cache, load_hidden, store_hidden. Two batches can visit at a time, in two halves
-//! of each stage buffer; half = parity of the step (stage · batches + batch).
+//! of each stage buffer; half = parity of the step (stage · batches + batch). In a staggered pass hidden
+//! states have as many parts as schedule.rs says.
 
 use super::cache::CacheHome;
 use super::core::Core;
@@ -32,10 +33,13 @@ pub struct Visits {
     cache_free: [Fences; 2],
     /// Per (stage, batch): when the last pass's new records are home.
     cache_stored: Vec<Fences>,
-    hidden_free: [Fences; 2],
+    hidden_parts: usize,
+    hidden_free: Vec<Fences>,
     hidden_stored: Vec<Fences>,
     hidden_ready: Vec<Fences>,
-    half_of_batch: Vec<usize>,
+    /// Per batch: when its newest rows are there.
+    hidden_made: Vec<Fences>,
+    part_of_batch: Vec<usize>,
 }
 
 impl Visits {
@@ -45,19 +49,32 @@ impl Visits {
             cache: HashMap::new(),
             cache_free: [Fences::none(); 2],
             cache_stored: vec![Fences::none(); stages * batches],
-            hidden_free: [Fences::none(); 2],
+            hidden_parts: 2,
+            hidden_free: vec![Fences::none(); 2],
             hidden_stored: vec![Fences::none(); batches],
             hidden_ready: vec![Fences::none(); batches],
-            half_of_batch: vec![0; batches],
+            hidden_made: vec![Fences::none(); batches],
+            part_of_batch: vec![0; batches],
         }
+    }
+
+    /// Everything has left when a pass begins: its logits have been waited for.
+    pub fn begin_pass(&mut self, hidden_parts: usize) {
+        self.hidden_parts = hidden_parts;
+        self.hidden_free.resize(hidden_parts, Fences::none());
     }
 
     fn step(&self, stage: usize, batch: usize) -> usize {
         stage * self.batches + batch
     }
 
-    fn half(&self, stage: usize, batch: usize) -> usize {
+    /// Of what is staged for, or comes from, attention.
+    pub fn half(&self, stage: usize, batch: usize) -> usize {
         self.step(stage, batch) % 2
+    }
+
+    fn hidden_part(&self, stage: usize, batch: usize) -> usize {
+        self.step(stage, batch) % self.hidden_parts
     }
 
     pub fn cache_ready(&self, stage: usize, batch: usize) -> Fences {
@@ -73,32 +90,37 @@ impl Visits {
         }
     }
 
-    pub fn hidden_half(&self, batch: usize) -> usize {
-        self.half_of_batch[batch]
+    /// The part in which a batch's hidden state visits now.
+    pub fn part_of(&self, batch: usize) -> usize {
+        self.part_of_batch[batch]
     }
 
     pub fn take_hidden_ready(&mut self, batch: usize) -> Fences {
         std::mem::take(&mut self.hidden_ready[batch])
     }
 
+    /// Says after what a batch's rows may go home.
+    pub fn hidden_made(&mut self, batch: usize, by: Fences) {
+        self.hidden_made[batch] = by;
+    }
+
     /// The head leaves nothing to store: its visiting rows are free once read.
     pub fn end_hidden_visit(&mut self, batch: usize, last: Fence) {
-        let half = self.half_of_batch[batch];
-        self.hidden_free[half].add(last);
+        let part = self.part_of_batch[batch];
+        self.hidden_free[part].add(last);
     }
 }
 
-/// Hands out one half of a stage buffer.
-struct HalfStage {
+/// Hands out one part of a stage buffer.
+struct StagePart {
     next: u64,
     align: u64,
 }
 
-impl HalfStage {
-    fn new(place: Place, half: usize, align: u64) -> Self {
-        let half_bytes = place.bytes / 2 / PAGE_BYTES * PAGE_BYTES;
-        HalfStage {
-            next: place.offset + half as u64 * half_bytes,
+impl StagePart {
+    fn new(place: Place, (part, parts): (usize, usize), align: u64) -> Self {
+        StagePart {
+            next: place.part(part, parts),
             align,
         }
     }
@@ -166,12 +188,9 @@ impl Core<'_> {
         let half = self.visits.half(task.stage, task.batch);
         let free = self.visits.cache_free[half]
             .join(&self.visits.cache_stored[self.visits.step(task.stage, task.batch)]);
-        let mut cpu = HalfStage::new(
-            self.layout.buffer(Tier::Cpu, Buffer::CacheStage),
-            half,
-            PAGE_BYTES,
-        );
-        let mut gpu = HalfStage::new(self.layout.buffer(Tier::Gpu, Buffer::CacheStage), half, 64);
+        let stage = |tier| self.layout.buffer(tier, Buffer::CacheStage);
+        let mut cpu = StagePart::new(stage(Tier::Cpu), (half, 2), PAGE_BYTES);
+        let mut gpu = StagePart::new(stage(Tier::Gpu), (half, 2), 64);
         let mut visit = CacheVisit {
             ready: free,
             ..CacheVisit::default()
@@ -334,12 +353,12 @@ impl Core<'_> {
         done
     }
 
-    /// Stage 0 makes hidden rows: visiting ones are written into their half as soon as it is free.
+    /// Stage 0 makes hidden rows: visiting ones are written into their part as soon as it is free.
     pub fn begin_hidden_visit(&mut self, batch: &BatchStep, task: Task) {
-        let half = self.visits.half(task.stage, task.batch);
-        self.visits.half_of_batch[task.batch] = half;
+        let part = self.visits.hidden_part(task.stage, task.batch);
+        self.visits.part_of_batch[task.batch] = part;
         if self.hidden_visitors(batch).next().is_some() {
-            self.visits.hidden_ready[task.batch] = self.visits.hidden_free[half];
+            self.visits.hidden_ready[task.batch] = self.visits.hidden_free[part];
         }
     }
 
@@ -354,26 +373,25 @@ impl Core<'_> {
             .filter(move |item| item.hidden.tier != compute)
     }
 
-    /// load_hidden(i, j, k): rows that rest on another tier, into the half of this step.
+    /// load_hidden(i, j, k): rows that rest on another tier, into the part of this step.
     pub fn load_hidden(&mut self, batch: &BatchStep, task: Task) {
-        let half = self.visits.half(task.stage, task.batch);
-        let pieces = self.hidden_pieces(batch, half);
+        let part = self.visits.hidden_part(task.stage, task.batch);
+        self.visits.part_of_batch[task.batch] = part;
+        let pieces = self.hidden_pieces(batch, part);
         if pieces.is_empty() {
-            self.visits.half_of_batch[task.batch] = half;
             return;
         }
-        let mut ready = self.visits.hidden_free[half].join(&self.visits.hidden_stored[task.batch]);
+        let mut ready = self.visits.hidden_free[part].join(&self.visits.hidden_stored[task.batch]);
         let reads = pieces.iter().filter_map(|p| p.file).collect();
         let ups = pieces.iter().filter_map(|p| p.copy).collect();
         self.submit_loads((reads, ups), &mut ready);
         self.visits.hidden_ready[task.batch] = ready;
-        self.visits.half_of_batch[task.batch] = half;
     }
 
     /// store_hidden(i, j, k): the same rows back home.
     pub fn store_hidden(&mut self, batch: &BatchStep, task: Task) {
-        let half = self.visits.half(task.stage, task.batch);
-        let pieces = self.hidden_pieces(batch, half);
+        let part = self.visits.hidden_part(task.stage, task.batch);
+        let pieces = self.hidden_pieces(batch, part);
         if pieces.is_empty() {
             return;
         }
@@ -384,21 +402,20 @@ impl Core<'_> {
             ..c
         };
         let downs = pieces.iter().filter_map(|p| p.copy.map(back)).collect();
-        let done = self.submit_stores((downs, writes), self.made());
-        self.visits.hidden_free[half] = done;
+        let made = self.visits.hidden_made[task.batch];
+        let done = self.submit_stores((downs, writes), made);
+        self.visits.hidden_free[part] = done;
         self.visits.hidden_stored[task.batch] = done;
     }
 
     /// Each visiting item's way: file to DRAM, and DRAM to the GPU where there is one.
-    fn hidden_pieces(&self, batch: &BatchStep, half: usize) -> Vec<HiddenPiece> {
+    fn hidden_pieces(&self, batch: &BatchStep, part: usize) -> Vec<HiddenPiece> {
         let row_bytes = self.hidden.row_bytes;
-        let mut stage = HalfStage::new(
-            self.layout.buffer(Tier::Cpu, Buffer::HiddenStage),
-            half,
-            PAGE_BYTES,
-        );
+        let stage = self.layout.buffer(Tier::Cpu, Buffer::HiddenStage);
+        let parts = (part, self.visits.hidden_parts);
+        let mut stage = StagePart::new(stage, parts, PAGE_BYTES);
         let home = self.layout.buffer(Tier::Cpu, Buffer::Hidden).offset;
-        let rows = batch.tables.hidden[half].as_slice();
+        let rows = batch.tables.hidden[part].as_slice();
         let piece = |item: &StepItem| {
             let visiting = self.hidden.offset(rows[item.first_row]);
             let bytes = item.rows as u64 * row_bytes;

@@ -187,6 +187,14 @@ fn cache_attended_on_the_cpu() {
     every_wait_is_needed(words, false);
 }
 
+/// Three batches: their order is another one then than with the hidden state at home.
+#[test]
+fn cache_attended_on_the_cpu_with_hidden_state_in_dram() {
+    let words =
+        "--percent 100 0 0 100 0 100 --cpu-cache-compute 1 --gpu-batch-size 1 --num-gpu-batches 3";
+    every_wait_is_needed(words, false);
+}
+
 #[test]
 fn hidden_state_in_dram() {
     let words = "--percent 100 0 100 0 0 100 --gpu-batch-size 1 --num-gpu-batches 3";

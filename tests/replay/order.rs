@@ -179,3 +179,65 @@ fn a_batch_is_attended_by_both_at_once() {
         assert!(gpu.after.mark(Lane::CpuCompute) < cpu.number);
     }
 }
+
+/// A batch's queries, keys and values, or a piece of them.
+fn makes_queries(noted: &Noted) -> bool {
+    let hidden = named_size(SIZE).expect("a known size").hidden;
+    matches!(&noted.op, Op::Compute(Compute::Gemm(g)) if g.out_stride == 3 * hidden)
+}
+
+/// How many batches' queries are asked of the GPU, after the one that the CPU attends for, before what waits for that.
+fn computed_meanwhile(percent: [f64; 6], batches: usize) -> Vec<usize> {
+    let all = noted(&Policy {
+        num_gpu_batches: batches,
+        ..with(percent, true)
+    });
+    let decode: Vec<&Noted> = all.iter().filter(|n| n.phase == Phase::Decode).collect();
+    let on = |lane: Lane| decode.iter().copied().filter(move |n| n.lane == lane);
+    let copy = |lane: Lane, number: u64| on(lane).find(|n| n.number == number).expect("a copy");
+    let attended = on(Lane::CpuCompute).filter(|n| is_attention(n));
+    let meanwhile = |attention: &Noted| {
+        let append = on(Lane::CpuCompute).find(|n| n.number + 1 == attention.number);
+        let down = append.expect("before attending").after.mark(Lane::GpuToCpu);
+        let queries = copy(Lane::GpuToCpu, down).after.mark(Lane::GpuCompute);
+        let up = on(Lane::CpuToGpu).find(|n| n.after.mark(Lane::CpuCompute) == attention.number);
+        let up = up.expect("attended rows come up").number;
+        let waits = |n: &&Noted| n.number > queries && n.after.mark(Lane::CpuToGpu) >= up;
+        let end = on(Lane::GpuCompute)
+            .find(waits)
+            .expect("somebody waits")
+            .number;
+        let between = on(Lane::GpuCompute).filter(|n| n.number > queries && n.number < end);
+        let made: Vec<bool> = between.map(makes_queries).collect();
+        made.chunk_by(|a, b| a == b).filter(|run| run[0]).count()
+    };
+    attended.map(meanwhile).collect()
+}
+
+/// While the CPU attends for a batch the GPU has the next one, also across layers; only a pass's last batch has none after it.
+#[test]
+fn the_gpu_has_the_next_batch_while_the_cpu_attends() {
+    let layers = named_size(SIZE).expect("a known size").layers;
+    for (percent, batches) in [
+        ([100.0, 0.0, 0.0, 100.0, 100.0, 0.0], 4),
+        ([100.0, 0.0, 0.0, 100.0, 100.0, 0.0], 2),
+        ([0.0, 100.0, 50.0, 50.0, 0.0, 100.0], 3),
+        ([0.0, 50.0, 0.0, 100.0, 0.0, 50.0], 3),
+    ] {
+        let found = computed_meanwhile(percent, batches);
+        assert_eq!(found.len(), layers * batches * (TOKENS as usize - 1));
+        for pass in found.chunks(layers * batches) {
+            let (last, others) = pass.split_last().expect("a pass");
+            assert!(
+                others.iter().all(|&n| n == 1),
+                "{percent:?} x {batches}: {pass:?}"
+            );
+            assert_eq!(*last, 0, "{percent:?} x {batches}");
+        }
+    }
+    // One batch, and two whose hidden states have to go and come between layers.
+    for (hidden, batches) in [(100.0, 1), (50.0, 2)] {
+        let found = computed_meanwhile([100.0, 0.0, 0.0, 100.0, hidden, 0.0], batches);
+        assert!(found.iter().all(|&n| n == 0), "{batches}: {found:?}");
+    }
+}
