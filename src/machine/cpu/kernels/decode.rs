@@ -12,7 +12,10 @@ use crate::machine::cpu::pool::SCRATCH_FLOATS;
 use std::ops::Range;
 
 /// Bytes of rows that are asked for ahead of the one in use.
-const AHEAD_BYTES: usize = 16 * 1024;
+const AHEAD_BYTES: usize = 8 * 1024;
+/// From one head's scores to the next one's: a line more than a chunk has, so that the heads' scores of
+/// one key do not share a set of the first cache.
+const SCORES_APART: usize = CHUNK_KEYS + LANES;
 /// Rows that each head takes together, so that its query or sums are loaded once for them.
 const ROWS_TOGETHER: usize = 4;
 /// What widening a row may need beyond the row itself.
@@ -21,7 +24,7 @@ const BUFFER_SLACK: usize = 128;
 /// Heads for which queries, sums, scores and a widened row fit the scratch.
 pub(super) fn heads_that_fit(head_size: usize) -> usize {
     let width = head_size.next_multiple_of(LANES);
-    let rows = (2 + ROWS_TOGETHER) * width + CHUNK_KEYS + 2;
+    let rows = (2 + ROWS_TOGETHER) * width + SCORES_APART + 2;
     (SCRATCH_FLOATS - ROWS_TOGETHER * BUFFER_SLACK) / rows
 }
 
@@ -42,7 +45,7 @@ impl<'a> Carved<'a> {
         let width = head_size.next_multiple_of(LANES);
         let (queries, rest) = scratch.split_at_mut(heads * width);
         let (sums, rest) = rest.split_at_mut(heads * width);
-        let (scores, rest) = rest.split_at_mut(heads * CHUNK_KEYS);
+        let (scores, rest) = rest.split_at_mut(heads * SCORES_APART);
         let (maxima, rest) = rest.split_at_mut(heads);
         let (totals, buffer) = rest.split_at_mut(heads);
         queries.fill(0.0);
@@ -85,36 +88,66 @@ pub(super) fn run<V: Simd, K: KvFormat>(mut part: Part) {
     finish::<V>(&part, &carved);
 }
 
-/// What one head needs of the row `AHEAD_BYTES` after a token's, to be asked for head by head, so that
-/// the requests are spread over the work.
+/// What is asked for while four rows are in use: their heads' places in the order of reading that lie
+/// about `AHEAD_BYTES` later, head by head, so that the requests are spread over the work. That order is
+/// the chunks', in each all K rows and then all V rows, in fours, and of each four head after head.
 struct Ahead {
-    row: *const u8,
+    /// Rows of the heads that come `turn` later among the part's, and of those that go round.
+    near: [*const u8; ROWS_TOGETHER],
+    far: [*const u8; ROWS_TOGETHER],
+    turn: usize,
+    heads: usize,
     head_bytes: usize,
 }
 
 impl Ahead {
     #[inline(always)]
-    fn new(part: &Part, token: usize, end: usize, side: usize) -> Ahead {
+    fn new(part: &Part, token: usize, side: usize) -> Ahead {
+        let heads = part.heads.len();
         let (first, bytes) = extent(part.problem.format, &part.elements());
-        let later = (token + (AHEAD_BYTES / bytes.max(1)).max(1)).min(end - 1);
-        let row = part.row(later, side).wrapping_add(first);
+        let head_bytes = bytes.div_ceil(heads);
+        let later = (AHEAD_BYTES / (ROWS_TOGETHER * head_bytes)).max(1);
+        let rows = |fours: usize| {
+            std::array::from_fn(|j| {
+                let (token, side) = later_row(part, (token, side), ROWS_TOGETHER * fours + j);
+                part.row(token, side).wrapping_add(first)
+            })
+        };
         Ahead {
-            row,
-            head_bytes: bytes.div_ceil(part.heads.len()),
+            near: rows(later / heads),
+            far: rows(later / heads + 1),
+            turn: later % heads,
+            heads,
+            head_bytes,
         }
-    }
-
-    /// One for each of the rows that are taken together.
-    #[inline(always)]
-    fn of_rows(part: &Part, token: usize, end: usize, side: usize) -> [Ahead; ROWS_TOGETHER] {
-        std::array::from_fn(|j| Ahead::new(part, token + j, end, side))
     }
 
     #[inline(always)]
     fn ask<V: Simd>(&self, head: usize) {
-        for line in (0..self.head_bytes).step_by(64) {
-            V::prefetch(self.row.wrapping_add(head * self.head_bytes + line));
+        let (rows, head) = match head + self.turn {
+            near if near < self.heads => (&self.near, near),
+            far => (&self.far, far - self.heads),
+        };
+        for row in rows {
+            for line in (0..self.head_bytes).step_by(64) {
+                V::prefetch(row.wrapping_add(head * self.head_bytes + line));
+            }
         }
+    }
+}
+
+/// The row (token, side) that is read `by` rows after one; the last one where there are no more.
+#[inline(always)]
+fn later_row(part: &Part, (token, side): (usize, usize), by: usize) -> (usize, usize) {
+    let keys = part.item.past + 1;
+    let start = token / CHUNK_KEYS * CHUNK_KEYS;
+    let end = (start + CHUNK_KEYS).min(keys);
+    match token + by {
+        same if same < end => (same, side),
+        // From a chunk's keys to its values, which are as many.
+        turn if side == 0 => ((start + turn - end).min(end - 1), 1),
+        next if next < keys => (next, 0),
+        _ => (keys - 1, 1),
     }
 }
 
@@ -125,14 +158,12 @@ fn score<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Range<usi
     while at < keys.len() {
         let together = ROWS_TOGETHER.min(keys.len() - at);
         let rows = open_rows::<V, K>(part, carved, (keys.start + at, together), 0);
-        let ahead = Ahead::of_rows(part, keys.start + at, keys.end, 0);
+        let ahead = Ahead::new(part, keys.start + at, 0);
         for head in 0..part.heads.len() {
-            for ahead in ahead.iter() {
-                ahead.ask::<V>(head);
-            }
+            ahead.ask::<V>(head);
             let scores = dots::<V, K>(part, carved, &rows, head);
-            carved.scores[head * CHUNK_KEYS + at..][..together]
-                .copy_from_slice(&scores[..together]);
+            // Those of missing rows are overwritten by `weigh`.
+            carved.scores[head * SCORES_APART + at..][..ROWS_TOGETHER].copy_from_slice(&scores);
         }
         at += together;
     }
@@ -288,7 +319,7 @@ unsafe fn dot_vectors<V: Simd>(
 /// Turns a head's scores into weights against the new maximum and rescales what was there.
 #[inline(always)]
 fn weigh<V: Simd>(carved: &mut Carved, head: usize, keys: usize) {
-    let scores = &mut carved.scores[head * CHUNK_KEYS..][..CHUNK_KEYS];
+    let scores = &mut carved.scores[head * SCORES_APART..][..CHUNK_KEYS];
     scores[keys..].fill(f32::NEG_INFINITY);
     let mut high = V::splat(carved.maxima[head]);
     for at in (0..keys).step_by(LANES) {
@@ -327,12 +358,12 @@ fn add_values<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Rang
     while at < keys.len() {
         let together = ROWS_TOGETHER.min(keys.len() - at);
         let rows = open_rows::<V, K>(part, carved, (keys.start + at, together), 1);
-        let ahead = Ahead::of_rows(part, keys.start + at, keys.end, 1);
+        let ahead = Ahead::new(part, keys.start + at, 1);
         if together == ROWS_TOGETHER {
             add_rows::<V, K, ROWS_TOGETHER>(part, carved, (rows, &ahead), at);
         } else {
             for (j, &row) in rows[..together].iter().enumerate() {
-                add_rows::<V, K, 1>(part, carved, ([row], &ahead[j..=j]), at + j);
+                add_rows::<V, K, 1>(part, carved, ([row], &ahead), at + j);
             }
         }
         at += together;
@@ -343,15 +374,13 @@ fn add_values<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Rang
 fn add_rows<V: Simd, K: KvFormat, const N: usize>(
     part: &Part,
     carved: &mut Carved,
-    (rows, ahead): ([*const u8; N], &[Ahead]),
+    (rows, ahead): ([*const u8; N], &Ahead),
     key: usize,
 ) {
     let size = part.problem.head_size;
     for head in 0..part.heads.len() {
-        for ahead in ahead.iter() {
-            ahead.ask::<V>(head);
-        }
-        let scores = &carved.scores[head * CHUNK_KEYS + key..][..N];
+        ahead.ask::<V>(head);
+        let scores = &carved.scores[head * SCORES_APART + key..][..N];
         let mut weights = [V::splat(0.0); N];
         for (weight, &score) in weights.iter_mut().zip(scores) {
             *weight = V::splat(score);
