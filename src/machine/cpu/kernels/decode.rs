@@ -2,12 +2,11 @@
 //! Bound by memory, so the products wait for the rows and not the other way round.
 
 use super::attend::{CHUNK_KEYS, Part};
+use super::decode_q4::{self, Span, coded};
 use super::kv::{KvFormat, extent};
 use super::math::exp;
 use super::panel::Element;
-use super::q4::Reader;
 use super::simd::{LANES, Simd, lanes, store_first};
-use crate::dtype::{Q4_GROUP, Q4_GROUP_BYTES};
 use crate::machine::cpu::pool::SCRATCH_FLOATS;
 use std::ops::Range;
 
@@ -15,35 +14,44 @@ use std::ops::Range;
 const AHEAD_BYTES: usize = 8 * 1024;
 /// From one head's scores to the next one's: a line more than a chunk has, so that the heads' scores of
 /// one key do not share a set of the first cache.
-const SCORES_APART: usize = CHUNK_KEYS + LANES;
+pub(super) const SCORES_APART: usize = CHUNK_KEYS + LANES;
 /// Rows that each head takes together, so that its query or sums are loaded once for them.
-const ROWS_TOGETHER: usize = 4;
+pub(super) const ROWS_TOGETHER: usize = 4;
 /// What widening a row may need beyond the row itself.
 const BUFFER_SLACK: usize = 128;
 
 /// Heads for which queries, sums, scores and a widened row fit the scratch.
 pub(super) fn heads_that_fit(head_size: usize) -> usize {
     let width = head_size.next_multiple_of(LANES);
-    let rows = (2 + ROWS_TOGETHER) * width + SCORES_APART + 2;
+    let rows = query_room(head_size) + (1 + ROWS_TOGETHER) * width + SCORES_APART + 2;
     (SCRATCH_FLOATS - ROWS_TOGETHER * BUFFER_SLACK) / rows
 }
 
-/// The scratch, carved; a head's queries and sums are `width` apart.
-struct Carved<'a> {
-    queries: &'a mut [f32],
-    sums: &'a mut [f32],
+/// Floats that a head's query takes, in whichever form.
+fn query_room(head_size: usize) -> usize {
+    head_size
+        .next_multiple_of(LANES)
+        .max(decode_q4::query_room(head_size))
+}
+
+/// The scratch, carved; a head's queries are `query_room`, its sums `width` apart.
+pub(super) struct Carved<'a> {
+    pub(super) queries: &'a mut [f32],
+    pub(super) sums: &'a mut [f32],
     scores: &'a mut [f32],
     maxima: &'a mut [f32],
     totals: &'a mut [f32],
-    buffer: &'a mut [f32],
-    width: usize,
+    pub(super) buffer: &'a mut [f32],
+    pub(super) query_room: usize,
+    pub(super) width: usize,
 }
 
 impl<'a> Carved<'a> {
     #[inline(always)]
     fn new(scratch: &'a mut [f32], heads: usize, head_size: usize) -> Carved<'a> {
         let width = head_size.next_multiple_of(LANES);
-        let (queries, rest) = scratch.split_at_mut(heads * width);
+        let query_room = query_room(head_size);
+        let (queries, rest) = scratch.split_at_mut(heads * query_room);
         let (sums, rest) = rest.split_at_mut(heads * width);
         let (scores, rest) = rest.split_at_mut(heads * SCORES_APART);
         let (maxima, rest) = rest.split_at_mut(heads);
@@ -59,8 +67,20 @@ impl<'a> Carved<'a> {
             maxima,
             totals,
             buffer,
+            query_room,
             width,
         }
+    }
+
+    /// What `weigh` left of a head's scores of N keys.
+    #[inline(always)]
+    pub(super) fn weights<V: Simd, const N: usize>(&self, head: usize, key: usize) -> [V::F; N] {
+        let scores = &self.scores[head * SCORES_APART + key..][..N];
+        let mut weights = [V::splat(0.0); N];
+        for (weight, &score) in weights.iter_mut().zip(scores) {
+            *weight = V::splat(score);
+        }
+        weights
     }
 }
 
@@ -69,13 +89,7 @@ pub(super) fn run<V: Simd, K: KvFormat>(mut part: Part) {
     let scratch = std::mem::take(&mut part.scratch);
     let size = part.problem.head_size;
     let mut carved = Carved::new(scratch, part.heads.len(), size);
-    let scale = 1.0 / (size as f32).sqrt();
-    let queries = carved.queries.chunks_exact_mut(carved.width);
-    for (to, from) in queries.zip(part.query(0).chunks_exact(size)) {
-        to.iter_mut()
-            .zip(from)
-            .for_each(|(to, from)| *to = from * scale);
-    }
+    write_queries::<V, K>(&part, &mut carved);
     let keys = part.item.past + 1;
     for first in (0..keys).step_by(CHUNK_KEYS) {
         let chunk = first..(first + CHUNK_KEYS).min(keys);
@@ -88,15 +102,31 @@ pub(super) fn run<V: Simd, K: KvFormat>(mut part: Part) {
     finish::<V>(&part, &carved);
 }
 
+/// Each head's query ÷ √size.
+#[inline(always)]
+fn write_queries<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved) {
+    let size = part.problem.head_size;
+    let scale = 1.0 / (size as f32).sqrt();
+    let queries = carved.queries.chunks_exact_mut(carved.query_room);
+    for (head, (to, from)) in queries.zip(part.query(0).chunks_exact(size)).enumerate() {
+        if coded::<K>(part) {
+            decode_q4::write_query::<V>(from, scale, Span::of(part, head), to);
+            continue;
+        }
+        to.iter_mut()
+            .zip(from)
+            .for_each(|(to, from)| *to = from * scale);
+    }
+}
+
 /// What is asked for while four rows are in use: their heads' places in the order of reading that lie
 /// about `AHEAD_BYTES` later, head by head, so that the requests are spread over the work. That order is
 /// the chunks', in each all K rows and then all V rows, in fours, and of each four head after head.
-struct Ahead {
-    /// Rows of the heads that come `turn` later among the part's, and of those that go round.
-    near: [*const u8; ROWS_TOGETHER],
-    far: [*const u8; ROWS_TOGETHER],
-    turn: usize,
-    heads: usize,
+pub(super) struct Ahead {
+    /// Rows, shifted so that a head's own place in them is what is to be asked for: up to head `around`,
+    /// and from there on.
+    rows: [[*const u8; ROWS_TOGETHER]; 2],
+    around: usize,
     head_bytes: usize,
 }
 
@@ -107,31 +137,34 @@ impl Ahead {
         let (first, bytes) = extent(part.problem.format, &part.elements());
         let head_bytes = bytes.div_ceil(heads);
         let later = (AHEAD_BYTES / (ROWS_TOGETHER * head_bytes)).max(1);
-        let rows = |fours: usize| {
-            std::array::from_fn(|j| {
-                let (token, side) = later_row(part, (token, side), ROWS_TOGETHER * fours + j);
-                part.row(token, side).wrapping_add(first)
-            })
-        };
+        let (fours, turn) = (later / heads, later % heads);
+        let shifts = [turn * head_bytes, (turn * head_bytes).wrapping_sub(bytes)];
+        let mut rows = [[std::ptr::null(); ROWS_TOGETHER]; 2];
+        for (i, (rows, shift)) in rows.iter_mut().zip(shifts).enumerate() {
+            for (j, row) in rows.iter_mut().enumerate() {
+                let by = ROWS_TOGETHER * (fours + i) + j;
+                let (token, side) = later_row(part, (token, side), by);
+                *row = part
+                    .row(token, side)
+                    .wrapping_add(first.wrapping_add(shift));
+            }
+        }
         Ahead {
-            near: rows(later / heads),
-            far: rows(later / heads + 1),
-            turn: later % heads,
-            heads,
+            rows,
+            around: heads - turn,
             head_bytes,
         }
     }
 
     #[inline(always)]
-    fn ask<V: Simd>(&self, head: usize) {
-        let (rows, head) = match head + self.turn {
-            near if near < self.heads => (&self.near, near),
-            far => (&self.far, far - self.heads),
-        };
-        for row in rows {
-            for line in (0..self.head_bytes).step_by(64) {
-                V::prefetch(row.wrapping_add(head * self.head_bytes + line));
+    pub(super) fn ask<V: Simd>(&self, head: usize) {
+        let rows = &self.rows[usize::from(head >= self.around)];
+        let (mut line, end) = (head * self.head_bytes, (head + 1) * self.head_bytes);
+        while line < end {
+            for row in rows {
+                V::prefetch(row.wrapping_add(line));
             }
+            line += 64;
         }
     }
 }
@@ -159,68 +192,15 @@ fn score<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Range<usi
         let together = ROWS_TOGETHER.min(keys.len() - at);
         let rows = open_rows::<V, K>(part, carved, (keys.start + at, together), 0);
         let ahead = Ahead::new(part, keys.start + at, 0);
-        for head in 0..part.heads.len() {
-            ahead.ask::<V>(head);
-            let scores = dots::<V, K>(part, carved, &rows, head);
-            // Those of missing rows are overwritten by `weigh`.
-            carved.scores[head * SCORES_APART + at..][..ROWS_TOGETHER].copy_from_slice(&scores);
+        let scores = carved.scores[at..].as_mut_ptr();
+        // SAFETY: a chunk's scores are whole fours; those of missing rows are overwritten by `weigh`.
+        unsafe {
+            match coded::<K>(part) {
+                true => decode_q4::score::<V>(part, carved, (&rows, &ahead), scores),
+                false => score_rows::<V, K>(part, carved, (&rows, &ahead), scores),
+            }
         }
         at += together;
-    }
-}
-
-/// Heads are whole vectors, so that none lies in two 4-bit groups: codes are decoded where they are used.
-/// Else rows are widened.
-#[inline(always)]
-fn coded<K: KvFormat>(part: &Part) -> bool {
-    K::CODED && part.problem.head_size.is_multiple_of(LANES)
-}
-
-/// What a head has in one group: the first of the group's vectors, and how many.
-#[derive(Clone, Copy)]
-struct Stretch {
-    vector: usize,
-    vectors: usize,
-}
-
-impl Stretch {
-    /// The one at the `d`th element of a head that begins at element `first` of the rows' groups.
-    #[inline(always)]
-    fn at(first: usize, d: usize, size: usize) -> Stretch {
-        if size.is_multiple_of(Q4_GROUP) {
-            // Then every head begins with a group.
-            return Stretch {
-                vector: 0,
-                vectors: Q4_GROUP / LANES,
-            };
-        }
-        let vector = (first + d) % Q4_GROUP / LANES;
-        Stretch {
-            vector,
-            vectors: ((size - d) / LANES).min(Q4_GROUP / LANES - vector),
-        }
-    }
-
-    /// The usual one, for which the compiler unrolls.
-    #[inline(always)]
-    fn is_whole(&self) -> bool {
-        self.vectors == Q4_GROUP / LANES
-    }
-}
-
-/// The 4-bit groups that hold `element` in each of the rows.
-/// # Safety
-/// The rows have them.
-#[inline(always)]
-unsafe fn groups<V: Simd, const N: usize>(rows: &[*const u8; N], element: usize) -> [Reader<V>; N] {
-    let bytes = element / Q4_GROUP * Q4_GROUP_BYTES;
-    // SAFETY: the caller's.
-    unsafe {
-        let mut readers = [Reader::new(rows[0].add(bytes)); N];
-        for j in 1..N {
-            readers[j] = Reader::new(rows[j].add(bytes));
-        }
-        readers
     }
 }
 
@@ -234,11 +214,13 @@ fn open_rows<V: Simd, K: KvFormat>(
 ) -> [*const u8; ROWS_TOGETHER] {
     let mut rows = [std::ptr::null(); ROWS_TOGETHER];
     if coded::<K>(part) {
-        let (bytes, _) = extent(part.problem.format, &part.elements());
+        let (bytes, group_bytes) = extent(part.problem.format, &part.elements());
         for (j, row) in rows.iter_mut().enumerate() {
             let token = first + j.min(together - 1);
             *row = part.row(token, side).wrapping_add(bytes);
         }
+        // SAFETY: `check` found the records inside the cache; the buffer has more room than that.
+        unsafe { decode_q4::read_ends::<V>(&rows, group_bytes, carved.buffer) };
         return rows;
     }
     let room = part.elements().len() + BUFFER_SLACK;
@@ -253,65 +235,35 @@ fn open_rows<V: Simd, K: KvFormat>(
     rows
 }
 
-/// One head's query times four rows.
+/// Each head's query times four rows.
+/// # Safety
+/// Each head's scores, `SCORES_APART`, have room for four.
 #[inline(always)]
-fn dots<V: Simd, K: KvFormat>(
+unsafe fn score_rows<V: Simd, K: KvFormat>(
     part: &Part,
     carved: &Carved,
-    rows: &[*const u8; ROWS_TOGETHER],
-    head: usize,
-) -> [f32; ROWS_TOGETHER] {
+    (rows, ahead): (&[*const u8; ROWS_TOGETHER], &Ahead),
+    scores: *mut f32,
+) {
     let size = part.problem.head_size;
-    let mut sums = [V::splat(0.0); ROWS_TOGETHER];
-    if coded::<K>(part) {
-        let first = part.elements().start % Q4_GROUP + head * size;
-        let query = carved.queries[head * carved.width..].as_ptr();
-        let mut d = 0;
-        while d < size {
-            let stretch = Stretch::at(first, d, size);
-            // SAFETY: rows have the head's groups, the query its elements.
-            unsafe {
-                let groups = groups::<V, ROWS_TOGETHER>(rows, first + d);
-                match stretch.is_whole() {
-                    true => dot_vectors::<V>(&mut sums, &groups, query.add(d), 0..Q4_GROUP / LANES),
-                    false => {
-                        let vectors = stretch.vector..stretch.vector + stretch.vectors;
-                        dot_vectors::<V>(&mut sums, &groups, query.add(d), vectors);
-                    }
+    for head in 0..part.heads.len() {
+        ahead.ask::<V>(head);
+        let mut sums = [V::splat(0.0); ROWS_TOGETHER];
+        // SAFETY: queries are padded with zeros to whole vectors, rows are read up to their end; the
+        // caller's for the scores.
+        unsafe {
+            let query = carved.queries.as_ptr().add(head * carved.query_room);
+            for d in (0..size).step_by(LANES) {
+                let query = V::load(query.add(d));
+                for (sum, row) in sums.iter_mut().zip(rows) {
+                    let from = row.add((head * size + d) * K::As::BYTES);
+                    *sum = V::fma(query, K::As::load_first::<V>(from, size - d), *sum);
                 }
             }
-            d += stretch.vectors * LANES;
-        }
-        return V::sums(sums);
-    }
-    for d in (0..size).step_by(LANES) {
-        // SAFETY: queries are padded with zeros to whole vectors, rows are read up to their end.
-        unsafe {
-            let query = V::load(carved.queries.as_ptr().add(head * carved.width + d));
-            for (sum, row) in sums.iter_mut().zip(rows) {
-                let from = row.add((head * size + d) * K::As::BYTES);
-                *sum = V::fma(query, K::As::load_first::<V>(from, size - d), *sum);
-            }
-        }
-    }
-    V::sums(sums)
-}
-
-/// Adds a query's elements times some vectors of the groups.
-/// # Safety
-/// The query has as many.
-#[inline(always)]
-unsafe fn dot_vectors<V: Simd>(
-    sums: &mut [V::F; ROWS_TOGETHER],
-    groups: &[Reader<V>; ROWS_TOGETHER],
-    query: *const f32,
-    vectors: Range<usize>,
-) {
-    for (at, j) in vectors.enumerate() {
-        // SAFETY: the caller's.
-        let query = unsafe { V::load(query.add(at * LANES)) };
-        for (sum, group) in sums.iter_mut().zip(groups) {
-            *sum = V::fma(query, group.vector(j), *sum);
+            let to = scores
+                .add(head * SCORES_APART)
+                .cast::<[f32; ROWS_TOGETHER]>();
+            to.write(V::sums(sums));
         }
     }
 }
@@ -360,38 +312,32 @@ fn add_values<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Rang
         let rows = open_rows::<V, K>(part, carved, (keys.start + at, together), 1);
         let ahead = Ahead::new(part, keys.start + at, 1);
         if together == ROWS_TOGETHER {
-            add_rows::<V, K, ROWS_TOGETHER>(part, carved, (rows, &ahead), at);
+            add_rows::<V, K, ROWS_TOGETHER>(part, carved, (rows, &ahead), (at, 0));
         } else {
             for (j, &row) in rows[..together].iter().enumerate() {
-                add_rows::<V, K, 1>(part, carved, ([row], &ahead), at + j);
+                add_rows::<V, K, 1>(part, carved, ([row], &ahead), (at + j, j));
             }
         }
         at += together;
     }
 }
 
+/// The same for N rows of which `first_row` is the first of the four that were opened.
 #[inline(always)]
 fn add_rows<V: Simd, K: KvFormat, const N: usize>(
     part: &Part,
     carved: &mut Carved,
     (rows, ahead): ([*const u8; N], &Ahead),
-    key: usize,
+    (key, first_row): (usize, usize),
 ) {
+    if coded::<K>(part) {
+        // SAFETY: `open_rows` opened them.
+        return unsafe { decode_q4::add::<V, N>(part, carved, (&rows, ahead), (key, first_row)) };
+    }
     let size = part.problem.head_size;
     for head in 0..part.heads.len() {
         ahead.ask::<V>(head);
-        let scores = &carved.scores[head * SCORES_APART + key..][..N];
-        let mut weights = [V::splat(0.0); N];
-        for (weight, &score) in weights.iter_mut().zip(scores) {
-            *weight = V::splat(score);
-        }
-        if coded::<K>(part) {
-            let first = part.elements().start % Q4_GROUP + head * size;
-            let sums = carved.sums[head * carved.width..].as_mut_ptr();
-            // SAFETY: rows and sums have the head.
-            unsafe { add_groups::<V, N>(sums, (first, size), &rows, &weights) };
-            continue;
-        }
+        let weights = carved.weights::<V, N>(head, key);
         for d in (0..size).step_by(LANES) {
             // SAFETY: sums are padded to whole vectors, rows are read up to their end.
             unsafe {
@@ -403,57 +349,6 @@ fn add_rows<V: Simd, K: KvFormat, const N: usize>(
                 }
                 V::store(to, sum);
             }
-        }
-    }
-}
-
-/// As the rest of `add_rows`, for one head in 4-bit groups that begins at element `first` of them.
-/// # Safety
-/// The rows and sums have the head.
-#[inline(always)]
-unsafe fn add_groups<V: Simd, const N: usize>(
-    sums: *mut f32,
-    (first, size): (usize, usize),
-    rows: &[*const u8; N],
-    weights: &[V::F; N],
-) {
-    let mut d = 0;
-    while d < size {
-        let stretch = Stretch::at(first, d, size);
-        // SAFETY: the caller's.
-        unsafe {
-            let groups = groups::<V, N>(rows, first + d);
-            match stretch.is_whole() {
-                true => add_vectors::<V, N>(sums.add(d), &groups, weights, 0..Q4_GROUP / LANES),
-                false => {
-                    let vectors = stretch.vector..stretch.vector + stretch.vectors;
-                    add_vectors::<V, N>(sums.add(d), &groups, weights, vectors);
-                }
-            }
-        }
-        d += stretch.vectors * LANES;
-    }
-}
-
-/// Adds some vectors of the groups, each times its row's weight, to the sums.
-/// # Safety
-/// There are as many sums.
-#[inline(always)]
-unsafe fn add_vectors<V: Simd, const N: usize>(
-    sums: *mut f32,
-    groups: &[Reader<V>; N],
-    weights: &[V::F; N],
-    vectors: Range<usize>,
-) {
-    for (at, j) in vectors.enumerate() {
-        // SAFETY: the caller's.
-        unsafe {
-            let to = sums.add(at * LANES);
-            let mut sum = V::load(to);
-            for (group, weight) in groups.iter().zip(weights) {
-                sum = V::fma(*weight, group.vector(j), sum);
-            }
-            V::store(to, sum);
         }
     }
 }

@@ -8,6 +8,7 @@ mod codes;
 mod copies;
 mod cut;
 mod decode;
+mod decode_q4;
 pub mod gemm;
 pub mod kv;
 mod math;
@@ -26,6 +27,8 @@ mod tile;
 mod transpose;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_quarters;
 
 pub use attend::{AttendArgs, AttendItem, MAX_HEAD_SIZE, attend};
 pub use bandwidth::{copy_bytes, memory_read_sum, multiply_peak};
@@ -39,4 +42,4 @@ pub use simd::Isa;
 
 /// Changes whenever a kernel's speed or rounding does, or what is measured of it: profiles are valid for
 /// one revision.
-pub const KERNEL_REVISION: &str = "10";
+pub const KERNEL_REVISION: &str = "11";

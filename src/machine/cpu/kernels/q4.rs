@@ -8,7 +8,7 @@ use crate::dtype::{Q4_GROUP, Q4_GROUP_BYTES};
 /// Vectors of one group.
 const VECTORS: usize = Q4_GROUP / LANES;
 /// Bytes of the codes of one group.
-const CODE_BYTES: usize = Q4_GROUP / 2;
+pub(super) const CODE_BYTES: usize = Q4_GROUP / 2;
 /// fp16's range.
 pub(super) const LARGEST: f32 = 65504.0;
 /// Adding it leaves a small whole number in the low bits.
@@ -122,6 +122,18 @@ impl<V: Simd> Reader<V> {
                 words: V::load_half_words(group),
                 meanings: V::meanings(scale, minimum),
             }
+        }
+    }
+
+    /// Of a group whose scale and minimum have been read before.
+    /// # Safety
+    /// 32 readable bytes at `group`.
+    #[inline(always)]
+    pub(super) unsafe fn of(group: *const u8, scale: f32, minimum: f32) -> Reader<V> {
+        Reader {
+            // SAFETY: the caller's.
+            words: unsafe { V::load_half_words(group) },
+            meanings: V::meanings(V::splat(scale), V::splat(minimum)),
         }
     }
 

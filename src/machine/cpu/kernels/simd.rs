@@ -193,6 +193,20 @@ pub(super) trait Simd: Copy + 'static {
     /// # Safety
     /// Sixteen 16-bit words readable at `from`, of any alignment; they are zero-extended.
     unsafe fn load_half_words(from: *const u8) -> Self::I;
+    /// Four words, little-endian, from each place.
+    /// # Safety
+    /// Sixteen bytes readable at each of `from`.
+    unsafe fn load_quarters(from: [*const u8; 4]) -> Self::I;
+    /// The same four words four times.
+    /// # Safety
+    /// Sixteen bytes readable at `from`.
+    unsafe fn splat_quarter(from: *const u8) -> Self::I;
+    /// 256 × high + low, added up over the four words of each quarter; wraps.
+    fn sum_quarters(high: Self::I, low: Self::I) -> [i32; 4];
+    /// The first fp16 of each place, then the second of each, as f32.
+    /// # Safety
+    /// Two fp16 readable at each of `from`, eight f32 writable at `to`.
+    unsafe fn store_half_pairs(to: *mut f32, from: [*const u8; 4]);
     /// Asks for a cache line that will be read soon; any address is allowed.
     fn prefetch(at: *const u8);
     /// Asks for a cache line that will be written soon, any address: another core may still hold it, and
@@ -369,6 +383,32 @@ impl Simd for Scalar {
         // SAFETY: the caller's.
         let words = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
         words.map(|word| u16::from_le(word) as u32)
+    }
+    unsafe fn load_quarters(from: [*const u8; 4]) -> [u32; LANES] {
+        // SAFETY: the caller's.
+        let quarters = from.map(|from| unsafe { from.cast::<[u32; 4]>().read_unaligned() });
+        std::array::from_fn(|i| u32::from_le(quarters[i / 4][i % 4]))
+    }
+    unsafe fn splat_quarter(from: *const u8) -> [u32; LANES] {
+        // SAFETY: the caller's.
+        unsafe { Self::load_quarters([from; 4]) }
+    }
+    fn sum_quarters(high: [u32; LANES], low: [u32; LANES]) -> [i32; 4] {
+        std::array::from_fn(|quarter| {
+            let words = 4 * quarter..4 * quarter + 4;
+            words.fold(0, |sum: i32, i| {
+                let word = (high[i] << 8).wrapping_add(low[i]);
+                sum.wrapping_add(word as i32)
+            })
+        })
+    }
+    unsafe fn store_half_pairs(to: *mut f32, from: [*const u8; 4]) {
+        // SAFETY: the caller's.
+        let pairs = from.map(|from| unsafe { from.cast::<[u16; 2]>().read_unaligned() });
+        let value = |bits: u16| f16::from_bits(u16::from_le(bits)).to_f32();
+        let values: [f32; 8] = std::array::from_fn(|i| value(pairs[i % 4][i / 4]));
+        // SAFETY: the caller's.
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(values) }
     }
     fn prefetch(_at: *const u8) {}
     fn prefetch_to_write(_at: *mut f32) {}

@@ -2,6 +2,7 @@
 //! word is `Scalar`'s in simd.rs.
 
 use super::simd::{Body, Simd};
+use super::x86_quarters as quarters;
 use std::arch::x86_64::*;
 
 /// One 512-bit register per vector; with `DOT` also the instructions for bf16 pairs and bytes.
@@ -245,6 +246,8 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         fn to_ints(a: __m512) -> __m512i = _mm512_cvtps_epi32(a);
         fn prefetch(at: *const u8) = _mm_prefetch::<_MM_HINT_T0>(at.cast());
         fn prefetch_to_write(at: *mut f32) = own_line(at);
+        fn sum_quarters(high: __m512i, low: __m512i) -> [i32; 4] =
+            quarters::sum_quarters_16(high, low);
     }
     moves! {
         fn load(from: *const f32) -> __m512 = _mm512_loadu_ps(from);
@@ -269,6 +272,10 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         fn load_words(from: *const u8) -> __m512i = _mm512_loadu_si512(from.cast());
         fn load_half_words(from: *const u8) -> __m512i =
             _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+        fn load_quarters(from: [*const u8; 4]) -> __m512i = quarters::load16(from);
+        fn splat_quarter(from: *const u8) -> __m512i = quarters::splat16(from);
+        fn store_half_pairs(to: *mut f32, from: [*const u8; 4]) =
+            quarters::store_half_pairs(to, from);
     }
 }
 
@@ -422,6 +429,7 @@ impl Simd for Avx2 {
         fn to_ints(a: Pair) -> Words = (_mm256_cvtps_epi32(a.0), _mm256_cvtps_epi32(a.1));
         fn prefetch(at: *const u8) = _mm_prefetch::<_MM_HINT_T0>(at.cast());
         fn prefetch_to_write(at: *mut f32) = own_line(at);
+        fn sum_quarters(high: Words, low: Words) -> [i32; 4] = quarters::sum_quarters_8(high, low);
     }
     moves! {
         fn load(from: *const f32) -> Pair =
@@ -461,5 +469,11 @@ impl Simd for Avx2 {
             (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast()));
         fn load_half_words(from: *const u8) -> Words =
             (half_words8(from), half_words8(from.add(16)));
+        fn load_quarters(from: [*const u8; 4]) -> Words =
+            (quarters::load8(from[0], from[1]), quarters::load8(from[2], from[3]));
+        fn splat_quarter(from: *const u8) -> Words =
+            (quarters::splat8(from), quarters::splat8(from));
+        fn store_half_pairs(to: *mut f32, from: [*const u8; 4]) =
+            quarters::store_half_pairs(to, from);
     }
 }
