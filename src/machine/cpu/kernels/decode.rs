@@ -7,11 +7,13 @@ use super::kv::{KvFormat, extent};
 use super::math::exp;
 use super::panel::Element;
 use super::simd::{LANES, Simd, lanes, store_first};
+use crate::dtype::Dtype;
 use crate::machine::cpu::pool::SCRATCH_FLOATS;
 use std::ops::Range;
 
-/// Bytes of rows that are asked for ahead of the one in use.
+/// Bytes of rows that are asked for ahead of the one in use, and of 4-bit ones.
 const AHEAD_BYTES: usize = 8 * 1024;
+const CODES_AHEAD_BYTES: usize = 16 * 1024;
 /// From one head's scores to the next one's: a line more than a chunk has, so that the heads' scores of
 /// one key do not share a set of the first cache.
 pub(super) const SCORES_APART: usize = CHUNK_KEYS + LANES;
@@ -120,7 +122,7 @@ fn write_queries<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved) {
 }
 
 /// What is asked for while four rows are in use: their heads' places in the order of reading that lie
-/// about `AHEAD_BYTES` later, head by head, so that the requests are spread over the work. That order is
+/// about as many bytes later, head by head, so that the requests are spread over the work. That order is
 /// the chunks', in each all K rows and then all V rows, in fours, and of each four head after head.
 pub(super) struct Ahead {
     /// Rows, shifted so that a head's own place in them is what is to be asked for: up to head `around`,
@@ -136,7 +138,11 @@ impl Ahead {
         let heads = part.heads.len();
         let (first, bytes) = extent(part.problem.format, &part.elements());
         let head_bytes = bytes.div_ceil(heads);
-        let later = (AHEAD_BYTES / (ROWS_TOGETHER * head_bytes)).max(1);
+        let ahead_bytes = match part.problem.format {
+            Dtype::Q4 => CODES_AHEAD_BYTES,
+            _ => AHEAD_BYTES,
+        };
+        let later = (ahead_bytes / (ROWS_TOGETHER * head_bytes)).max(1);
         let (fours, turn) = (later / heads, later % heads);
         let shifts = [turn * head_bytes, (turn * head_bytes).wrapping_sub(bytes)];
         let mut rows = [[std::ptr::null(); ROWS_TOGETHER]; 2];

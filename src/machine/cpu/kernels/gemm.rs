@@ -26,8 +26,10 @@ const X_BYTES: usize = 4 * BLOCK_ROWS * (BLOCK_INPUTS + PAD);
 const CODES_BYTES: usize = X_BYTES / 2;
 /// Up to here every tile converts the weights itself: cheaper than writing them out once.
 const DIRECT_ROWS: usize = 2 * TALL_ROWS;
-/// How far ahead of the products a stream of weights is asked for.
-const AHEAD_BYTES: usize = 2048;
+/// How far ahead of the products a stream of weights is asked for, and one of 4-bit weights, whose products
+/// take less time for as many bytes.
+const AHEAD_BYTES: usize = 4096;
+const CODES_AHEAD_BYTES: usize = 12 * 1024;
 
 const _: () = assert!(
     4 * BLOCK_WORDS + X_BYTES <= 4 * crate::machine::cpu::pool::SCRATCH_FLOATS
@@ -237,7 +239,7 @@ impl<'a> Part<'a> {
                     let first = self.rows.len() * t / count;
                     let rows = self.rows.len() * (t + 1) / count - first;
                     let mut tile = self.tile(panel, self.rows.start + first, rows, some.clone());
-                    tile.ahead.from = group.wrapping_add(AHEAD_BYTES);
+                    tile.ahead.from = group.wrapping_add(CODES_AHEAD_BYTES);
                     tile.ahead.step = (t == 0) as usize;
                     let x = x.beyond(first);
                     let last = some.end == inputs;
