@@ -53,13 +53,13 @@ impl Ceilings {
 }
 
 /// The best of at least five runs and 0.3 s of them: what the kernel can do beside other work on the
-/// machine. With threads=1 it is the mean of the CPU seconds, which other processes disturb less.
+/// machine. What the first run left in the caches is not what the second one reads. With threads=1 it is the mean of the CPU seconds, which other processes disturb less.
 fn seconds(mut work: impl FnMut(usize)) -> f64 {
     work(0);
     let (start, used, mut times) = (Instant::now(), cpu_s(), Vec::new());
     while times.len() < 5 || start.elapsed().as_secs_f64() < 0.3 {
         let one = Instant::now();
-        work(times.len());
+        work(times.len() + 1);
         times.push(one.elapsed().as_secs_f64());
     }
     if option("threads=") == Some(1) {
