@@ -13,7 +13,7 @@ use std::ops::Range;
 
 /// Bytes of rows that are asked for ahead of the one in use, and of 4-bit ones.
 const AHEAD_BYTES: usize = 8 * 1024;
-const CODES_AHEAD_BYTES: usize = 16 * 1024;
+const CODES_AHEAD_BYTES: usize = 12 * 1024;
 /// From one head's scores to the next one's: a line more than a chunk has, so that the heads' scores of
 /// one key do not share a set of the first cache.
 pub(super) const SCORES_APART: usize = CHUNK_KEYS + LANES;

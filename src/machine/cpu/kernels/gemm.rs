@@ -29,7 +29,7 @@ const DIRECT_ROWS: usize = 2 * TALL_ROWS;
 /// How far ahead of the products a stream of weights is asked for, and one of 4-bit weights, whose products
 /// take less time for as many bytes.
 const AHEAD_BYTES: usize = 4096;
-const CODES_AHEAD_BYTES: usize = 12 * 1024;
+const CODES_AHEAD_BYTES: usize = 6 * 1024;
 
 const _: () = assert!(
     4 * BLOCK_WORDS + X_BYTES <= 4 * crate::machine::cpu::pool::SCRATCH_FLOATS
