@@ -53,7 +53,8 @@ impl Ceilings {
 }
 
 /// The best of at least five runs and 0.3 s of them: what the kernel can do beside other work on the
-/// machine. What the first run left in the caches is not what the second one reads. With threads=1 it is the mean of the CPU seconds, which other processes disturb less.
+/// machine. What the first run left in the caches is not what the second one reads. With threads=1 it is
+/// the mean of the CPU seconds, which other processes disturb less.
 fn seconds(mut work: impl FnMut(usize)) -> f64 {
     work(0);
     let (start, used, mut times) = (Instant::now(), cpu_s(), Vec::new());

@@ -224,12 +224,8 @@ fn cycle_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> {
     }
     let hidden = sum(&work.hidden);
     let cache = sum(&work.cache);
-    // Staggered, hidden states have three places.
+    let staggered = place.is_staggered(input, work);
     let batches = place.batches();
-    let places = match place.is_staggered(input, work) {
-        true => 3.0,
-        false => 2.0,
-    };
     let mut rows = Vec::new();
     for way in Way::all(input, work) {
         let mut add = |turn: Turn, seconds: Affine, steps: f64| {
@@ -238,8 +234,14 @@ fn cycle_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> {
                 seconds: seconds.scaled(1.0 / steps),
             });
         };
-        add(Turn::Batch, way.whole(), batches.min(2.0));
-        add(Turn::Batch, hidden.plus(&way.whole()), batches.min(places));
+        let through = hidden.plus(&way.whole());
+        if staggered {
+            // Of what is attended there are two halves, of hidden states three places.
+            add(Turn::Batch, way.whole(), batches.min(2.0));
+            add(Turn::Batch, through, batches.min(3.0));
+        } else {
+            add(Turn::Batch, through, batches.min(2.0));
+        }
         if !cache.is_zero() {
             add(Turn::CacheHalf, cache.plus(&way.attention), 2.0);
         }

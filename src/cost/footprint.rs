@@ -273,16 +273,16 @@ impl Footprint {
     }
 
     fn add_rings(&mut self, input: &FootprintInput) {
-        let of = |doubled| RingUse {
+        let plain = RingUse {
             reused: input.block.weights_reused(input.policy),
             staggered: input.block.staggers(input.policy, input.device),
-            doubled,
+            doubled: false,
         };
         let from_disk = [WeightHome::DiskShip, WeightHome::DiskCompute];
         let shipped = [WeightHome::CpuShip, WeightHome::DiskShip];
         for (tier, homes) in [(Tier::Cpu, from_disk), (Tier::Gpu, shipped)] {
             let doubled = tier == Tier::Gpu && input.policy.double_buffer;
-            let bytes = ring_bytes(input.placement, &homes, of(doubled));
+            let bytes = ring_bytes(input.placement, &homes, RingUse { doubled, ..plain });
             self.put(tier, Buffer::Ring, bytes);
         }
         let stage = embedding_stage_bytes(input.placement, input.device);

@@ -125,14 +125,13 @@ impl<'m> Core<'m> {
     }
 
     pub fn step_rules(&self) -> StepRules {
-        let batches = self.facts.policy.num_gpu_batches;
         let staggers = self
             .facts
             .block
             .staggers(&self.facts.policy, self.facts.device);
         StepRules {
             gpu_batch_size: self.facts.policy.gpu_batch_size,
-            batches,
+            batches: self.facts.policy.num_gpu_batches,
             chunk_rows: self.facts.block.chunk_rows as usize,
             compute: self.compute,
             hidden_tiers: self.facts.placement.hidden_tiers.clone(),
@@ -150,10 +149,9 @@ impl<'m> Core<'m> {
     /// `more` says whether another pass will follow, so that its first weights can be on their way.
     pub fn run_pass(&mut self, step: &Step, more: bool) -> Result<Fences, MachineError> {
         self.machine.set_phase(step.phase);
-        let batches = self.facts.policy.num_gpu_batches;
         let schedule = Schedule {
             stages: self.facts.model.stages(),
-            batches,
+            batches: self.facts.policy.num_gpu_batches,
             staggered: step.staggered,
         };
         self.visits.begin_pass(hidden_parts(step.staggered));

@@ -56,7 +56,6 @@ pub fn measure(
     let mut meter = Meter {
         machine: ThreadedMachine::open(request)?,
         room,
-        extent,
         stop,
     };
     let memory = meter.memory()?;
@@ -122,7 +121,6 @@ impl Held {
 struct Meter<'a> {
     machine: ThreadedMachine,
     room: Room,
-    extent: &'static GpuExtent,
     stop: &'a AtomicBool,
 }
 
@@ -148,7 +146,7 @@ impl Meter<'_> {
 
     /// Median seconds of one run of a task; the first run, which may load code, does not count.
     fn seconds(&mut self, task: &Task) -> Result<f64, ProbeError> {
-        let extent = self.extent;
+        let extent = self.room.extent;
         self.busy(task, 1)?;
         let once = self.busy(task, 1)?.max(1e-7);
         let repeats = ((extent.sample_s / once) as usize).clamp(1, extent.most_repeats);
@@ -172,10 +170,10 @@ impl Meter<'_> {
     /// Wall seconds from submitting to finishing, per operation, over many that do next to nothing.
     fn launch(&mut self) -> Result<f64, ProbeError> {
         let task = work::nothing(&self.room);
-        let launches = self.extent.launches;
+        let launches = self.room.extent.launches;
         self.busy(&task, launches)?;
         let mut series = Series::default();
-        for _ in 0..self.extent.rounds {
+        for _ in 0..self.room.extent.rounds {
             let start = Instant::now();
             self.busy(&task, launches)?;
             series.push(start.elapsed().as_secs_f64() / launches as f64);
@@ -187,9 +185,9 @@ impl Meter<'_> {
         let mut curves = BTreeMap::new();
         for format in [Dtype::F16, Dtype::Q4, Dtype::Bf16, Dtype::F32] {
             let mut points = Vec::new();
-            for &(inputs, outputs) in self.extent.gemm_shapes {
+            for &(inputs, outputs) in self.room.extent.gemm_shapes {
                 let mut last = None;
-                for &rows in self.extent.gemm_rows {
+                for &rows in self.room.extent.gemm_rows {
                     let long = |(m, s): (usize, f64)| s * rows as f64 / m as f64 > LONG_S;
                     let shape = (rows, inputs, outputs);
                     let Some(task) = work::product(&self.room, format, shape) else {
@@ -214,7 +212,7 @@ impl Meter<'_> {
     /// 4-bit bytes per second to fp16, by how many there are.
     fn widening(&mut self) -> Result<Vec<(u64, f64)>, ProbeError> {
         let mut curve = Vec::new();
-        for &(inputs, outputs) in self.extent.gemm_shapes {
+        for &(inputs, outputs) in self.room.extent.gemm_shapes {
             let Some((task, bytes)) = work::widen(&self.room, (inputs, outputs)) else {
                 break;
             };
@@ -254,7 +252,7 @@ impl Meter<'_> {
             let most = self.room.link_bytes;
             let mut curves = [Vec::new(), Vec::new()];
             for (curve, pinned) in curves.iter_mut().zip([true, false]) {
-                let sizes = self.extent.link_bytes.iter().copied();
+                let sizes = self.room.extent.link_bytes.iter().copied();
                 for bytes in sizes.filter(|&b| b <= most) {
                     let task = work::copy(&self.room, lane, (bytes, pinned));
                     let seconds = self.seconds(&task)?;
@@ -288,11 +286,11 @@ impl Meter<'_> {
     fn race(&mut self, first: &Task, second: &Task) -> Result<[f64; 2], ProbeError> {
         let alone = [self.seconds(first)?, self.seconds(second)?];
         // As many of each as take about the same time.
-        let window_s = (4.0 * alone[0].max(alone[1])).max(self.extent.sample_s);
-        let counts =
-            alone.map(|s| ((window_s / s).round() as usize).clamp(1, self.extent.most_repeats));
+        let window_s = (4.0 * alone[0].max(alone[1])).max(self.room.extent.sample_s);
+        let counts = alone
+            .map(|s| ((window_s / s).round() as usize).clamp(1, self.room.extent.most_repeats));
         let mut kept = [Series::default(), Series::default()];
-        for _ in 0..self.extent.rounds {
+        for _ in 0..self.room.extent.rounds {
             let before = self.machine.lane_figures();
             let tasks = [first, second];
             for turn in 0..counts[0].max(counts[1]) {
@@ -316,7 +314,7 @@ impl Meter<'_> {
 
     fn contention(&mut self, profile: &mut HardwareProfile) -> Result<(), ProbeError> {
         let copy = self.room.link_bytes.min(16 * MIB);
-        let (inputs, outputs) = self.extent.race_shape;
+        let (inputs, outputs) = self.room.extent.race_shape;
         let product = work::product(&self.room, Dtype::F16, (8, inputs, outputs));
         let beside = work::cpu_product(&self.room);
         for (name, task) in [("gpu_compute", product), ("cpu_compute", Some(beside))] {

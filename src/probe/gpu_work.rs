@@ -44,7 +44,7 @@ pub struct Room {
     scratch_bytes: u64,
     /// The largest copy, page-locked and not, each in a region of its own.
     pub link_bytes: u64,
-    extent: &'static GpuExtent,
+    pub extent: &'static GpuExtent,
 }
 
 impl Room {

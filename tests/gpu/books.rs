@@ -12,10 +12,14 @@ fn books(gpu: &Gpu, (prompt, max_tokens): (usize, usize), words: &str) -> HashMa
         format!("{{\"prompt\": {prompt:?}, \"max_tokens\": {max_tokens}}}\n")
     };
     let lines: String = (0..4).map(line).collect();
-    let words = format!("--model GOLDEN --ignore-eos {words}");
+    counted(gpu, &lines, &format!("--model GOLDEN --ignore-eos {words}"))
+}
+
+/// The same of any lines and model.
+fn counted(gpu: &Gpu, lines: &str, words: &str) -> HashMap<String, u64> {
     let log = gpu.home.path("log.txt").display().to_string();
     let told = gpu.with(&[("FAKE_CUDA_LOG", &log)]);
-    told.run_lines(&lines, "cuda:0", &words).good();
+    told.run_lines(lines, "cuda:0", words).good();
     let text = gpu.home.read("log.txt");
     let count = |line: &str| {
         let (name, count) = line.rsplit_once(' ')?;
@@ -122,18 +126,22 @@ fn device_memory_is_what_was_planned() {
     ] {
         let taken = books(&gpu, (20, 4), words)["device peak bytes"];
         let report = gpu.home.json("report.json");
-        let peak = |of: &serde_json::Value| of["tiers"]["gpu"]["peak_bytes"].as_u64();
-        let planned = peak(&report["plan"]["estimate"]).expect("planned");
-        let measured = peak(&report["measured"]).expect("measured");
-        assert!(
-            taken <= planned && 100 * taken >= 97 * planned,
-            "{taken} of {planned}"
-        );
-        assert!(
-            measured <= planned && 100 * measured >= 97 * planned,
-            "{measured} of {planned}"
-        );
+        let planned = peak(&report["plan"]["estimate"]);
+        is_close(taken, planned, words);
+        is_close(peak(&report["measured"]), planned, words);
     }
+}
+
+fn peak(of: &serde_json::Value) -> u64 {
+    let bytes = of["tiers"]["gpu"]["peak_bytes"].as_u64();
+    bytes.expect("a peak")
+}
+
+fn is_close(taken: u64, planned: u64, what: &str) {
+    assert!(
+        taken <= planned && 100 * taken >= 97 * planned,
+        "{what}: {taken} of {planned}"
+    );
 }
 
 /// There the management library knows processes by other numbers, and what a run holds is a difference: also of the
@@ -151,19 +159,9 @@ fn device_memory_is_counted_in_a_container_too() {
     assert!(output.status.success(), "{said}");
     for run in ["one", "two"] {
         let report = gpu.home.json(&format!("out/{run}.json"));
-        let bytes = |of: &str, name: &str| {
-            let tiers = match of {
-                "plan" => &report["plan"]["estimate"],
-                other => &report[other],
-            };
-            tiers["tiers"]["gpu"][name].as_u64().expect("bytes")
-        };
-        let (planned, measured) = (bytes("plan", "peak_bytes"), bytes("measured", "peak_bytes"));
-        assert!(
-            measured <= planned && 100 * measured >= 97 * planned,
-            "{run}: {measured} of {planned}"
-        );
-        assert_eq!(bytes("measured", "others_bytes"), 0, "{run}");
+        let measured = &report["measured"];
+        is_close(peak(measured), peak(&report["plan"]["estimate"]), run);
+        assert_eq!(measured["tiers"]["gpu"]["others_bytes"], 0, "{run}");
     }
 }
 
@@ -172,18 +170,8 @@ fn device_memory_is_counted_in_a_container_too() {
 #[test]
 fn cublas_is_warm_before_the_first_pass() {
     let Some(gpu) = Gpu::new() else { return };
-    let words =
-        "--gpu-mem 512MiB --percent 100 0 100 0 100 0 --gpu-batch-size 2 --num-gpu-batches 1";
-    gpu.home
-        .write("in.jsonl", "{\"prompt\": [5, 6, 7], \"max_tokens\": 2}\n");
-    let log = gpu.home.path("log.txt").display().to_string();
-    let told = gpu.with(&[("FAKE_CUDA_LOG", &log)]);
-    let words =
-        format!("run --model synth:opt-125m --unpacked --input in.jsonl --device cuda:0 {words}");
-    let output = told.output(&words);
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
-    let books = gpu.home.read("log.txt");
-    let wanted = format!("\nproducts {WARM_UP}\n");
-    assert!(books.contains(&wanted), "{books}");
+    let line = "{\"prompt\": [5, 6, 7], \"max_tokens\": 2}\n";
+    let words = "--model synth:opt-125m --unpacked --gpu-mem 512MiB --percent 100 0 100 0 100 0 \
+        --gpu-batch-size 2 --num-gpu-batches 1";
+    assert_eq!(counted(&gpu, line, words)["products"], WARM_UP);
 }

@@ -163,43 +163,33 @@ fn look() -> Result<usize, GpuError> {
             }
         }
     }
-    check_compiler(driver, &remedy)?;
-    check_blas(driver, &remedy)?;
+    let compiler = super::modules::compiler_version();
+    let compiler = compiler.map(|(major, minor)| (major, format!("{major}.{minor}")));
+    check_release(&NVRTC, compiler, (driver, &remedy))?;
+    let blas = super::blas::major_version().map(|major| (major, major.to_string()));
+    check_release(&CUBLAS, blas, (driver, &remedy))?;
     Ok(count)
 }
 
-/// One newer than the driver has no kernels that the driver takes, and says no more than "not initialised".
-fn check_blas(driver: u32, remedy: &str) -> Result<(), GpuError> {
-    match super::blas::major_version() {
-        Some(major) if major > driver / 1000 => {
+/// A compiler of a newer CUDA than the driver's makes kernels that the driver refuses, and such a cuBLAS has no
+/// others, and says no more than "not initialised". `release`: the library's CUDA by its first number, and in full.
+fn check_release(
+    library: &Library,
+    release: Option<(u32, String)>,
+    (driver, remedy): (u32, &str),
+) -> Result<(), GpuError> {
+    let stem = library.stem;
+    match release {
+        Some((major, shown)) if major > driver / 1000 => {
             let cause = format!(
-                "libcublas is of CUDA {major} and the driver of CUDA {}",
+                "lib{stem} is of CUDA {shown} and the driver of CUDA {}",
                 show_version(driver)
             );
             Err(unusable(cause, remedy))
         }
         Some(_) => Ok(()),
         None => Err(unusable(
-            "libcublas does not tell its version".into(),
-            remedy,
-        )),
-    }
-}
-
-/// A compiler newer than the driver makes kernels that the driver refuses.
-fn check_compiler(driver: u32, remedy: &str) -> Result<(), GpuError> {
-    let compiler = super::modules::compiler_version();
-    match compiler {
-        Some((major, minor)) if major > driver / 1000 => {
-            let cause = format!(
-                "libnvrtc is of CUDA {major}.{minor} and the driver of CUDA {}",
-                show_version(driver)
-            );
-            Err(unusable(cause, remedy))
-        }
-        Some(_) => Ok(()),
-        None => Err(unusable(
-            "libnvrtc does not tell its version".into(),
+            format!("lib{stem} does not tell its version"),
             remedy,
         )),
     }

@@ -219,11 +219,13 @@ fn open_rows<V: Simd, K: KvFormat>(
     side: usize,
 ) -> [*const u8; ROWS_TOGETHER] {
     let mut rows = [std::ptr::null(); ROWS_TOGETHER];
+    for (j, row) in rows.iter_mut().enumerate() {
+        *row = part.row(first + j.min(together - 1), side);
+    }
     if coded::<K>(part) {
         let (bytes, group_bytes) = extent(part.problem.format, &part.elements());
-        for (j, row) in rows.iter_mut().enumerate() {
-            let token = first + j.min(together - 1);
-            *row = part.row(token, side).wrapping_add(bytes);
+        for row in rows.iter_mut() {
+            *row = row.wrapping_add(bytes);
         }
         // SAFETY: `check` found the records inside the cache; the buffer has more room than that.
         unsafe { decode_q4::read_ends::<V>(&rows, group_bytes, carved.buffer) };
@@ -231,11 +233,10 @@ fn open_rows<V: Simd, K: KvFormat>(
     }
     let room = part.elements().len() + BUFFER_SLACK;
     for (j, row) in rows.iter_mut().enumerate() {
-        let token = first + j.min(together - 1);
         // SAFETY: `check` found the record inside the cache; `heads_that_fit` left each row its room.
         *row = unsafe {
             let buffer = carved.buffer.as_mut_ptr().add(j * room);
-            K::open::<V>(part.row(token, side), part.elements(), buffer)
+            K::open::<V>(*row, part.elements(), buffer)
         };
     }
     rows

@@ -182,6 +182,7 @@ pub(super) unsafe fn score<V: Simd>(
         unsafe {
             let query = carved.queries.as_ptr().add(head * carved.query_room);
             let ends = carved.buffer.as_ptr();
+            // The usual counts as constants, for which the compiler unrolls.
             let dots = match whole {
                 1 => dots::<V>(rows, (head, 1), query, ends),
                 2 => dots::<V>(rows, (2 * head, 2), query, ends),
@@ -358,13 +359,24 @@ unsafe fn readers<V: Simd, const N: usize>(
 ) -> [Reader<V>; N] {
     // SAFETY: the caller's.
     unsafe {
-        let (at, ends) = (group * Q4_GROUP_BYTES, ends.add(group * ENDS));
-        let mut readers = [Reader::of(rows[0].add(at), *ends, *ends.add(ROWS_TOGETHER)); N];
+        let ends = ends.add(group * ENDS);
+        let mut readers = [reader(rows[0], group, ends); N];
         for r in 1..N {
-            let (scale, minimum) = (*ends.add(r), *ends.add(ROWS_TOGETHER + r));
-            readers[r] = Reader::of(rows[r].add(at), scale, minimum);
+            readers[r] = reader(rows[r], group, ends.add(r));
         }
         readers
+    }
+}
+
+/// A row's group, whose scale is at `ends` and its minimum a four behind.
+/// # Safety
+/// As for `readers`.
+#[inline(always)]
+unsafe fn reader<V: Simd>(row: *const u8, group: usize, ends: *const f32) -> Reader<V> {
+    // SAFETY: the caller's.
+    unsafe {
+        let (scale, minimum) = (V::splat(*ends), V::splat(*ends.add(ROWS_TOGETHER)));
+        Reader::of(row.add(group * Q4_GROUP_BYTES), scale, minimum)
     }
 }
 

@@ -118,10 +118,7 @@ impl<V: Simd> Reader<V> {
             let ends = group.add(CODE_BYTES).cast::<u16>();
             let scale = V::splat_f16(u16::from_le(ends.read_unaligned()));
             let minimum = V::splat_f16(u16::from_le(ends.add(1).read_unaligned()));
-            Reader {
-                words: V::load_half_words(group),
-                meanings: V::meanings(scale, minimum),
-            }
+            Reader::of(group, scale, minimum)
         }
     }
 
@@ -129,11 +126,11 @@ impl<V: Simd> Reader<V> {
     /// # Safety
     /// 32 readable bytes at `group`.
     #[inline(always)]
-    pub(super) unsafe fn of(group: *const u8, scale: f32, minimum: f32) -> Reader<V> {
+    pub(super) unsafe fn of(group: *const u8, scale: V::F, minimum: V::F) -> Reader<V> {
         Reader {
             // SAFETY: the caller's.
             words: unsafe { V::load_half_words(group) },
-            meanings: V::meanings(V::splat(scale), V::splat(minimum)),
+            meanings: V::meanings(scale, minimum),
         }
     }
 
