@@ -6,7 +6,7 @@ use loadmaster::machine::arena::AlignedBuffer;
 use loadmaster::machine::cpu::kernels::{Isa, memory_read_sum, multiply_peak};
 use loadmaster::machine::cpu::pool::Pool;
 use loadmaster::machine::disk::{DiskFile, IoPool, IoRequest};
-use loadmaster::machine::threaded::IO_THREADS;
+use loadmaster::machine::threaded::READ_THREADS;
 use std::path::Path;
 use std::time::Instant;
 
@@ -60,7 +60,7 @@ impl Meter {
         let mut meter = Meter {
             pool: Pool::new(threads),
             file,
-            io: IoPool::new(IO_THREADS).expect("threads"),
+            io: IoPool::new(READ_THREADS).expect("threads"),
             block: AlignedBuffer::new(BLOCK_BYTES).expect("memory"),
         };
         meter.block.fill(1);

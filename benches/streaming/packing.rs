@@ -9,7 +9,7 @@ use loadmaster::machine::arena::AlignedBuffer;
 use loadmaster::machine::cpu::pool::Pool;
 use loadmaster::machine::disk::{DiskFile, IoPool, IoRequest};
 use loadmaster::machine::os;
-use loadmaster::machine::threaded::IO_THREADS;
+use loadmaster::machine::threaded::READ_THREADS;
 use loadmaster::model::families::named_size;
 use loadmaster::store::{self, PackJob, Store};
 use std::path::{Path, PathBuf};
@@ -127,7 +127,7 @@ fn copy(home: &Path, files: &[PathBuf], bytes_out: u64) -> f64 {
         let (empty_in, empty_out) = sync_channel(4);
         (0..4).for_each(|_| empty_in.send(buffer()).expect("room for all"));
         scope.spawn(move || read_all(files, &empty_out, &full_in));
-        let pool = IoPool::new(IO_THREADS).expect("threads");
+        let pool = IoPool::new(READ_THREADS).expect("threads");
         let mut at = 0;
         for block in full_out {
             let bytes = (whole - at).min(block.len() as u64);
@@ -150,7 +150,7 @@ fn read_all(
     empty: &std::sync::mpsc::Receiver<AlignedBuffer>,
     full: &std::sync::mpsc::SyncSender<AlignedBuffer>,
 ) {
-    let pool = IoPool::new(IO_THREADS).expect("threads");
+    let pool = IoPool::new(READ_THREADS).expect("threads");
     for path in files {
         let file = DiskFile::open_read(path).expect("there");
         let bytes = file.len_bytes().expect("a length");

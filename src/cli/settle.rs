@@ -204,10 +204,9 @@ pub fn measure(
     stop: &AtomicBool,
 ) -> Result<HardwareProfile, Failure> {
     make_offload_dir(offload_dir)?;
-    let free = os::default_cpu_budget().unwrap_or(probe::DEFAULT_BUDGET_BYTES);
-    let budget_bytes = cpu_mem_bytes
-        .unwrap_or(free)
-        .min(probe::DEFAULT_BUDGET_BYTES);
+    let enough = probe::default_budget_bytes();
+    let free = os::default_cpu_budget().unwrap_or(enough);
+    let budget_bytes = cpu_mem_bytes.unwrap_or(free).min(enough);
     let profile = probe::probe(ProbeOptions {
         offload_dir,
         threads,

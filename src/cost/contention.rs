@@ -9,6 +9,10 @@ use crate::tier::Lane;
 
 type Table = [[f64; 6]; 6];
 
+/// What reads and writes keep beside each other, [reads are small][writes are small]: a small write waits behind
+/// what is being read.
+type DiskTable = [[[f64; 2]; 2]; 2];
+
 /// How small requests of so many bytes are: 0 as large as [contention]'s large ones or larger, 1 as its small
 /// ones or smaller.
 pub fn smallness(request_bytes: f64) -> f64 {
@@ -21,16 +25,36 @@ pub fn smallness(request_bytes: f64) -> f64 {
 pub struct Keeps {
     /// [memory][small][a][b]: what lane a keeps of its rate while lane b runs.
     tables: [[Table; 2]; 2],
+    disk: DiskTable,
 }
 
 impl Keeps {
     pub fn new(profile: &HardwareProfile) -> Result<Keeps, RatesError> {
         let tables = tables(profile)?;
-        Ok(Keeps { tables })
+        let disk = disk_table(profile);
+        Ok(Keeps { tables, disk })
     }
 
     /// What a lane keeps beside one other, each with how hard it is on others.
     pub fn kept(&self, lane: (Lane, f64), other: (Lane, f64)) -> f64 {
+        match (lane.0, other.0) {
+            (Lane::DiskToCpu, Lane::CpuToDisk) => self.beside_disk(lane.1, other.1)[0],
+            (Lane::CpuToDisk, Lane::DiskToCpu) => self.beside_disk(other.1, lane.1)[1],
+            _ => self.beside(lane, other),
+        }
+    }
+
+    /// What reads and writes of such smallness keep beside each other.
+    fn beside_disk(&self, read: f64, write: f64) -> [f64; 2] {
+        let mixed = |a: f64, b: f64, part: f64| a * (1.0 - part) + b * part;
+        let [large, small] = &self.disk;
+        [0, 1].map(|lane| {
+            let of = |row: &[[f64; 2]; 2]| mixed(row[0][lane], row[1][lane], write);
+            mixed(of(large), of(small), read)
+        })
+    }
+
+    fn beside(&self, lane: (Lane, f64), other: (Lane, f64)) -> f64 {
         let hard = |computes: bool| {
             let of = [lane, other].map(|l| match (l.0 == Lane::CpuCompute) == computes {
                 true => l.1,
@@ -49,10 +73,6 @@ impl Keeps {
 
 fn tables(profile: &HardwareProfile) -> Result<[[Table; 2]; 2], RatesError> {
     let mut keeps = [[1.0; 6]; 6];
-    // One device: where nobody measured more, reads and writes share its time.
-    let (read, write) = (Lane::DiskToCpu as usize, Lane::CpuToDisk as usize);
-    keeps[read][write] = 0.5;
-    keeps[write][read] = 0.5;
     if let (Some(up), Some(down)) = (&profile.links.cpu_to_gpu, &profile.links.gpu_to_cpu) {
         let (u, d) = (Lane::CpuToGpu as usize, Lane::GpuToCpu as usize);
         keeps[u][d] = (up.both_directions_pct / 100.0).clamp(0.05, 1.0);
@@ -69,6 +89,20 @@ fn tables(profile: &HardwareProfile) -> Result<[[Table; 2]; 2], RatesError> {
     Ok([[large, small], [bound, both]])
 }
 
+/// One device: where nobody measured more, reads and writes share its time. What was not measured of small
+/// requests is as with large ones.
+fn disk_table(profile: &HardwareProfile) -> DiskTable {
+    let of = |read: &str, write: &str| {
+        let [a, b] = [Lane::DiskToCpu, Lane::CpuToDisk].map(Lane::name);
+        let found = profile.contention.get(&format!("{a}{read}+{b}{write}"));
+        found.map(|keeps| keeps.map(|part| part.min(1.0)))
+    };
+    let large = of("", "").unwrap_or([0.5; 2]);
+    let small_writes = of("", SMALL_SUFFIX).unwrap_or(large);
+    let small = of(SMALL_SUFFIX, SMALL_SUFFIX).unwrap_or(large);
+    [[large, small_writes], [large, small]]
+}
+
 /// Enters what was measured of pairs of lanes, of one kind of products and of requests.
 fn enter_pairs(
     keeps: &mut Table,
@@ -79,7 +113,10 @@ fn enter_pairs(
     for (pair, &[first, second]) in &profile.contention {
         let (a, b) = pair.split_once('+').unwrap_or((pair, ""));
         let found = (a.ends_with(MEMORY_SUFFIX), b.ends_with(SMALL_SUFFIX));
-        let a = lane(a.trim_end_matches(MEMORY_SUFFIX));
+        let a = lane(
+            a.trim_end_matches(MEMORY_SUFFIX)
+                .trim_end_matches(SMALL_SUFFIX),
+        );
         let lanes = a.zip(lane(b.trim_end_matches(SMALL_SUFFIX)));
         let Some((a, b)) = lanes else {
             return Err(RatesError::Contention {

@@ -152,6 +152,33 @@ fn fewer_threads_calibration_and_contention() {
 }
 
 #[test]
+fn small_writes_wait_behind_what_is_read() {
+    let mut profile = t4();
+    let keeps = |profile: &HardwareProfile, read_bytes: f64, write_bytes: f64| {
+        let rates = Rates::new(profile, DeviceKind::Cpu, 16).unwrap();
+        let read = (Lane::DiskToCpu, smallness(read_bytes));
+        let write = (Lane::CpuToDisk, smallness(write_bytes));
+        [rates.keep(read, &[write]), rates.keep(write, &[read])]
+    };
+    let (large, small) = (LARGE_REQUEST_BYTES, SMALL_REQUEST_BYTES);
+    assert_eq!(keeps(&profile, large, small), [0.6, 0.6], "as large ones");
+    for (pair, parts) in [
+        ("disk_to_cpu+cpu_to_disk_small", [0.9, 0.1]),
+        ("disk_to_cpu_small+cpu_to_disk_small", [0.7, 0.8]),
+    ] {
+        profile.contention.insert(pair.to_owned(), parts);
+    }
+    assert_eq!(keeps(&profile, large, large), [0.6, 0.6]);
+    assert_eq!(keeps(&profile, large, small), [0.9, 0.1]);
+    assert_eq!(keeps(&profile, small, small), [0.7, 0.8]);
+    assert_eq!(keeps(&profile, small, large), [0.6, 0.6]);
+    let [read, write] = keeps(&profile, large, (large * small).sqrt());
+    assert!((read - 0.75).abs() < 1e-12 && (write - 0.35).abs() < 1e-12);
+    profile.contention.clear();
+    assert_eq!(keeps(&profile, large, small), [0.5, 0.5], "one device");
+}
+
+#[test]
 fn short_contexts_cost_what_was_measured_for_them() {
     let mut profile = t4();
     let table = profile.cpu.attention.get_mut("f16").unwrap();

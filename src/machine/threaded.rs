@@ -16,8 +16,11 @@ use crate::policy::DeviceKind;
 use crate::tier::{Lane, PerLane, Phase, Tier};
 use std::sync::Arc;
 
-/// Threads that keep the disk busy. One nearly does; four also cover many small extents.
-pub const IO_THREADS: usize = 4;
+/// Threads that keep the disk busy with reads. One nearly does; four also cover many small extents.
+pub const READ_THREADS: usize = 4;
+/// And with writes: those of a step's cached tokens are a page or two of each sequence, and each waits behind
+/// what is being read, all of them together no longer than one.
+pub const WRITE_THREADS: usize = 16;
 
 /// What to open.
 pub struct OpenRequest {
@@ -108,11 +111,14 @@ fn disk_workers(
     let files: Arc<[Arc<DiskFile>]> = request.files.clone().into();
     let mut bounce = Some(bounce);
     let mut workers = Vec::new();
-    for lane in [Lane::DiskToCpu, Lane::CpuToDisk] {
+    for (lane, threads) in [
+        (Lane::DiskToCpu, READ_THREADS),
+        (Lane::CpuToDisk, WRITE_THREADS),
+    ] {
         let disk = DiskExecutor {
             memory: memory.clone(),
             files: files.clone(),
-            pool: IoPool::new(IO_THREADS).map_err(failed)?,
+            pool: IoPool::new(threads).map_err(failed)?,
             bounce: bounce.take_if(|_| lane == Lane::DiskToCpu),
         };
         workers.push((lane, Worker::Here(Box::new(disk) as _)));

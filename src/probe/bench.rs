@@ -8,9 +8,14 @@ use crate::machine::arena::AlignedBuffer;
 use crate::machine::cpu::kernels::Isa;
 use crate::machine::cpu::pool::Pool;
 use crate::machine::os;
-use crate::units::{MIB, PAGE_BYTES, round_up};
+use crate::units::{GIB, MIB, PAGE_BYTES, round_up};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
+
+/// However large a cache is.
+const MOST_ARENA_BYTES: u64 = GIB;
+/// Numbers that are drawn; the rest of the arena has them again.
+const DRAWN_BYTES: usize = 16 * MIB as usize;
 
 /// Memory, threads and limits of one probe.
 pub struct Bench<'a> {
@@ -36,9 +41,7 @@ impl<'a> Bench<'a> {
         stop: &'a AtomicBool,
     ) -> Result<Bench<'a>, ProbeError> {
         let spare_bytes = room_bytes.saturating_sub(Self::least_bytes(extent));
-        let cache_bytes = os::last_level_cache_bytes().unwrap_or(0);
-        let wanted_bytes = extent.arena_bytes.max(extent.cache_multiple * cache_bytes);
-        let arena_bytes = wanted_bytes.min(extent.arena_bytes + spare_bytes) / MIB * MIB;
+        let arena_bytes = arena_bytes(extent).min(extent.arena_bytes + spare_bytes) / MIB * MIB;
         let mut bench = Bench {
             extent,
             pool: Pool::new(threads),
@@ -54,6 +57,11 @@ impl<'a> Bench<'a> {
             *x = ((i * 37) % 101) as f32 / 101.0 - 0.5;
         }
         Ok(bench)
+    }
+
+    /// Bytes that all buffers take where there is room for as much as they make use of.
+    pub fn most_bytes(extent: &Extent) -> u64 {
+        Self::least_bytes(extent) - extent.arena_bytes + arena_bytes(extent)
     }
 
     /// The least bytes that all buffers take.
@@ -109,6 +117,14 @@ impl<'a> Bench<'a> {
     }
 }
 
+/// Bytes to rotate through: so many times the largest cache that next to nothing is still there when its turn
+/// comes again, caches that keep a part of what passes by among them.
+fn arena_bytes(extent: &Extent) -> u64 {
+    let cache_bytes = os::last_level_cache_bytes().unwrap_or(0);
+    let wanted_bytes = extent.cache_multiple * cache_bytes;
+    extent.arena_bytes.max(wanted_bytes.min(MOST_ARENA_BYTES)) / MIB * MIB
+}
+
 /// Query, key and value rows; products take theirs from the arena.
 fn input_floats(extent: &Extent) -> usize {
     3 * HIDDEN * attention_rows(extent)
@@ -129,10 +145,14 @@ fn output_floats(extent: &Extent) -> usize {
 /// 4-bit scales. Random, because drives that compress would shine on anything else.
 fn fill_with_numbers(arena: &mut AlignedBuffer) {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for word in arena.as_mut_slice_of::<u64>() {
+    let drawn_bytes = DRAWN_BYTES.min(arena.len());
+    let (drawn, rest) = arena.split_at_mut(drawn_bytes);
+    for word in bytemuck::cast_slice_mut::<u8, u64>(drawn) {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
         *word = state & 0x83ff_83ff_83ff_83ff | 0x2c00_2c00_2c00_2c00;
     }
+    rest.chunks_mut(drawn.len().max(1))
+        .for_each(|part| part.copy_from_slice(&drawn[..part.len()]));
 }

@@ -29,10 +29,12 @@ const READ: Kind = (Lane::DiskToCpu, false);
 const WRITE: Kind = (Lane::CpuToDisk, false);
 const SMALL_READ: Kind = (Lane::DiskToCpu, true);
 const SMALL_WRITE: Kind = (Lane::CpuToDisk, true);
-const PAIRS: [(Kind, Kind); 9] = [
+const PAIRS: [(Kind, Kind); 11] = [
     (COMPUTE, READ),
     (COMPUTE, WRITE),
     (READ, WRITE),
+    (READ, SMALL_WRITE),
+    (SMALL_READ, SMALL_WRITE),
     (COMPUTE, SMALL_READ),
     (COMPUTE, SMALL_WRITE),
     (MEMORY, READ),

@@ -6,7 +6,7 @@ use super::bench::Bench;
 use super::samples::{Series, tidy};
 use super::scale::DiskStep;
 use crate::machine::disk::{DiskFile, IoPool, IoRequest};
-use crate::machine::threaded::IO_THREADS;
+use crate::machine::threaded::{READ_THREADS, WRITE_THREADS};
 use crate::profile::{DiskLink, DiskPoint, DiskWriteLink};
 use crate::units::PAGE_BYTES;
 use std::path::Path;
@@ -57,8 +57,8 @@ impl DiskArea {
         let bytes = extent.round_write_bytes() * extent.write_rounds as u64;
         Ok(DiskArea {
             file: DiskFile::create_unlinked(dir, bytes)?,
-            readers: IoPool::new(IO_THREADS)?,
-            writers: IoPool::new(IO_THREADS)?,
+            readers: IoPool::new(READ_THREADS)?,
+            writers: IoPool::new(WRITE_THREADS)?,
             reserved_bytes: bytes,
             filled_bytes: 0,
             read_at: 0,

@@ -42,12 +42,17 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 use thiserror::Error;
 
-/// Enough for a full probe, program text and stacks included.
-pub const DEFAULT_BUDGET_BYTES: u64 = 350 * MIB;
+/// Program text, stacks and what a run holds when it probes, besides a full probe's buffers.
+const HELD_BYTES: u64 = 100 * MIB;
 /// What a probe needs beside its buffers and what the process already holds.
 const SLACK_BYTES: u64 = 16 * MIB;
 /// What a compute thread touches of its stack, generously.
 const STACK_BYTES: u64 = 64 * 1024;
+
+/// Enough for a full probe on this machine.
+pub fn default_budget_bytes() -> u64 {
+    HELD_BYTES + Bench::most_bytes(ProbeScale::Full.extent())
+}
 
 /// Why a machine could not be measured.
 #[derive(Debug, Error)]

@@ -15,6 +15,11 @@ impl Series {
         median(&self.0)
     }
 
+    /// What all of them took on average, interruptions and all; `None` before the first.
+    pub fn mean(&self) -> Option<f64> {
+        (!self.0.is_empty()).then(|| self.0.iter().sum::<f64>() / self.0.len() as f64)
+    }
+
     /// Largest less smallest, in percent of the median.
     pub fn spread_pct(&self) -> f64 {
         let largest = self.0.iter().copied().fold(f64::MIN, f64::max);
@@ -50,12 +55,14 @@ mod tests {
     #[test]
     fn medians_and_spreads() {
         let mut series = Series::default();
-        assert_eq!(series.median(), None);
+        assert_eq!((series.median(), series.mean()), (None, None));
         [10.0, 30.0, 20.0].into_iter().for_each(|v| series.push(v));
         assert_eq!(series.median(), Some(20.0));
         assert_eq!(series.spread_pct(), 100.0);
         series.push(40.0);
         assert_eq!(series.median(), Some(25.0));
+        series.push(400.0);
+        assert_eq!(series.mean(), Some(100.0));
     }
 
     #[test]

@@ -41,7 +41,7 @@ fn a_quick_probe_is_a_valid_profile_that_is_found_again() {
         points
     );
     assert_eq!(profile.cpu.attention.len(), 3);
-    assert_eq!(profile.contention.len(), 9);
+    assert_eq!(profile.contention.len(), 11);
     assert_eq!(profile.links.disk_to_cpu.direct.len(), 2);
     assert!(profile.cpu.launch_s > 0.0 && profile.links.disk_to_cpu.latency_s > 0.0);
     assert!(summary(&profile).len() >= 7);

@@ -29,6 +29,13 @@ pub struct Bracket {
     pub after: f64,
 }
 
+impl Bracket {
+    /// How far the machine was another before the run than after it: 0 when it was the same.
+    fn change(&self) -> f64 {
+        (self.before / self.after).max(self.after / self.before) - 1.0
+    }
+}
+
 /// One visit to a row: loaded once, run `repeats` times, the median of those.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,6 +43,16 @@ pub struct RunRecord {
     pub repeats: usize,
     pub measured: Figures,
     pub brackets: Vec<Bracket>,
+}
+
+impl RunRecord {
+    /// How far the machine changed while it ran, by the burst that changed most.
+    pub fn change(&self) -> f64 {
+        self.brackets
+            .iter()
+            .map(Bracket::change)
+            .fold(0.0, f64::max)
+    }
 }
 
 /// A row: its plan, and its runs so far.

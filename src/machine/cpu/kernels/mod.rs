@@ -42,4 +42,4 @@ pub use simd::Isa;
 
 /// Changes whenever a kernel's speed or rounding does, or what is measured of it: profiles are valid for
 /// one revision.
-pub const KERNEL_REVISION: &str = "11";
+pub const KERNEL_REVISION: &str = "12";
