@@ -197,7 +197,13 @@ pub struct CpuFacts {
     pub append_bytes_per_s: Option<f64>,
     #[serde(default)]
     pub append_call_s: f64,
+    /// Bytes of the last cache, which all threads share. 0 = not known.
+    #[serde(default)]
+    pub cache_bytes: u64,
     pub gemm: BTreeMap<String, GemmCurve>,
+    /// (rows M, part of its seconds) of a product whose weights are still in that cache, by table as `gemm`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub gemm_cached: BTreeMap<String, Vec<(usize, f64)>>,
     pub attention: BTreeMap<String, AttentionRates>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantise: Option<QuantiseRates>,
@@ -302,6 +308,10 @@ impl HardwareProfile {
             rates.extend(points.iter().map(|p| (key.to_owned(), p.2)));
         }
         collect_compute("cpu", &self.cpu.gemm, &self.cpu.attention, &mut rates)?;
+        for (table, points) in &self.cpu.gemm_cached {
+            let key = format!("cpu.gemm_cached.{table}");
+            rates.extend(points.iter().map(|p| (key.clone(), p.1)));
+        }
         let append = self.cpu.append_bytes_per_s;
         rates.extend(append.map(|rate| ("cpu.append_bytes_per_s".to_owned(), rate)));
         if let Some(gpu) = &self.gpu {

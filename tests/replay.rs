@@ -102,6 +102,36 @@ fn closed_form_and_replay_agree() {
     }
 }
 
+/// Two batches of a small model meet a layer's weights one after the other: the second one finds them in the last cache.
+#[test]
+fn weights_in_the_cache_are_priced_alike_and_only_where_they_are_met_again() {
+    let seconds = |size: &str, batches: usize, percent, cached: bool| {
+        let mut profile = round_profile();
+        if cached {
+            profile.cpu.cache_bytes = 32 << 20;
+            let parts = vec![(1, 0.25), (8, 0.5)];
+            profile.cpu.gemm_cached.insert("f16".to_owned(), parts);
+        }
+        let rates = Rates::new(&profile, DeviceKind::Cpu, 2).expect("rates");
+        let p = policy(percent, 1.0, (8 / batches, batches));
+        let workload = Workload::uniform(8, 64, 32);
+        let (closed, played) = priced(size, &p, (&rates, &workload));
+        let off = off_percent(closed.decode_s, played.decode_s);
+        assert!(off < 3.0, "{size}, {batches} batches: {off:.1} % apart");
+        played.decode_s
+    };
+    let dram = [0.0, 100.0, 0.0, 100.0, 0.0, 100.0];
+    let none = seconds("opt-125m", 4, dram, false);
+    assert!(seconds("opt-125m", 4, dram, true) < 0.8 * none);
+    for (size, batches) in [("opt-125m", 1), ("opt-1.3b", 4)] {
+        let none = seconds(size, batches, dram, false);
+        assert_eq!(seconds(size, batches, dram, true), none, "{size}");
+    }
+    // What comes from the disk is in no cache, but the second batch finds what the first one has met.
+    let disk = [0.0, 0.0, 0.0, 100.0, 0.0, 100.0];
+    assert!(seconds("opt-125m", 4, disk, true) <= seconds("opt-125m", 4, disk, false));
+}
+
 /// How far apart one drawn policy's figures are, in percent, and what it is.
 fn apart(drawn: &Drawn) -> (f64, String) {
     let rates = Rates::new(&drawn.profile, drawn.device, drawn.policy.threads).expect("rates");

@@ -15,6 +15,9 @@ use crate::placement::WeightHome;
 use crate::policy::{DeviceKind, Policy};
 use crate::tier::{Lane, Phase, Tier};
 
+/// (rows, how many) of chunks that meet a matrix, and the bytes that pass from one to the next.
+type Met<'a> = (&'a [(f64, f64)], f64);
+
 /// Operations started for one chunk of a layer besides products and attention: two norms, two adds.
 const ROWWISE_LAUNCHES: f64 = 4.0;
 /// A norm reads and writes its rows once; a residual add reads two and writes one: two of each.
@@ -37,7 +40,7 @@ pub struct LayerBuilder<'a> {
     pub(super) gpu: bool,
     cpu_side: bool,
     at: Option<ShareVector>,
-    layer: Vec<Matrix>,
+    pub(super) layer: Vec<Matrix>,
     pub(super) ends: Vec<Matrix>,
 }
 
@@ -129,8 +132,9 @@ impl<'a> LayerBuilder<'a> {
     pub fn layer(&self, step: &Step) -> Work {
         let mut work = Work::default();
         let chunks = step.chunks();
+        let between_bytes = self.between_bytes(step);
         for matrix in &self.layer {
-            self.product(&mut work, matrix, &chunks);
+            self.product(&mut work, matrix, (&chunks, between_bytes));
             self.stream(&mut work, matrix);
         }
         self.rowwise(&mut work, step);
@@ -148,11 +152,11 @@ impl<'a> LayerBuilder<'a> {
             match matrix.kind {
                 MatrixKind::Embedding => {}
                 MatrixKind::ProjectIn => {
-                    self.product(&mut work, matrix, &step.chunks());
+                    self.product(&mut work, matrix, (&step.chunks(), f64::INFINITY));
                     self.stream(&mut work, matrix);
                 }
                 _ => {
-                    self.product(&mut work, matrix, &[(sequences, 1.0)]);
+                    self.product(&mut work, matrix, (&[(sequences, 1.0)], f64::INFINITY));
                     self.stream(&mut work, matrix);
                 }
             }
@@ -232,8 +236,9 @@ impl<'a> LayerBuilder<'a> {
         }
     }
 
-    /// One matrix times its rows, by home: every computer multiplies its own share of the outputs.
-    fn product(&self, work: &mut Work, matrix: &Matrix, chunks: &[(f64, f64)]) {
+    /// One matrix times its rows, by home: every computer multiplies its own share of the outputs. So many bytes pass
+    /// until the next chunk meets the same weights.
+    fn product(&self, work: &mut Work, matrix: &Matrix, (chunks, between_bytes): Met) {
         let bytes = self.matrix_bytes(matrix);
         let passes: f64 = chunks.iter().map(|c| c.1).sum();
         let (tier, lane) = self.computer();
@@ -253,7 +258,7 @@ impl<'a> LayerBuilder<'a> {
             let pieces = self.pieces(matrix, home);
             if (last.0, last.1) != (pieces.bytes, tier) {
                 let of_all = pieces.bytes / bytes;
-                let products_s = self.products_s(matrix, chunks, (tier, of_all));
+                let products_s = self.products_s(matrix, (chunks, between_bytes), (tier, of_all));
                 last = (pieces.bytes, tier, products_s);
             }
             // The program counts a product's first operation among the layer's.
@@ -268,7 +273,9 @@ impl<'a> LayerBuilder<'a> {
             };
             of.coef[index] += seconds;
             if beside || self.on_dram() {
-                work.reads((lane, index), (passes * bytes, seconds), self.rates);
+                let near = self.rates.is_near(tier, between_bytes);
+                let read = bytes * if near { 1.0 } else { passes };
+                work.reads((lane, index), (read, seconds), self.rates);
             }
         }
         if self.at.is_none() {
@@ -285,16 +292,20 @@ impl<'a> LayerBuilder<'a> {
     fn products_s(
         &self,
         matrix: &Matrix,
-        chunks: &[(f64, f64)],
+        (chunks, between_bytes): Met,
         (tier, of_all): (Tier, f64),
     ) -> f64 {
         let format = self.format(matrix);
         let stored = (format, self.policy.arithmetic(format));
         let (inputs, outputs) = (matrix.inputs as f64, matrix.rows as f64);
         let piece = (inputs, outputs * of_all);
+        let passes: f64 = chunks.iter().map(|c| c.1).sum();
+        let again = 1.0 - 1.0 / passes.max(1.0);
         let one = |&(m, count): &(f64, f64)| {
             let wide = (format, self.policy.is_wide());
-            let products = count * self.rates.products(tier, wide, m);
+            let near = self.rates.near_part(tier, stored, (m, between_bytes));
+            let part = 1.0 - again * (1.0 - near);
+            let products = part * count * self.rates.products(tier, wide, m);
             products * inputs * outputs * self.rates.weight_s(tier, stored, m, piece)
         };
         chunks.iter().map(one).sum()
@@ -442,11 +453,6 @@ impl<'a> LayerBuilder<'a> {
 
     pub(super) fn attends_beside(&self, home: Tier) -> bool {
         self.gpu && home != Tier::Gpu && self.policy.cpu_cache_compute
-    }
-
-    fn kv_bytes(&self, step: &Step) -> f64 {
-        let record = self.model.kv_record_bytes(self.policy.kv_format()) as f64;
-        step.sequences() * step.context * record
     }
 
     /// Appending the new rows and attending, all sequences on one tier.

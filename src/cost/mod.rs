@@ -11,6 +11,7 @@ pub mod figures;
 pub mod footprint;
 pub mod layer;
 pub mod locks;
+pub mod near;
 pub mod rates;
 mod requests;
 pub mod ring;

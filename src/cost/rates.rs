@@ -14,6 +14,7 @@ use crate::cost::curves::{
 };
 use crate::cost::footprint::{Buffer, STREAM_CHUNK_BYTES};
 use crate::cost::locks::Unlocked;
+use crate::cost::near::Near;
 use crate::cost::requests::DiskRequests;
 use crate::dtype::{Arithmetic, Dtype, SMALL_ROWS};
 use crate::policy::DeviceKind;
@@ -90,6 +91,7 @@ pub struct Rates {
     pub handover_busy_s: f64,
     /// What the CPU's computing loses when a lane of the disk wakes up meanwhile.
     pub wake_takes_s: f64,
+    near: Near,
     sampling_bytes_per_s: f64,
     /// Nothing, until a machine has been opened.
     pub unlocked: Unlocked,
@@ -131,6 +133,7 @@ impl Rates {
                 .handover_busy_s
                 .unwrap_or(profile.cpu.handover_s),
             wake_takes_s: profile.cpu.wake_takes_s,
+            near: Near::new(&profile.cpu),
             sampling_bytes_per_s: profile
                 .cpu
                 .sampling_bytes_per_s
@@ -213,6 +216,26 @@ impl Rates {
             _ => as_stored(m),
         };
         self.calibrated("gemm", on.name(), seconds)
+    }
+
+    /// Part of its seconds that a product takes after so many bytes since its weights were met the last time.
+    pub fn near_part(
+        &self,
+        on: Tier,
+        stored: (Dtype, Arithmetic),
+        (m, passed_bytes): (f64, f64),
+    ) -> f64 {
+        match self.is_near(on, passed_bytes) {
+            true => self.near.part(stored, m),
+            false => 1.0,
+        }
+    }
+
+    /// Whether weights are still in the last cache after so many bytes.
+    pub fn is_near(&self, on: Tier, passed_bytes: f64) -> bool {
+        // Beside a GPU, or playing one, the CPU has other things to do in between.
+        let alone = self.device == DeviceKind::Cpu && on == Tier::Cpu;
+        alone && self.near.holds(passed_bytes)
     }
 
     /// Seconds of turning 4-bit weights into fp16, where a GPU does so.

@@ -3,7 +3,7 @@
 
 use crate::cost::affine::{Affine, CACHE, HIDDEN};
 use crate::cost::contention::smallness;
-use crate::cost::footprint::{Buffer, embedding_piece_bytes};
+use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES, embedding_piece_bytes};
 use crate::cost::layer::LayerBuilder;
 use crate::cost::steps::Step;
 use crate::cost::terms::Work;
@@ -38,6 +38,26 @@ impl Copies {
 }
 
 impl LayerBuilder<'_> {
+    /// Bytes that computing passes from one chunk's product with a matrix to the next chunk's.
+    pub(super) fn between_bytes(&self, step: &Step) -> f64 {
+        let chunks = step.chunks();
+        let passes: f64 = chunks.iter().map(|c| c.1).sum();
+        let rows: f64 = chunks.iter().map(|c| c.0 * c.1).sum();
+        let width = |m: &Matrix| (m.inputs + m.rows) as u64 * HIDDEN_VALUE_BYTES;
+        let row_bytes = self.layer.iter().map(width).sum::<u64>() as f64;
+        let kv_bytes = match step.phase {
+            Phase::Decode => self.kv_bytes(step),
+            Phase::Prefill => 0.0,
+        };
+        self.layer_bytes() + (rows * row_bytes + kv_bytes) / passes.max(1.0)
+    }
+
+    /// Cached keys and values that a step's attention reads in a layer.
+    pub(super) fn kv_bytes(&self, step: &Step) -> f64 {
+        let record = self.model.kv_record_bytes(self.policy.kv_format()) as f64;
+        step.sequences() * step.context * record
+    }
+
     /// Adds copies to a lane; returns their seconds.
     pub(super) fn copy(&self, work: &mut Work, lane: Lane, copies: &Copies) -> Affine {
         let of = |value: f64| {

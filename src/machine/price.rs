@@ -5,28 +5,65 @@ use super::ops::{Attention, Compute, FileId, KvItem, Op, tier_of};
 use crate::cost::contention::smallness;
 use crate::cost::rates::{AttentionWork, Rates};
 use crate::tier::{Lane, Tier};
+use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// fp32 activations.
 const VALUE_BYTES: f64 = 4.0;
 
-/// Prices operations for one machine.
+/// Prices operations for one machine, in the order in which they are computed.
 #[derive(Clone)]
 pub struct Pricer {
     rates: Rates,
+    reuse: Reuse,
+}
+
+/// When weights were met the last time, in bytes that computing has passed since the beginning.
+#[derive(Clone, Default)]
+struct Reuse {
+    passed_bytes: f64,
+    /// By where they are in DRAM.
+    begun: BTreeMap<u64, f64>,
+}
+
+impl Reuse {
+    /// Bytes since these weights were begun the last time; `bytes` pass now.
+    fn meet(&mut self, weights: u64, bytes: f64) -> f64 {
+        let now = self.passed_bytes;
+        self.passed_bytes += bytes;
+        let before = self.begun.insert(weights, now);
+        before.map_or(f64::INFINITY, |before| now - before)
+    }
+
+    /// What lay there is something else now.
+    fn overwritten(&mut self, memory: Range<u64>) {
+        let there = self.begun.range(memory).map(|(&weights, _)| weights);
+        for weights in there.collect::<Vec<_>>() {
+            self.begun.remove(&weights);
+        }
+    }
 }
 
 impl Pricer {
     pub fn new(rates: Rates) -> Self {
-        Pricer { rates }
+        Pricer {
+            rates,
+            reuse: Reuse::default(),
+        }
     }
 
     /// Seconds of `op` alone on its lane.
-    pub fn seconds(&self, lane: Lane, op: &Op) -> f64 {
+    pub fn seconds(&mut self, lane: Lane, op: &Op) -> f64 {
         let bytes = op.bytes() as f64;
         match op {
-            Op::Read(spans) => self
-                .rates
-                .disk_read_s(bytes, bytes / spans.len().max(1) as f64),
+            Op::Read(spans) => {
+                for span in spans {
+                    self.reuse
+                        .overwritten(span.memory..span.memory + span.bytes);
+                }
+                let block = bytes / spans.len().max(1) as f64;
+                self.rates.disk_read_s(bytes, block)
+            }
             Op::Write(spans) => {
                 let block = bytes / spans.len().max(1) as f64;
                 // Cached tokens go to new pages, hidden rows to the same ones in every layer.
@@ -42,16 +79,21 @@ impl Pricer {
         }
     }
 
-    fn compute_s(&self, on: Tier, compute: &Compute) -> f64 {
+    fn compute_s(&mut self, on: Tier, compute: &Compute) -> f64 {
+        let rates = &self.rates;
         let rowwise = |rows: usize, width: usize, passes: f64| {
-            self.rates
-                .rowwise_s(on, passes * VALUE_BYTES * (rows * width) as f64)
+            rates.rowwise_s(on, passes * VALUE_BYTES * (rows * width) as f64)
         };
         match compute {
             Compute::Gemm(g) => {
                 let weights = (g.format, g.arithmetic);
                 let products = self.rates.products(on, (g.format, g.wide), g.m as f64);
-                products * self.rates.gemm_s(on, weights, g.m, g.inputs, g.rows)
+                let rows_bytes = VALUE_BYTES * (g.m * (g.inputs + g.rows)) as f64;
+                let passed = read_bytes(compute) + rows_bytes;
+                let passed_bytes = self.reuse.meet(g.weights, passed);
+                let near = (g.m as f64, passed_bytes);
+                let part = products * self.rates.near_part(on, weights, near);
+                part * self.rates.gemm_s(on, weights, g.m, g.inputs, g.rows)
             }
             Compute::Embed { ids, to, .. } => rowwise(ids.len, to.width, 2.0),
             Compute::AddPositions { indices, to, .. } => rowwise(indices.len, to.width, 3.0),
@@ -62,7 +104,10 @@ impl Pricer {
             Compute::Scatter { to, .. } => rowwise(to.rows.len, to.width, 2.0),
             Compute::AddRows { to, .. } => rowwise(to.rows.len, to.width, 3.0),
             Compute::Append(a) => self.append_s(on, a),
-            Compute::Attend(a) => self.attend_s(on, a),
+            Compute::Attend(a) => {
+                self.reuse.passed_bytes += read_bytes(compute);
+                self.attend_s(on, a)
+            }
             Compute::Widen(w) => self.rates.widen_s(on, (w.inputs * w.rows) as f64),
         }
     }

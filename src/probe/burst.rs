@@ -37,6 +37,8 @@ static EXTENT: Extent = Extent {
     cache_multiple: 24,
     gemm_rows: &[512],
     gemm_shapes: &SHAPES,
+    near_rows: &[],
+    near_shape: SHAPES[0],
     sample_s: 0.008,
     reads: &[],
     writes: &[DiskStep {

@@ -3,7 +3,7 @@
 
 use super::ProbeError;
 use super::bench::Bench;
-use super::products::product_s;
+use super::products::{matrix_bytes, near_product_s, product_s};
 use super::samples::{Series, median, tidy};
 use super::scale::Extent;
 use crate::dtype::{Arithmetic, Dtype, panels};
@@ -14,6 +14,7 @@ use crate::machine::cpu::kernels::{
     attend, copy_bytes, layer_norm, memory_read_sum, pack_panels,
 };
 use crate::machine::cpu::pool::Pool;
+use crate::machine::os;
 use crate::profile::{AttentionRates, CpuFacts, GemmCurve, QuantiseRates};
 use std::collections::BTreeMap;
 
@@ -50,6 +51,12 @@ struct GemmPoint {
     seconds: Series,
 }
 
+/// A product whose weights are still in the last cache, beside the same one from DRAM.
+struct NearPoint {
+    product: (Dtype, Arithmetic, usize),
+    part: Series,
+}
+
 /// Attention over one format and so many tokens of so many values.
 struct KvPoint {
     format: Dtype,
@@ -73,6 +80,7 @@ enum KvKind {
 /// The CPU's measurements.
 pub struct ComputeArea {
     gemm: Vec<GemmPoint>,
+    near: Vec<NearPoint>,
     attention: Vec<KvPoint>,
     read_bytes_per_s: Series,
     copy_bytes_per_s: Series,
@@ -101,6 +109,7 @@ impl ComputeArea {
         }
         ComputeArea {
             gemm: grid,
+            near: near_points(extent),
             attention: kv_points(extent),
             read_bytes_per_s: Series::default(),
             copy_bytes_per_s: Series::default(),
@@ -117,6 +126,12 @@ impl ComputeArea {
     pub fn round(&mut self, bench: &mut Bench) -> Result<(), ProbeError> {
         self.memory(bench)?;
         self.products(bench)?;
+        for point in &mut self.near {
+            let shape = bench.extent.near_shape;
+            let far_s = product_s(bench, point.product, shape)?;
+            let near_s = near_product_s(bench, point.product, shape)?;
+            point.part.push(near_s / far_s);
+        }
         for point in &mut self.attention {
             match point.kind {
                 KvKind::Prefill => point.rate.push(prefill(bench, point.format, point.tokens)?),
@@ -200,7 +215,9 @@ impl ComputeArea {
             rowwise_bytes_per_s: self.rowwise_bytes_per_s.median().map(tidy),
             append_bytes_per_s: self.append_bytes_per_s.median().map(tidy),
             append_call_s: median(&self.append_call_s),
+            cache_bytes: os::last_level_cache_bytes().unwrap_or(0),
             gemm: self.curves(),
+            gemm_cached: self.near_parts(),
             attention: attention.into(),
             quantise: Some(QuantiseRates {
                 pack_bytes_per_s: median(&self.pack_bytes_per_s),
@@ -231,6 +248,18 @@ impl ComputeArea {
         }
     }
 
+    fn near_parts(&self) -> BTreeMap<String, Vec<(usize, f64)>> {
+        let mut parts = BTreeMap::<String, Vec<(usize, f64)>>::new();
+        for point in &self.near {
+            let (format, arithmetic, rows) = point.product;
+            if let Some(part) = point.part.median() {
+                let table = parts.entry(arithmetic.table_name(format)).or_default();
+                table.push((rows, tidy(part.min(1.0))));
+            }
+        }
+        parts
+    }
+
     fn curves(&self) -> BTreeMap<String, GemmCurve> {
         let mut curves: BTreeMap<String, GemmCurve> = BTreeMap::new();
         for point in &self.gemm {
@@ -247,6 +276,19 @@ impl ComputeArea {
 fn product(bench: &mut Bench, point: &GemmPoint) -> Result<f64, ProbeError> {
     let shape = (point.inputs, point.outputs);
     product_s(bench, (point.format, point.arithmetic, point.rows), shape)
+}
+
+/// Of formats of which half the cache holds the matrix.
+fn near_points(extent: &Extent) -> Vec<NearPoint> {
+    let cache_bytes = os::last_level_cache_bytes().unwrap_or(0);
+    let fits = |format| 2 * matrix_bytes(format, extent.near_shape) as u64 <= cache_bytes;
+    let of = |(format, arithmetic)| {
+        extent.near_rows.iter().map(move |&rows| NearPoint {
+            product: (format, arithmetic, rows),
+            part: Series::default(),
+        })
+    };
+    products().filter(|p| fits(p.0)).flat_map(of).collect()
 }
 
 /// Tokens at the usual width, other widths at the same tokens.

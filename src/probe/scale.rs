@@ -46,6 +46,9 @@ pub struct Extent {
     pub gemm_rows: &'static [usize],
     /// (inputs, outputs): several sizes, and of a size several ratios of the two.
     pub gemm_shapes: &'static [(usize, usize)],
+    /// Rows and shape of products whose weights are still in the last cache.
+    pub near_rows: &'static [usize],
+    pub near_shape: (usize, usize),
     /// A sample repeats its operation until this much time has passed.
     pub sample_s: f64,
     pub reads: &'static [DiskStep],
@@ -116,6 +119,8 @@ static FULL: Extent = Extent {
         (2048, 8192),
         (8192, 2048),
     ],
+    near_rows: &[1, 2, 4, 8, 16, 32],
+    near_shape: (1024, 4096),
     sample_s: 0.008,
     // One large request is cut into pieces that run beside each other; small ones do when several come together.
     reads: &[
@@ -181,6 +186,8 @@ static QUICK: Extent = Extent {
     cache_multiple: 0,
     gemm_rows: &[1, 8],
     gemm_shapes: &[(512, 1024)],
+    near_rows: &[1],
+    near_shape: (512, 1024),
     sample_s: 0.0005,
     reads: &[step(4 * MIB, 1, 1), step(MIB, 4, 1)],
     writes: &[step(4 * MIB, 1, 1), step(MIB, 4, 1)],

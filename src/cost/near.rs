@@ -1,0 +1,88 @@
+//! Products whose weights are still in the processor's last cache, because another batch met them a moment ago.
+//! Which product that is, is known where operations follow each other (machine/price.rs, cost/layer.rs).
+
+use crate::dtype::{Arithmetic, Dtype};
+use crate::profile::CpuFacts;
+
+/// The part of the cache that is still there: inputs, outputs and others pass through it too.
+const KEPT_PART: f64 = 0.75;
+/// From so many rows on arithmetic binds, and it matters no more where weights are.
+const MANY_ROWS: f64 = 64.0;
+
+/// What the cache holds, and what it brings.
+#[derive(Clone, Debug)]
+pub struct Near {
+    bytes: f64,
+    /// By arithmetic and format: (rows, part of the seconds that a product from DRAM takes), rising rows.
+    parts: [[Vec<(f64, f64)>; 4]; 3],
+}
+
+impl Near {
+    pub fn new(cpu: &CpuFacts) -> Near {
+        let points = |arithmetic: Arithmetic, format: Dtype| {
+            let table = cpu.gemm_cached.get(&arithmetic.table_name(format));
+            let mut points: Vec<(f64, f64)> = table
+                .into_iter()
+                .flatten()
+                .map(|&(rows, part)| (rows.max(1) as f64, part.min(1.0)))
+                .collect();
+            points.sort_by(|a, b| a.0.total_cmp(&b.0));
+            points
+        };
+        let ways = [Arithmetic::Fp32, Arithmetic::Bf16, Arithmetic::Int8];
+        Near {
+            bytes: cpu.cache_bytes as f64,
+            parts: ways.map(|way| Dtype::ALL.map(|format| points(way, format))),
+        }
+    }
+
+    /// Whether weights are still there after so many bytes, their own among them.
+    pub fn holds(&self, passed_bytes: f64) -> bool {
+        passed_bytes <= KEPT_PART * self.bytes
+    }
+
+    /// Part of its seconds that a product of `rows` rows takes: between measured rows linear in their logarithm, all
+    /// of them from `MANY_ROWS` on and where nothing was measured.
+    pub fn part(&self, (format, arithmetic): (Dtype, Arithmetic), rows: f64) -> f64 {
+        let points = &self.parts[arithmetic as usize][format as usize];
+        let below = points.iter().rev().find(|p| p.0 <= rows).or(points.first());
+        let above = points.iter().find(|p| p.0 > rows).copied();
+        let Some(&(few, part)) = below.filter(|_| rows < MANY_ROWS) else {
+            return 1.0;
+        };
+        let (many, next) = above.unwrap_or((MANY_ROWS, 1.0));
+        let on_the_way = ((rows / few).ln() / (many / few).ln()).max(0.0);
+        part + (next - part) * on_the_way
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::profile::{HardwareProfile, compiled_in};
+
+    #[test]
+    fn a_part_is_taken_where_it_was_measured_and_all_of_it_elsewhere() {
+        let text = compiled_in("t4-gcp").expect("a profile");
+        let mut cpu = HardwareProfile::from_toml(text).expect("valid").cpu;
+        let stored = (Dtype::Q4, Arithmetic::Int8);
+        assert_eq!(Near::new(&cpu).part(stored, 1.0), 1.0, "not measured");
+        assert!(!Near::new(&cpu).holds(1.0));
+        cpu.cache_bytes = 32 << 20;
+        cpu.gemm_cached
+            .insert("q4-int8".into(), vec![(4, 0.5), (1, 0.4), (16, 0.8)]);
+        let near = Near::new(&cpu);
+        assert!(near.holds(24e6) && !near.holds(26e6));
+        for (rows, part) in [
+            (1.0, 0.4),
+            (4.0, 0.5),
+            (8.0, 0.65),
+            (16.0, 0.8),
+            (32.0, 0.9),
+        ] {
+            assert!((near.part(stored, rows) - part).abs() < 1e-12, "{rows}");
+        }
+        assert_eq!(near.part(stored, 64.0), 1.0);
+        assert_eq!(near.part((Dtype::F16, Arithmetic::Fp32), 1.0), 1.0);
+    }
+}
