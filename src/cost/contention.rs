@@ -46,7 +46,6 @@ impl Keeps {
 
     /// What reads and writes of such smallness keep beside each other.
     fn beside_disk(&self, read: f64, write: f64) -> [f64; 2] {
-        let mixed = |a: f64, b: f64, part: f64| a * (1.0 - part) + b * part;
         let [large, small] = &self.disk;
         [0, 1].map(|lane| {
             let of = |row: &[[f64; 2]; 2]| mixed(row[0][lane], row[1][lane], write);
@@ -63,12 +62,16 @@ impl Keeps {
             of[0].max(of[1])
         };
         let at = |keeps: &Table| keeps[lane.0 as usize][other.0 as usize];
-        let mixed =
-            |[large, small]: &[Table; 2], part: f64| at(large) * (1.0 - part) + at(small) * part;
         let (memory, small) = (hard(true), hard(false));
+        let of = |[large, few]: &[Table; 2]| mixed(at(large), at(few), small);
         let [arithmetic, bound] = &self.tables;
-        mixed(arithmetic, small) * (1.0 - memory) + mixed(bound, small) * memory
+        mixed(of(arithmetic), of(bound), memory)
     }
+}
+
+/// Linear between two kinds.
+fn mixed(a: f64, b: f64, part: f64) -> f64 {
+    a * (1.0 - part) + b * part
 }
 
 fn tables(profile: &HardwareProfile) -> Result<[[Table; 2]; 2], RatesError> {
@@ -92,15 +95,52 @@ fn tables(profile: &HardwareProfile) -> Result<[[Table; 2]; 2], RatesError> {
 /// One device: where nobody measured more, reads and writes share its time. What was not measured of small
 /// requests is as with large ones.
 fn disk_table(profile: &HardwareProfile) -> DiskTable {
-    let of = |read: &str, write: &str| {
-        let [a, b] = [Lane::DiskToCpu, Lane::CpuToDisk].map(Lane::name);
-        let found = profile.contention.get(&format!("{a}{read}+{b}{write}"));
-        found.map(|keeps| keeps.map(|part| part.min(1.0)))
+    let mut found = [[None; 2]; 2];
+    for (pair, keeps) in &profile.contention {
+        let [first, second] = keeps.map(|part| part.min(1.0));
+        match sides(pair) {
+            Some([a, b]) if (a.lane, b.lane) == (Lane::DiskToCpu, Lane::CpuToDisk) => {
+                found[usize::from(a.small)][usize::from(b.small)] = Some([first, second]);
+            }
+            Some([a, b]) if (a.lane, b.lane) == (Lane::CpuToDisk, Lane::DiskToCpu) => {
+                found[usize::from(b.small)][usize::from(a.small)] = Some([second, first]);
+            }
+            _ => {}
+        }
+    }
+    let large = found[0][0].unwrap_or([0.5; 2]);
+    found.map(|row| row.map(|keeps| keeps.unwrap_or(large)))
+}
+
+/// One side of a pair's name.
+struct Side {
+    lane: Lane,
+    /// Memory binds it; its requests are small.
+    memory: bool,
+    small: bool,
+}
+
+/// Both sides of a pair; None where the name is none. Only reads and writes are told apart on both sides.
+fn sides(pair: &str) -> Option<[Side; 2]> {
+    let side = |name: &str| {
+        let plain = name.trim_end_matches(MEMORY_SUFFIX);
+        let plain = plain.trim_end_matches(SMALL_SUFFIX);
+        Some(Side {
+            lane: Lane::ALL.into_iter().find(|l| l.name() == plain)?,
+            memory: name.ends_with(MEMORY_SUFFIX),
+            small: name.ends_with(SMALL_SUFFIX),
+        })
     };
-    let large = of("", "").unwrap_or([0.5; 2]);
-    let small_writes = of("", SMALL_SUFFIX).unwrap_or(large);
-    let small = of(SMALL_SUFFIX, SMALL_SUFFIX).unwrap_or(large);
-    [[large, small_writes], [large, small]]
+    let (a, b) = pair.split_once('+')?;
+    let (a, b) = (side(a)?, side(b)?);
+    let known = !b.memory && (!a.small || of_disk(&a, &b));
+    known.then_some([a, b])
+}
+
+fn of_disk(a: &Side, b: &Side) -> bool {
+    [a, b]
+        .iter()
+        .all(|side| matches!(side.lane, Lane::DiskToCpu | Lane::CpuToDisk))
 }
 
 /// Enters what was measured of pairs of lanes, of one kind of products and of requests.
@@ -109,24 +149,17 @@ fn enter_pairs(
     profile: &HardwareProfile,
     kind: (bool, bool),
 ) -> Result<(), RatesError> {
-    let lane = |name: &str| Lane::ALL.into_iter().find(|l| l.name() == name);
     for (pair, &[first, second]) in &profile.contention {
-        let (a, b) = pair.split_once('+').unwrap_or((pair, ""));
-        let found = (a.ends_with(MEMORY_SUFFIX), b.ends_with(SMALL_SUFFIX));
-        let a = lane(
-            a.trim_end_matches(MEMORY_SUFFIX)
-                .trim_end_matches(SMALL_SUFFIX),
-        );
-        let lanes = a.zip(lane(b.trim_end_matches(SMALL_SUFFIX)));
-        let Some((a, b)) = lanes else {
+        let Some([a, b]) = sides(pair) else {
             return Err(RatesError::Contention {
                 profile: profile.machine.name.clone(),
                 pair: pair.clone(),
             });
         };
-        if found == kind {
-            keeps[a as usize][b as usize] = first.min(1.0);
-            keeps[b as usize][a as usize] = second.min(1.0);
+        if (a.memory, b.small) == kind && !of_disk(&a, &b) {
+            let (a, b) = (a.lane as usize, b.lane as usize);
+            keeps[a][b] = first.min(1.0);
+            keeps[b][a] = second.min(1.0);
         }
     }
     Ok(())

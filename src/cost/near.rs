@@ -1,6 +1,7 @@
 //! Products whose weights are still in the processor's last cache, because another batch met them a moment ago.
 //! Which product that is, is known where operations follow each other (machine/price.rs, cost/layer.rs).
 
+use crate::cost::curves::rate_at;
 use crate::dtype::{Arithmetic, Dtype};
 use crate::profile::CpuFacts;
 
@@ -25,6 +26,8 @@ impl Near {
                 .into_iter()
                 .flatten()
                 .map(|&(rows, part)| (rows.max(1) as f64, part.min(1.0)))
+                .filter(|point| point.0 < MANY_ROWS)
+                .chain([(MANY_ROWS, 1.0)])
                 .collect();
             points.sort_by(|a, b| a.0.total_cmp(&b.0));
             points
@@ -45,14 +48,7 @@ impl Near {
     /// of them from `MANY_ROWS` on and where nothing was measured.
     pub fn part(&self, (format, arithmetic): (Dtype, Arithmetic), rows: f64) -> f64 {
         let points = &self.parts[arithmetic as usize][format as usize];
-        let below = points.iter().rev().find(|p| p.0 <= rows).or(points.first());
-        let above = points.iter().find(|p| p.0 > rows).copied();
-        let Some(&(few, part)) = below.filter(|_| rows < MANY_ROWS) else {
-            return 1.0;
-        };
-        let (many, next) = above.unwrap_or((MANY_ROWS, 1.0));
-        let on_the_way = ((rows / few).ln() / (many / few).ln()).max(0.0);
-        part + (next - part) * on_the_way
+        rate_at(points, rows.max(points[0].0))
     }
 }
 

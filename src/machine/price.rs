@@ -88,12 +88,16 @@ impl Pricer {
             Compute::Gemm(g) => {
                 let weights = (g.format, g.arithmetic);
                 let products = self.rates.products(on, (g.format, g.wide), g.m as f64);
+                let seconds = self.rates.gemm_s(on, weights, g.m, g.inputs, g.rows);
+                // Where no cache counts, nobody need remember.
+                if !self.rates.is_near(on, 0.0) {
+                    return products * seconds;
+                }
                 let rows_bytes = VALUE_BYTES * (g.m * (g.inputs + g.rows)) as f64;
                 let passed = read_bytes(compute) + rows_bytes;
                 let passed_bytes = self.reuse.meet(g.weights, passed);
                 let near = (g.m as f64, passed_bytes);
-                let part = products * self.rates.near_part(on, weights, near);
-                part * self.rates.gemm_s(on, weights, g.m, g.inputs, g.rows)
+                products * seconds * self.rates.near_part(on, weights, near)
             }
             Compute::Embed { ids, to, .. } => rowwise(ids.len, to.width, 2.0),
             Compute::AddPositions { indices, to, .. } => rowwise(indices.len, to.width, 3.0),
