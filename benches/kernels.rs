@@ -1,7 +1,8 @@
 //! Kernel rates beside the machine's own ceilings, measured in the same run, just before each section and
 //! after it: products against the peak of their arithmetic, streams against DRAM reads. A section whose
 //! ceilings are under 0.8 of what this machine has shown is void. `cargo bench --bench kernels [-- WORDS]`
-//! runs the sections whose name contains one of the words; `threads=N` among them sets the threads.
+//! runs the sections whose name contains one of the words; `threads=N` among them sets the threads,
+//! `isa=avx512_bf16` the instruction set.
 
 use loadmaster::dtype::{Arithmetic, Compute, Dtype, panels};
 use loadmaster::machine::arena::AlignedBuffer;
@@ -104,6 +105,18 @@ fn option(name: &str) -> Option<usize> {
     std::env::args().find_map(|word| word.strip_prefix(name)?.parse().ok())
 }
 
+/// `isa=avx2`: another than the fastest.
+fn isa() -> Isa {
+    let asked = std::env::args().find_map(|word| Some(word.strip_prefix("isa=")?.to_owned()));
+    let Some(asked) = asked else {
+        return Isa::detect();
+    };
+    let all = Isa::available();
+    let names: Vec<&str> = all.iter().map(|isa| isa.name()).collect();
+    let found = names.iter().position(|&name| name == asked);
+    all[found.unwrap_or_else(|| panic!("isa={asked}: this machine has {}", names.join(", ")))]
+}
+
 /// `rows=96,349`: rows of x instead of the usual ones.
 fn row_counts() -> Vec<usize> {
     let asked = std::env::args().find_map(|word| Some(word.strip_prefix("rows=")?.to_owned()));
@@ -136,7 +149,7 @@ impl Bench {
         };
         let bench = Bench {
             pool: Pool::new(threads),
-            isa: Isa::detect(),
+            isa: isa(),
             memory: filler(STREAM_BYTES),
             ceilings: Cell::new(ceilings),
         };

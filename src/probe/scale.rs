@@ -208,7 +208,7 @@ static QUICK_GPU: GpuExtent = GpuExtent {
     launches: 50,
     link_bytes: &[KIB_64, MIB, 4 * MIB, 16 * MIB],
     gemm_rows: &[1, 8, 32],
-    gemm_shapes: &[(256, 512), (512, 1024)],
+    gemm_shapes: &[(128, 256), (256, 512)],
     race_shape: (512, 1024),
     copied_rows: 512,
     sequences: 2,

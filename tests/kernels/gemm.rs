@@ -157,7 +157,7 @@ fn product(case: &Case, random: &mut Random) {
     let packed = pack(&random.values(rows * inputs), case.shape, from, case.format);
     let (ldx, ldo) = (inputs + random.below(5), rows + random.below(5));
     let (x, bias) = (random.values(m * ldx), random.values(rows));
-    let found = same_everywhere(|pool, isa| {
+    let [found, by_unit] = same_as_twins(|pool, isa| {
         let mut out = vec![7.0; m * ldo];
         let bias = case.bias.then_some(&bias[..]);
         let (format, activation) = (case.format, case.activation);
@@ -186,7 +186,23 @@ fn product(case: &Case, random: &mut Random) {
         Arithmetic::Bf16 => rounded(&packed.values, Dtype::Bf16),
         _ => packed.values,
     };
-    for (i, line) in floats(&found).chunks(ldo).enumerate() {
+    if case.arithmetic != Arithmetic::Bf16 {
+        assert_eq!(found, by_unit, "the unit's order of sums is for bf16 alone");
+    }
+    for found in [found, by_unit] {
+        close_to_exact(case, (&x, ldx), (&weights, &bias), (&floats(&found), ldo));
+    }
+}
+
+/// Against sums in f64.
+fn close_to_exact(
+    case: &Case,
+    (x, ldx): (&[f32], usize),
+    (weights, bias): (&[f32], &[f32]),
+    (found, ldo): (&[f32], usize),
+) {
+    let (rows, inputs) = case.shape;
+    for (i, line) in found.chunks(ldo).enumerate() {
         let x = as_multiplied(&x[i * ldx..][..inputs], case.arithmetic);
         assert!(
             line[rows..].iter().all(|&v| v == 7.0),
@@ -255,6 +271,7 @@ fn a_large_batch_crosses_every_block() {
         (Dtype::F16, Compute::Exact),
         (Dtype::F16, Compute::Bf16),
         (Dtype::Q4, Compute::Exact),
+        (Dtype::Q4, Compute::Bf16),
     ] {
         let case = Case {
             m: 250,
@@ -263,6 +280,28 @@ fn a_large_batch_crosses_every_block() {
             arithmetic: compute.arithmetic(format),
             bias,
             activation,
+        };
+        product(&case, &mut random);
+    }
+}
+
+#[test]
+fn a_matrix_unit_takes_more_rows_and_inputs_than_fit_its_scratch() {
+    let mut random = Random(6);
+    let cases = [(530, (70, 560)), (40, (66, 7000)), (3, (64, 18000))];
+    let formats = [
+        (Dtype::Bf16, Compute::Bf16),
+        (Dtype::F32, Compute::Bf16),
+        (Dtype::Q4, Compute::Bf16),
+    ];
+    for ((m, shape), (format, compute)) in cases.into_iter().zip(formats) {
+        let case = Case {
+            m,
+            shape,
+            format,
+            arithmetic: compute.arithmetic(format),
+            bias: true,
+            activation: Activation::Relu,
         };
         product(&case, &mut random);
     }

@@ -1,4 +1,4 @@
-//! The CPU kernels against f64 references, and every instruction set and thread count against the
+//! The CPU kernels against f64 references, and every instruction set and thread count against its
 //! scalar twin on one thread, bit for bit. No speed here: benches/kernels.rs measures.
 
 mod attention;
@@ -61,16 +61,18 @@ pub fn rounded(values: &[f32], dtype: Dtype) -> Vec<f32> {
     values.iter().map(through).collect()
 }
 
-/// Runs the kernel on every path and thread count; all must equal the scalar twin on one thread.
-pub fn same_everywhere<T: PartialEq + std::fmt::Debug>(
+/// Runs the kernel on every path and thread count; all must equal their scalar twin on one thread. Returns
+/// what it gives without a matrix unit, and with one.
+pub fn same_as_twins<T: PartialEq + std::fmt::Debug>(
     kernel: impl Fn(&Pool, Isa) -> Vec<T>,
-) -> Vec<T> {
-    let expected = kernel(&Pool::new(1), Isa::SCALAR);
+) -> [Vec<T>; 2] {
+    let expected = [Isa::SCALAR, Isa::SCALAR_UNIT].map(|twin| kernel(&Pool::new(1), twin));
     for threads in [1, 2, 3, 5] {
         let pool = Pool::new(threads);
         for isa in Isa::available() {
             let found = kernel(&pool, isa);
-            let differs = found.iter().zip(&expected).position(|(a, b)| a != b);
+            let expected = &expected[(isa.twin() == Isa::SCALAR_UNIT) as usize];
+            let differs = found.iter().zip(expected).position(|(a, b)| a != b);
             assert!(
                 differs.is_none() && found.len() == expected.len(),
                 "{} on {threads} threads differs from the twin at {differs:?}",
@@ -79,6 +81,15 @@ pub fn same_everywhere<T: PartialEq + std::fmt::Debug>(
         }
     }
     expected
+}
+
+/// The same where a matrix unit makes no difference.
+pub fn same_everywhere<T: PartialEq + std::fmt::Debug>(
+    kernel: impl Fn(&Pool, Isa) -> Vec<T>,
+) -> Vec<T> {
+    let [without, with] = same_as_twins(kernel);
+    assert!(without == with, "a matrix unit gives something else");
+    without
 }
 
 /// As bits, so that -0 and 0 differ and not-a-numbers compare.

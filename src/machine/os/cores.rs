@@ -111,13 +111,15 @@ impl CpuInfo {
     }
 }
 
-const FLAGS: [&str; 9] = [
+const FLAGS: [&str; 11] = [
     "avx2",
     "fma",
     "f16c",
     "avx512f",
     "avx512_bf16",
     "avx512_vnni",
+    "amx_bf16",
+    "amx_int8",
     "asimd",
     "asimdhp",
     "bf16",

@@ -4,9 +4,10 @@
 //! Both take the keys in chunks of 256 from key 0 on and fold each chunk into a running maximum, sum and
 //! weighted value, so that results depend neither on how a prompt is cut nor on the other sequences.
 
+use super::isa::Isa;
 use super::kv::{KvF16, KvF32, KvQ4, KvView, record_bytes};
 use super::shared::Shared;
-use super::simd::{Body, Isa, Simd};
+use super::simd::{Body, Simd};
 use super::{decode, prefill};
 use crate::dtype::Dtype;
 use crate::machine::cpu::pool::Pool;

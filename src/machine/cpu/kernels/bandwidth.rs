@@ -1,8 +1,10 @@
 //! What bounds every kernel, to be measured beside it: reading memory, copying it, multiplying in
 //! registers. No clock: who calls, measures.
 
+use super::isa::Isa;
+use super::matrix_unit::Unit;
 use super::shared::Shared;
-use super::simd::{Body, Isa, LANES, Simd, lanes};
+use super::simd::{Body, LANES, Simd, lanes};
 use crate::dtype::Arithmetic;
 use crate::machine::cpu::pool::Pool;
 use std::hint::black_box;
@@ -70,7 +72,11 @@ pub fn copy_bytes(pool: &Pool, from: &[u8], to: &mut [u8]) {
 pub fn multiply_peak(pool: &Pool, isa: Isa, arithmetic: Arithmetic, steps: usize) -> f64 {
     let operations = AtomicU64::new(0);
     pool.run(pool.threads(), &|_| {
-        let done = isa.call(Multiply { arithmetic, steps });
+        let done = isa.call(Multiply {
+            arithmetic,
+            steps,
+            unit: isa.has_unit() && arithmetic != Arithmetic::Fp32,
+        });
         operations.fetch_add(done, Ordering::Relaxed);
     });
     operations.into_inner() as f64
@@ -79,12 +85,18 @@ pub fn multiply_peak(pool: &Pool, isa: Isa, arithmetic: Arithmetic, steps: usize
 struct Multiply {
     arithmetic: Arithmetic,
     steps: usize,
+    unit: bool,
 }
 
 impl Body for Multiply {
     type Out = u64;
     #[inline(always)]
     fn run<V: Simd>(self) -> u64 {
+        if self.unit
+            && let Some(done) = V::Unit::peak(self.arithmetic, self.steps)
+        {
+            return done;
+        }
         match (self.arithmetic, V::WIDE) {
             (Arithmetic::Fp32, true) => floats::<V, 16>(self.steps),
             (Arithmetic::Fp32, false) => floats::<V, 5>(self.steps),

@@ -67,6 +67,16 @@ pub(super) struct Quantised {
 }
 
 impl Quantised {
+    /// The same from group `group` on.
+    #[inline(always)]
+    pub(super) fn from_group(self, group: usize) -> Quantised {
+        Quantised {
+            codes: self.codes.wrapping_add(group * Q4_GROUP),
+            scales: self.scales.wrapping_add(group),
+            ..self
+        }
+    }
+
     /// The same from row `row` on.
     #[inline(always)]
     pub(super) fn beyond(self, row: usize) -> Quantised {

@@ -73,6 +73,9 @@ impl<'a> BlockOfX<'a> {
                     V::store_bf16(to.as_mut_ptr().cast(), x);
                 }
             }
+            // A matrix unit reads whole vectors of pairs.
+            let done = self.inputs.1.div_ceil(LANES) * LANES / 2;
+            to[done..done.next_multiple_of(LANES)].fill(0.0);
         }
         Rows {
             start: to.as_ptr(),

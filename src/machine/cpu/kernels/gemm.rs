@@ -2,10 +2,12 @@
 
 use super::codes::{Scale, multiply_codes};
 use super::copies::{BlockOfX, PAD, Rows};
-use super::cut::{BLOCK_ROWS, Cut};
+use super::cut::{BLOCK_ROWS, Cut, Grain};
+use super::isa::Isa;
+use super::matrix_products::CODES_ROWS;
 use super::panel::{Bf16, Element, F16, F32, Kept, Narrowed, Pairs, Panel, Q4, Weights, Widened};
 use super::shared::Shared;
-use super::simd::{Body, Isa, Simd};
+use super::simd::{Body, Simd};
 use super::tile::{Ahead, Finish, TALL_ROWS, TILE_ROWS, Tile, multiply};
 use crate::dtype::{Arithmetic, Dtype, PANEL_ROWS, Q4_GROUP, panels};
 use crate::machine::cpu::pool::Pool;
@@ -62,7 +64,13 @@ pub fn gemm(pool: &Pool, isa: Isa, args: GemmArgs) {
     }
     check(&args);
     let copies = args.m > 1 || args.arithmetic != Arithmetic::Fp32;
-    let cut = Cut::new(args.m, panels(args.rows), pool.threads(), copies);
+    let unit = isa.has_unit() && goes_to_unit(&args);
+    let grain = if unit {
+        Grain::MATRIX_UNIT
+    } else {
+        Grain::REGISTERS
+    };
+    let cut = Cut::new(args.m, panels(args.rows), pool.threads(), (copies, grain));
     let out = Shared::new(args.out);
     let problem = Problem {
         x: args.x,
@@ -71,6 +79,7 @@ pub fn gemm(pool: &Pool, isa: Isa, args: GemmArgs) {
         weights: args.weights,
         format: args.format,
         arithmetic: args.arithmetic,
+        unit,
         rows: args.rows,
         bias: args.bias,
         activation: args.activation,
@@ -86,6 +95,16 @@ pub fn gemm(pool: &Pool, isa: Isa, args: GemmArgs) {
             scratch,
         });
     });
+}
+
+/// Whether a matrix unit multiplies, where there is one: bf16 in its own order for any number of rows, codes
+/// where it is quicker.
+fn goes_to_unit(args: &GemmArgs) -> bool {
+    match args.arithmetic {
+        Arithmetic::Fp32 => false,
+        Arithmetic::Bf16 => true,
+        Arithmetic::Int8 => args.m >= CODES_ROWS,
+    }
 }
 
 fn check(args: &GemmArgs) {
@@ -119,13 +138,14 @@ fn check(args: &GemmArgs) {
     );
 }
 
-struct Problem<'a> {
+pub(super) struct Problem<'a> {
     x: &'a [f32],
     ldx: usize,
-    inputs: usize,
+    pub(super) inputs: usize,
     weights: &'a [u8],
-    format: Dtype,
-    arithmetic: Arithmetic,
+    pub(super) format: Dtype,
+    pub(super) arithmetic: Arithmetic,
+    unit: bool,
     rows: usize,
     bias: Option<&'a [f32]>,
     activation: Activation,
@@ -134,17 +154,20 @@ struct Problem<'a> {
 }
 
 /// What one part computes.
-struct Part<'a> {
-    problem: &'a Problem<'a>,
-    rows: Range<usize>,
-    panels: Range<usize>,
-    scratch: &'a mut [f32],
+pub(super) struct Part<'a> {
+    pub(super) problem: &'a Problem<'a>,
+    pub(super) rows: Range<usize>,
+    pub(super) panels: Range<usize>,
+    pub(super) scratch: &'a mut [f32],
 }
 
 impl Body for Part<'_> {
     type Out = ();
     #[inline(always)]
     fn run<V: Simd>(self) {
+        if self.problem.unit {
+            return self.run_unit::<V>();
+        }
         match (self.problem.arithmetic, self.problem.format) {
             (Arithmetic::Int8, _) => self.run_codes::<V>(),
             (Arithmetic::Bf16, Dtype::F32) => self.run_pairs::<V, F32>(),
@@ -353,7 +376,7 @@ impl<'a> Part<'a> {
 
     /// The weights of a panel from an input on, with the scratch to keep a block of them.
     #[inline(always)]
-    fn stored(&mut self, panel: usize, first_input: usize) -> Weights {
+    pub(super) fn stored(&mut self, panel: usize, first_input: usize) -> Weights {
         Weights {
             panel: self.panel_at(panel, 0),
             first_input,
@@ -363,7 +386,7 @@ impl<'a> Part<'a> {
 
     /// The weights that this part needs next.
     #[inline(always)]
-    fn next_block(&self, panel: usize, inputs: &Range<usize>) -> *const u8 {
+    pub(super) fn next_block(&self, panel: usize, inputs: &Range<usize>) -> *const u8 {
         if panel + 1 < self.panels.end {
             self.panel_at(panel + 1, inputs.start)
         } else {
@@ -388,7 +411,7 @@ impl<'a> Part<'a> {
 
     /// Where panel `panel` keeps input `k` (for 4-bit: its group). Past the end it is only a hint.
     #[inline(always)]
-    fn panel_at(&self, panel: usize, k: usize) -> *const u8 {
+    pub(super) fn panel_at(&self, panel: usize, k: usize) -> *const u8 {
         let format = self.problem.format;
         let bytes = panel as u64 * format.panel_bytes(self.problem.inputs) + format.panel_bytes(k);
         self.problem.weights.as_ptr().wrapping_add(bytes as usize)
@@ -404,7 +427,7 @@ impl<'a> Part<'a> {
     }
 
     #[inline(always)]
-    fn block_of_x(&self, inputs: &Range<usize>) -> BlockOfX<'a> {
+    pub(super) fn block_of_x(&self, inputs: &Range<usize>) -> BlockOfX<'a> {
         BlockOfX {
             x: self.problem.x,
             ldx: self.problem.ldx,
@@ -414,7 +437,7 @@ impl<'a> Part<'a> {
     }
 
     #[inline(always)]
-    fn tile(&self, panel: usize, row: usize, rows: usize, inputs: Range<usize>) -> Tile {
+    pub(super) fn tile(&self, panel: usize, row: usize, rows: usize, inputs: Range<usize>) -> Tile {
         let p = self.problem;
         let column = panel * PANEL_ROWS;
         let columns = (p.rows - column).min(PANEL_ROWS);
@@ -435,7 +458,13 @@ impl<'a> Part<'a> {
 
     #[inline(always)]
     fn finish(&self, panel: usize) -> Finish<'_> {
-        let from = panel * PANEL_ROWS;
+        self.finish_from(panel, 0)
+    }
+
+    /// Of a panel's columns from the given one on.
+    #[inline(always)]
+    pub(super) fn finish_from(&self, panel: usize, column: usize) -> Finish<'_> {
+        let from = panel * PANEL_ROWS + column;
         Finish {
             bias: self.problem.bias.map(|bias| &bias[from..]),
             activation: self.problem.activation,

@@ -1,10 +1,11 @@
 //! A token's record in the KV cache, [K row | V row]: where it lies, how it is written and read.
 //! No attention, and no idea of pages or tiers: a record is an index into a slice.
 
+use super::isa::Isa;
 use super::panel::{Element, F16, F32};
 use super::q4::{read_group, write_row};
 use super::shared::Shared;
-use super::simd::{Body, Isa, LANES, Simd, load_first};
+use super::simd::{Body, LANES, Simd, load_first};
 use crate::dtype::{Dtype, Q4_GROUP, Q4_GROUP_BYTES};
 use crate::machine::cpu::pool::Pool;
 use std::ops::Range;

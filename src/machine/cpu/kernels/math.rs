@@ -73,7 +73,8 @@ fn polynomial<V: Simd, const N: usize>(x: V::F, coefficients: [f32; N]) -> V::F 
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::{Body, Isa, LANES, Scalar, lanes};
+    use super::super::isa::Isa;
+    use super::super::simd::{Body, LANES, Scalar, lanes};
     use super::*;
 
     struct Both([f32; LANES]);

@@ -1,9 +1,10 @@
 //! Layer normalisation of rows, into a new matrix or in place. Mean and variance in f32 over sixty-four
 //! strided partial sums combined in a fixed tree, so that every machine rounds alike.
 
+use super::isa::Isa;
 use super::rows::each_row;
 use super::shared::Shared;
-use super::simd::{Body, Isa, LANES, Simd, load_first, store_first};
+use super::simd::{Body, LANES, Simd, load_first, store_first};
 use crate::machine::cpu::pool::Pool;
 
 /// Rows of x named by `rows` (without it 0..m), normalised into `out`, m × width.

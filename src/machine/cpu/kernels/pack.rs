@@ -1,10 +1,11 @@
 //! From row-major weights to panels (panel.rs has the layout) and back. Packing has to keep up with a
 //! disk, so the transposes work on whole vectors. No files, no tensors' names.
 
+use super::isa::Isa;
 use super::pack_q4::Quantise;
 use super::panel::{CODES_AT, GROUP_BYTES, UNIT_BYTES, UNIT_INPUTS, UNITS_ACROSS, nibble_of};
 use super::shared::Shared;
-use super::simd::{Isa, LANES};
+use super::simd::LANES;
 use crate::dtype::{Dtype, PANEL_ROWS, Q4_GROUP, panels};
 use crate::machine::cpu::pool::Pool;
 use half::{bf16, f16};

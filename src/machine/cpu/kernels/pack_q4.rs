@@ -227,9 +227,10 @@ fn clear_rows(rows: usize, group: &mut [u8]) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::isa::Isa;
     use super::super::pack::{element, pack_panels};
     use super::super::q4::quantise;
-    use super::super::simd::{Isa, Scalar};
+    use super::super::simd::Scalar;
     use super::*;
     use crate::machine::cpu::pool::Pool;
     use half::{bf16, f16};

@@ -1,10 +1,11 @@
 //! The layout `gpu-rowmajor` (kernels/README.md): a panel's 64 rows one after the other. From row-major
 //! weights to it, and from it to what the CPU multiplies. Group values of Q4 are `cpu-panel64`'s.
 
+use super::isa::Isa;
 use super::pack::{PackSource, pack_panels};
 use super::panel::{CODES_AT, GROUP_BYTES, UNIT_BYTES, UNIT_INPUTS, UNITS_ACROSS, nibble_of};
 use super::shared::Shared;
-use super::simd::{Isa, LANES};
+use super::simd::LANES;
 use crate::dtype::{Dtype, PANEL_ROWS, Q4_GROUP, panels};
 use crate::machine::cpu::pool::Pool;
 

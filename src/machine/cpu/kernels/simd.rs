@@ -1,84 +1,11 @@
 //! Sixteen f32 lanes under one set of words, chosen at run time; every kernel is written once over
 //! `Simd`, so that all instruction sets round alike. No arithmetic of a model in here.
 
+use super::matrix_unit::{Twin, Unit};
 use half::{bf16, f16};
 
 /// Lanes of a vector on every path, whatever the register width.
 pub const LANES: usize = 16;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Level {
-    Scalar,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    #[cfg(target_arch = "x86_64")]
-    Avx512Dot,
-}
-
-/// An instruction set that this machine has: only detection makes one, so holding it is proof.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Isa(Level);
-
-impl Isa {
-    /// Plain Rust with `f32::mul_add`: the twin that every other path must equal bit for bit.
-    pub const SCALAR: Isa = Isa(Level::Scalar);
-
-    /// The fastest that this machine has.
-    pub fn detect() -> Isa {
-        Isa::available().into_iter().max().unwrap_or(Isa::SCALAR)
-    }
-
-    /// All that this machine has, the scalar twin first.
-    pub fn available() -> Vec<Isa> {
-        #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
-        let mut found = vec![Isa::SCALAR];
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::is_x86_feature_detected as has;
-            if has!("avx2") && has!("fma") && has!("f16c") {
-                found.push(Isa(Level::Avx2));
-                if has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") {
-                    found.push(Isa(Level::Avx512));
-                    if has!("avx512bf16") && has!("avx512vnni") {
-                        found.push(Isa(Level::Avx512Dot));
-                    }
-                }
-            }
-        }
-        found
-    }
-
-    pub fn name(self) -> &'static str {
-        match self.0 {
-            Level::Scalar => "scalar",
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => "avx2",
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => "avx512",
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512Dot => "avx512_bf16",
-        }
-    }
-
-    /// Runs a body compiled for this instruction set.
-    #[inline]
-    pub(super) fn call<B: Body>(self, body: B) -> B::Out {
-        match self.0 {
-            Level::Scalar => body.run::<Scalar>(),
-            // SAFETY: an Isa exists only after its features were detected.
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => unsafe { super::x86::call_avx2(body) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => unsafe { super::x86::call_avx512(body) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512Dot => unsafe { super::x86::call_avx512_dot(body) },
-        }
-    }
-}
 
 /// Work that is compiled once per instruction set. `run` and all it calls are `inline(always)`:
 /// what is not inlined into x86.rs's `call_…` would be compiled without their features. So no
@@ -97,6 +24,8 @@ pub(super) trait Simd: Copy + 'static {
     type I: Copy;
     /// What the sixteen codes of a 4-bit group mean.
     type Meanings: Copy;
+    /// The matrix unit beside these vectors; the twin where `Isa` has none.
+    type Unit: Unit;
     /// Vectors that one row of a register tile spans: 4 with thirty-two wide registers, else 1.
     const WIDE: bool;
 
@@ -150,6 +79,8 @@ pub(super) trait Simd: Copy + 'static {
     /// fma(x even, w even, fma(x odd, w odd, sum)) of bf16 pairs, with every subnormal operand and
     /// result taken as zero: what the hardware's instruction does.
     fn dot_pairs(sum: Self::F, x: Self::I, w: Self::I) -> Self::F;
+    /// Subnormal numbers as zeros of their sign.
+    fn flush(a: Self::F) -> Self::F;
     /// Words of four bytes: the low, and the high nibble of each.
     fn low_nibbles(words: Self::I) -> Self::I;
     fn high_nibbles(words: Self::I) -> Self::I;
@@ -222,7 +153,7 @@ type Lanes = [f32; LANES];
 
 /// Subnormal numbers as zeros of their sign.
 #[inline(always)]
-fn flush(x: f32) -> f32 {
+pub(super) fn flush(x: f32) -> f32 {
     if x.is_subnormal() {
         0f32.copysign(x)
     } else {
@@ -245,6 +176,7 @@ impl Simd for Scalar {
     type F = Lanes;
     type I = [u32; LANES];
     type Meanings = (Lanes, Lanes);
+    type Unit = Twin;
     const WIDE: bool = false;
 
     #[inline(never)]
@@ -314,6 +246,9 @@ impl Simd for Scalar {
             let odd = flush(high(x[i]).mul_add(high(w[i]), flush(sum[i])));
             flush(low(x[i]).mul_add(low(w[i]), odd))
         })
+    }
+    fn flush(a: Lanes) -> Lanes {
+        a.map(flush)
     }
     fn low_nibbles(words: [u32; LANES]) -> [u32; LANES] {
         words.map(|word| word & 0x0f0f_0f0f)

@@ -97,12 +97,12 @@ impl Finish<'_> {
     };
 
     #[inline(always)]
-    fn is_nothing(&self) -> bool {
+    pub(super) fn is_nothing(&self) -> bool {
         self.bias.is_none() && self.activation == Activation::None
     }
 
     #[inline(always)]
-    fn apply<V: Simd>(&self, sum: V::F, column: usize, count: usize) -> V::F {
+    pub(super) fn apply<V: Simd>(&self, sum: V::F, column: usize, count: usize) -> V::F {
         let mut value = sum;
         if let Some(bias) = self.bias {
             let bias = &bias[column..column + count];

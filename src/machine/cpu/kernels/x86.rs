@@ -1,6 +1,8 @@
 //! The vector words of AVX-512 and of AVX2 + FMA + F16C. Nothing but the mapping; the twin of every
 //! word is `Scalar`'s in simd.rs.
 
+use super::amx::Amx;
+use super::matrix_unit::Twin;
 use super::simd::{Body, Simd};
 use super::x86_quarters as quarters;
 use std::arch::x86_64::*;
@@ -182,6 +184,7 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
     type I = __m512i;
     /// All sixteen, to be picked by a permute.
     type Meanings = __m512;
+    type Unit = Amx;
     const WIDE: bool = true;
 
     words! {
@@ -230,6 +233,7 @@ impl<const DOT: bool> Simd for Avx512<DOT> {
         } else {
             dot_pairs16(sum, x, w)
         };
+        fn flush(a: __m512) -> __m512 = flush16(a);
         fn low_nibbles(words: __m512i) -> __m512i =
             _mm512_and_si512(words, _mm512_set1_epi32(0x0f0f_0f0f));
         fn high_nibbles(words: __m512i) -> __m512i =
@@ -381,6 +385,7 @@ impl Simd for Avx2 {
     type F = Pair;
     type I = Words;
     type Meanings = (Pair, Pair);
+    type Unit = Twin;
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -415,6 +420,7 @@ impl Simd for Avx2 {
         fn pairs(even: Pair, odd: Pair) -> Words = (pairs8(even.0, odd.0), pairs8(even.1, odd.1));
         fn dot_pairs(sum: Pair, x: Words, w: Words) -> Pair =
             (dot_pairs8(sum.0, x.0, w.0), dot_pairs8(sum.1, x.1, w.1));
+        fn flush(a: Pair) -> Pair = (flush8(a.0), flush8(a.1));
         fn low_nibbles(words: Words) -> Words = {
             let mask = _mm256_set1_epi32(0x0f0f_0f0f);
             (_mm256_and_si256(words.0, mask), _mm256_and_si256(words.1, mask))
