@@ -179,6 +179,27 @@ fn small_writes_wait_behind_what_is_read() {
 }
 
 #[test]
+fn reads_and_writes_are_a_pair_in_either_order_and_unknown_kinds_are_errors() {
+    let mut profile = t4();
+    profile.contention.clear();
+    let reversed = "cpu_to_disk+disk_to_cpu".to_owned();
+    profile.contention.insert(reversed, [0.2, 0.9]);
+    let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
+    let (read, write) = ((Lane::DiskToCpu, 0.0), (Lane::CpuToDisk, 0.0));
+    assert_eq!(rates.keep(read, &[write]), 0.9);
+    assert_eq!(rates.keep(write, &[read]), 0.2);
+    for unknown in [
+        "cpu_compute_small+disk_to_cpu",
+        "disk_to_cpu+cpu_compute_memory",
+    ] {
+        let mut profile = t4();
+        profile.contention.insert(unknown.to_owned(), [0.5, 0.5]);
+        let error = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap_err();
+        assert!(error.to_string().contains(unknown), "{error}");
+    }
+}
+
+#[test]
 fn short_contexts_cost_what_was_measured_for_them() {
     let mut profile = t4();
     let table = profile.cpu.attention.get_mut("f16").unwrap();

@@ -67,12 +67,12 @@ pub(super) struct Quantised {
 }
 
 impl Quantised {
-    /// The same from group `group` on.
+    /// The same past so many groups.
     #[inline(always)]
-    pub(super) fn from_group(self, group: usize) -> Quantised {
+    pub(super) fn past_groups(self, groups: usize) -> Quantised {
         Quantised {
-            codes: self.codes.wrapping_add(group * Q4_GROUP),
-            scales: self.scales.wrapping_add(group),
+            codes: self.codes.wrapping_add(groups * Q4_GROUP),
+            scales: self.scales.wrapping_add(groups),
             ..self
         }
     }

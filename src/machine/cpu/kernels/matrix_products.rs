@@ -314,7 +314,7 @@ impl Part<'_> {
                     let groups = some.len().div_ceil(Q4_GROUP);
                     // SAFETY: whole groups are stored, and the scratch holds a chunk of them.
                     unsafe { lay_codes::<V>(from, groups, stored.keep.cast()) };
-                    let x = x.from_group((some.start - block.start) / Q4_GROUP);
+                    let x = x.past_groups((some.start - block.start) / Q4_GROUP);
                     self.codes_of_panel::<V>(panel, &some, x, (stored.keep, from));
                 }
             }
