@@ -22,6 +22,7 @@ use crate::probe::{burst_bytes, timestamp};
 use crate::proof::draw::{DrawnRow, Draws, drawn_row};
 use crate::proof::judge::{Judged, Verdict, judge};
 use crate::proof::record::{ROWS_SCHEMA, RowRecord, Rows, RunRecord};
+use crate::proof::visit::Bound;
 use crate::tier::{PerTier, Tier};
 use crate::units::{MIB, show_bytes, show_seconds};
 use crate::workload::Workload;
@@ -30,7 +31,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Draws for one row before its size is given up.
 const MOST_DRAWS: u64 = 400;
@@ -38,6 +39,8 @@ const MOST_DRAWS: u64 = 400;
 const SPARE_BYTES: u64 = 256 * MIB;
 /// Bursts that differ by no more than this part before and after a run agree.
 const STEADY: f64 = 0.15;
+/// Until a host has taken back what planning, packing or the largest row has freed.
+const ROUND_REST: Duration = Duration::from_secs(10);
 /// How often a row runs at most until they do.
 const MOST_TRIES: usize = 3;
 
@@ -78,31 +81,31 @@ fn judged(rows: &Rows, reprice: bool) -> Result<Verdict, Failure> {
     for row in &rows.rows {
         let model = Model::find(&row.plan.model.name, 0, true)?;
         let policy = row.plan.to_policy().map_err(Failure::failed)?;
+        let device = row.plan.device_kind().map_err(Failure::failed)?;
+        let rates = Rates::new(&rows.profile, device, policy.threads).map_err(Failure::failed)?;
         let predicted = match (&row.plan.estimate, reprice) {
             (Some(figures), false) => figures.clone(),
-            _ => repriced(rows, &row.plan, (&model, &policy))?,
+            _ => repriced(&row.plan, (&model, &policy, &rates)),
         };
-        specs.push((model.spec, policy, predicted));
+        specs.push((model.spec, policy, rates, predicted));
     }
     let pairs = rows.rows.iter().zip(&specs);
     let judged: Vec<Judged> = pairs
-        .map(|(record, (model, policy, predicted))| Judged {
+        .map(|(record, (model, policy, rates, predicted))| Judged {
             record,
-            model,
-            policy,
-            predicted: predicted.clone(),
+            bound: Bound {
+                model,
+                plan: &record.plan,
+                policy,
+                rates,
+            },
+            predicted,
         })
         .collect();
     Ok(judge(rows, &judged))
 }
 
-fn repriced(
-    rows: &Rows,
-    plan: &Plan,
-    (model, policy): (&Model, &Policy),
-) -> Result<Figures, Failure> {
-    let device = plan.device_kind().map_err(Failure::failed)?;
-    let rates = Rates::new(&rows.profile, device, policy.threads).map_err(Failure::failed)?;
+fn repriced(plan: &Plan, (model, policy, rates): (&Model, &Policy, &Rates)) -> Figures {
     let w = &plan.workload;
     let mean = |tokens: u64| (tokens / w.prompts.max(1)) as u32;
     let workload = Workload::uniform(
@@ -113,7 +116,7 @@ fn repriced(
     let input = EstimateInput {
         model: &model.spec,
         workload: &workload,
-        rates: &rates,
+        rates,
         policy,
         host: model.host_bytes(w.prompt_tokens, policy.threads),
         budget: PerTier {
@@ -122,7 +125,7 @@ fn repriced(
             disk: plan.budget.disk_bytes,
         },
     };
-    Ok(replay(&input).unwrap_or_else(|| estimate(&input)))
+    replay(&input).unwrap_or_else(|| estimate(&input))
 }
 
 /// Where a measurement keeps its files.
@@ -180,8 +183,10 @@ fn measured_rows(args: &AccuracyArgs, talk: &mut Talk, stop: &AtomicBool) -> Res
         return Ok(rows);
     }
     let begin = Instant::now();
+    let order = smallest_first(&rows);
     for round in 1..=args.runs {
-        for index in 0..rows.rows.len() {
+        rest(ROUND_REST, stop);
+        for (place, &index) in order.iter().enumerate() {
             if rows.rows[index].runs.len() >= round {
                 continue;
             }
@@ -189,8 +194,8 @@ fn measured_rows(args: &AccuracyArgs, talk: &mut Talk, stop: &AtomicBool) -> Res
             talk.stage(&format!(
                 "round {round} of {}, row {} of {} ({name}), {} so far",
                 args.runs,
-                index + 1,
-                rows.rows.len(),
+                place + 1,
+                order.len(),
                 show_seconds(begin.elapsed().as_secs_f64())
             ));
             match steady_run((&rows, index), &folder, &offload_dir, (talk, stop)) {
@@ -205,6 +210,25 @@ fn measured_rows(args: &AccuracyArgs, talk: &mut Talk, stop: &AtomicBool) -> Res
         }
     }
     Ok(rows)
+}
+
+/// Rows by their memory: the next row takes what the one before has given back, and the host has nothing to take
+/// back while it runs.
+fn smallest_first(rows: &Rows) -> Vec<usize> {
+    let bytes = |&index: &usize| {
+        let estimate = rows.rows[index].plan.estimate.as_ref();
+        estimate.map_or(0, |figures| figures.tiers[Tier::Cpu].peak_bytes)
+    };
+    let mut order: Vec<usize> = (0..rows.rows.len()).collect();
+    order.sort_by_key(bytes);
+    order
+}
+
+fn rest(time: Duration, stop: &AtomicBool) {
+    let begin = Instant::now();
+    while begin.elapsed() < time && !stop.load(Ordering::Relaxed) {
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 /// A measurement is gone on with only by the same flags.
@@ -289,7 +313,7 @@ fn visit(
     let offload_dir = args.limits.place.offload_dir();
     let trial = Trial::new((&model, &plan), &rows.profile, &offload_dir, (talk, stop))?;
     let predicted = plan.estimate.clone().unwrap_or_default();
-    say_json(&trial.run(&predicted, stop)?)
+    say_json(&trial.run(&predicted, 0, stop)?)
 }
 
 /// Profile, plans, and rows without runs: all written before anything is measured.

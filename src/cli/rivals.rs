@@ -12,6 +12,7 @@ use crate::plan::{Plan, PlanPolicy};
 use crate::planner::{CompressMode, Fixed};
 use crate::proof::draw::{Draws, drawn_policy};
 use crate::proof::duel::{Duel, duel};
+use crate::tier::Tier;
 use crate::units::{show_bytes, show_seconds};
 use crate::workload::Workload;
 use serde::Serialize;
@@ -34,6 +35,13 @@ struct Rival {
     plan: Plan,
 }
 
+impl Rival {
+    fn needs_bytes(&self) -> u64 {
+        let estimate = self.plan.estimate.as_ref();
+        estimate.map_or(0, |figures| figures.tiers[Tier::Cpu].peak_bytes)
+    }
+}
+
 #[derive(Serialize)]
 struct Document<'a> {
     schema: &'static str,
@@ -47,7 +55,7 @@ struct Document<'a> {
 }
 
 pub fn rivals(args: &RivalsArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
-    let arena = Arena::new(args, talk, stop)?;
+    let mut arena = Arena::new(args, talk, stop)?;
     let mut choice = arena.choice()?;
     let mut rivals = arena.rivals(&choice)?;
     talk.note(&format!(
@@ -58,6 +66,8 @@ pub fn rivals(args: &RivalsArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(
     if rivals.len() < args.policies {
         talk.note("fewer different feasible policies than asked for were found");
     }
+    let all = rivals.iter().chain([&choice]);
+    arena.series_bytes = all.map(Rival::needs_bytes).max().unwrap_or(0);
     arena.measure_all(&mut choice, &mut rivals, (talk, stop))?;
     rivals.sort_by(|a, b| b.measured_tok_s.total_cmp(&a.measured_tok_s));
     let mut duels = Vec::new();
@@ -123,6 +133,8 @@ struct Arena<'a> {
     target: Target,
     workload: Workload,
     offload_dir: PathBuf,
+    /// Memory of the policy that needs most.
+    series_bytes: u64,
 }
 
 impl<'a> Arena<'a> {
@@ -133,6 +145,7 @@ impl<'a> Arena<'a> {
             target: Target::settle(&args.limits, talk, stop)?,
             workload: Workload::uniform(args.num_prompts, args.prompt_len, args.gen_len),
             offload_dir: args.limits.place.offload_dir(),
+            series_bytes: 0,
         })
     }
 
@@ -243,7 +256,8 @@ impl<'a> Arena<'a> {
         let who = (&self.model, &rival.plan);
         let trial = Trial::new(who, &self.target.profile, &self.offload_dir, (talk, stop))?;
         let predicted = rival.plan.estimate.clone().unwrap_or_default();
-        Ok(trial.run(&predicted, stop)?.measured.throughput_tok_s)
+        let run = trial.run(&predicted, self.series_bytes, stop)?;
+        Ok(run.measured.throughput_tok_s)
     }
 
     /// Ratios of alternating pairs: choice then rival, rival then choice.

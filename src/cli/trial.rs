@@ -19,7 +19,7 @@ use crate::policy::Policy;
 use crate::probe::BurstPlace;
 use crate::profile::{GpuFacts, HardwareProfile};
 use crate::proof::record::RunRecord;
-use crate::proof::visit::{VisitJob, bursts_of, visit};
+use crate::proof::visit::{Bound, VisitJob, bursts_of, visit};
 use crate::report::SetupFigures;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -81,8 +81,14 @@ impl<'a> Trial<'a> {
         })
     }
 
-    /// Loads, runs, measures; `predicted` says which bursts stand around the run.
-    pub fn run(&self, predicted: &Figures, stop: &AtomicBool) -> Result<RunRecord, Failure> {
+    /// Loads, runs, measures, in a series whose jobs take so much memory; `predicted` says which bursts stand
+    /// around the run.
+    pub fn run(
+        &self,
+        predicted: &Figures,
+        series_bytes: u64,
+        stop: &AtomicBool,
+    ) -> Result<RunRecord, Failure> {
         let w = &self.plan.workload;
         let run = RunJob {
             model: &self.model.spec,
@@ -99,13 +105,20 @@ impl<'a> Trial<'a> {
             pricer: Pricer::new(self.rates.clone()),
             gpu: self.gpu.clone(),
         };
-        let bursts = bursts_of(self.plan, &self.model.spec, &self.policy, predicted);
+        let bound = Bound {
+            model: &self.model.spec,
+            plan: self.plan,
+            policy: &self.policy,
+            rates: &self.rates,
+        };
+        let bursts = bursts_of(bound, predicted);
         let job = VisitJob {
             run: &run,
             budget: self.plan.budget,
             predicted,
             requests: &self.requests,
             bursts: &bursts,
+            series_bytes,
             place: &BurstPlace {
                 threads: self.policy.threads,
                 store: &self.packed.file,

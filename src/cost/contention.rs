@@ -44,12 +44,14 @@ impl Keeps {
         }
     }
 
-    /// What reads and writes of such smallness keep beside each other.
+    /// What reads and writes of such smallness keep beside each other: powers of the request's size, since what it
+    /// waits for is bytes before it.
     fn beside_disk(&self, read: f64, write: f64) -> [f64; 2] {
         let [large, small] = &self.disk;
+        let between = |a: f64, b: f64, part: f64| a.powf(1.0 - part) * b.powf(part);
         [0, 1].map(|lane| {
-            let of = |row: &[[f64; 2]; 2]| mixed(row[0][lane], row[1][lane], write);
-            mixed(of(large), of(small), read)
+            let of = |row: &[[f64; 2]; 2]| between(row[0][lane], row[1][lane], write);
+            between(of(large), of(small), read)
         })
     }
 

@@ -117,7 +117,7 @@ impl<'a> LayerBuilder<'a> {
     }
 
     pub(super) fn matrix_bytes(&self, matrix: &Matrix) -> f64 {
-        (matrix.panels() as u64 * self.format(matrix).panel_bytes(matrix.inputs)) as f64
+        matrix.packed_bytes(self.model.dtype, self.policy.compress_weight) as f64
     }
 
     pub(super) fn computer(&self) -> (Tier, Lane) {

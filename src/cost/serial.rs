@@ -1,4 +1,4 @@
-//! The rows of a segment without overlap: every task is waited for, so that tasks add up.
+//! The rows of a segment without overlap: every task comes after the one before, so that tasks add up.
 
 use crate::cost::affine::Affine;
 use crate::cost::cycles::{Place, Way, sum};
@@ -12,8 +12,7 @@ const WAKES_BESIDE: f64 = 4.0;
 /// Products of a layer.
 const PRODUCTS: f64 = 4.0;
 
-/// Without overlap every task is waited for: tasks follow each other, and only what one task sets going
-/// runs together. Weights come to the compute device in a pipeline; a computation has the CPU's part and
+/// Without overlap tasks follow each other, and only what one task sets going runs together. Weights come to the compute device in a pipeline; a computation has the CPU's part and
 /// the GPU's at once.
 pub fn serial_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> {
     let moved = sum(&work.cache).plus(&sum(&work.hidden));
@@ -41,16 +40,12 @@ pub fn serial_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> {
     rows
 }
 
-/// How often a layer hands over without overlap, where it is known what is there: after each task the host
-/// wakes up and then the next lane; within a task one lane after another.
+/// How often a layer hands over without overlap, where it is known what is there: to each lane of each task.
 fn handovers(input: &TermInput, place: &Place, work: &Work) -> f64 {
     let Some(at) = input.at.as_ref() else {
         return 0.0;
     };
-    let task = |lanes: &[&Affine]| match lanes.iter().filter(|l| l.at(at) > 0.0).count() {
-        0 => 0.0,
-        there => 1.0 + there as f64,
-    };
+    let task = |lanes: &[&Affine]| lanes.iter().filter(|l| l.at(at) > 0.0).count() as f64;
     let (cache, hidden) = (&work.cache, &work.hidden);
     let mut of_batch = task(&[&cache.disk_to_cpu, &cache.cpu_to_gpu])
         + task(&[&cache.cpu_to_disk, &cache.gpu_to_cpu])

@@ -5,6 +5,7 @@ use super::cache::CachePool;
 use super::layout::{HiddenSpace, Layout};
 use super::schedule::{Schedule, Task, TaskKind, hidden_parts};
 use super::step::{Step, StepRules};
+use super::turns::Turns;
 use super::visits::Visits;
 use super::weights::WeightStream;
 use crate::cost::footprint::{BlockShape, Buffer, Footprint, HIDDEN_VALUE_BYTES, compute_tier};
@@ -12,7 +13,7 @@ use crate::cost::locks::Unlocked;
 use crate::cost::spill::OwnRows;
 use crate::dtype::{Dtype, WeightLayout};
 use crate::machine::ops::{Compute, Copy2d, FileId, HiddenRows, Op, Table};
-use crate::machine::{Fence, Fences, Machine, MachineError};
+use crate::machine::{Fence, Fences, Machine};
 use crate::model::{MatrixKind, ModelSpec, POSITION_OFFSET, SmallKind};
 use crate::placement::{Placement, WeightHome};
 use crate::policy::{DeviceKind, Policy};
@@ -70,7 +71,7 @@ impl RunFacts {
 
 /// The engine between two passes.
 pub struct Core<'m> {
-    pub machine: &'m mut dyn Machine,
+    pub machine: Turns<'m>,
     pub facts: RunFacts,
     pub layout: Layout,
     pub hidden: HiddenSpace,
@@ -105,7 +106,7 @@ impl<'m> Core<'m> {
         let stream = WeightStream::new(&facts, &layout);
         let record = facts.model.kv_record_bytes(facts.policy.kv_format());
         Core {
-            machine,
+            machine: Turns::new(machine),
             hidden: HiddenSpace::new(&layout, facts.device, row_bytes),
             stream,
             pool: CachePool::new(&facts.block, record),
@@ -144,10 +145,10 @@ impl<'m> Core<'m> {
         }
     }
 
-    /// One pass over all stages: submits every task of the schedule; with overlap off, waits for each.
+    /// One pass over all stages: submits every task of the schedule; with overlap off, each after the one before.
     /// Returns what has to be waited for before the logits can be read.
     /// `more` says whether another pass will follow, so that its first weights can be on their way.
-    pub fn run_pass(&mut self, step: &Step, more: bool) -> Result<Fences, MachineError> {
+    pub fn run_pass(&mut self, step: &Step, more: bool) -> Fences {
         self.machine.set_phase(step.phase);
         let schedule = Schedule {
             stages: self.facts.model.stages(),
@@ -158,12 +159,11 @@ impl<'m> Core<'m> {
         for task in schedule.pass().filter(|task| more || !task.next_pass) {
             self.run_task(step, task);
             if !self.facts.policy.overlap {
-                let all = self.machine.submitted();
-                self.machine.wait(&all)?;
+                self.machine.next();
             }
         }
         self.pass += 1;
-        Ok(self.join.join(&self.last.into()))
+        self.made()
     }
 
     fn run_task(&mut self, step: &Step, task: Task) {
@@ -193,9 +193,10 @@ impl<'m> Core<'m> {
         }
         let pass = self.pass + task.next_pass as u64;
         let part = (task.batch, self.facts.policy.num_gpu_batches);
-        self.stream.prefetch(self.machine, (pass, task.stage), part);
+        self.stream
+            .prefetch(&mut self.machine, (pass, task.stage), part);
         if task.next_pass {
-            self.stream.prefetch(self.machine, (pass, 1), part);
+            self.stream.prefetch(&mut self.machine, (pass, 1), part);
         }
     }
 

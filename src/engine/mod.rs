@@ -14,6 +14,7 @@ mod run;
 pub mod sampling;
 mod schedule;
 mod step;
+mod turns;
 mod visits;
 mod weights;
 

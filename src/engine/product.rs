@@ -5,7 +5,7 @@ use super::core::Core;
 use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES, embedding_piece_bytes};
 use crate::dtype::PANEL_ROWS;
 use crate::machine::ops::{Compute, Copy2d, FileSpan, Gemm, HiddenRows, Op, Table};
-use crate::machine::{Fence, Fences};
+use crate::machine::{Fence, Fences, Machine};
 use crate::model::{Activation, MatrixKind, SmallKind};
 use crate::placement::WeightHome;
 use crate::policy::DeviceKind;
@@ -94,7 +94,7 @@ impl Core<'_> {
     ) {
         for number in self.stream.of_home(self.pass, p.stage, (index, home)) {
             let chunk = self.stream.chunk(number);
-            let visitor = self.stream.visitor(self.machine, number);
+            let visitor = self.stream.visitor(&mut self.machine, number);
             let panels = chunk.first_panel..chunk.first_panel + chunk.panels;
             let used = self.gemm(
                 p,

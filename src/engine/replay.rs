@@ -327,7 +327,7 @@ impl Block {
         active.for_each(|s| slots[s.slot] = Some(s));
         let made = Step::new(&core.step_rules(), &slots);
         let (start_s, before) = (core.machine.now_s(), core.machine.lane_figures());
-        let ready = core.run_pass(&made, true)?;
+        let ready = core.run_pass(&made, true);
         core.machine.wait(&ready)?;
         let vocab = core.facts.model.vocab;
         for _ in &made.active {

@@ -151,7 +151,7 @@ impl<'m> Engine<'m> {
             .map(|s| s.as_ref().map(|a| &a.sequence))
             .collect();
         let step = Step::new(&self.core.step_rules(), &sequences);
-        let ready = self.core.run_pass(&step, self.more_to_come())?;
+        let ready = self.core.run_pass(&step, self.more_to_come());
         self.core.machine.wait(&ready)?;
         let ended = self.draw(&step, sink);
         let took_s = self.core.machine.now_s() - start_s;

@@ -10,7 +10,7 @@ use super::schedule::Task;
 use super::step::{BatchStep, StepItem};
 use crate::cost::footprint::Buffer;
 use crate::machine::ops::{Copy2d, FileId, FileSpan, KvPlace, KvSlots, Op};
-use crate::machine::{Fence, Fences};
+use crate::machine::{Fence, Fences, Machine};
 use crate::tier::{Lane, Tier};
 use crate::units::{PAGE_BYTES, round_up};
 use std::collections::HashMap;

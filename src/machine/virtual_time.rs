@@ -62,15 +62,27 @@ impl VirtualMachine {
             .all(|&lane| self.finished[lane] >= fences.mark(lane))
     }
 
+    fn slept(&self, lane: Lane) -> bool {
+        self.now_s - self.ended_s[lane] > SLEEPS_AFTER_S
+    }
+
+    /// The CPU computes now, or goes on at once.
+    fn computes(&self) -> bool {
+        let first = self.queues[Lane::CpuCompute].front();
+        first.is_some_and(|task| match task.begins_s {
+            Some(at_s) => at_s <= self.now_s,
+            None => self.reached(&task.after) && !self.slept(Lane::CpuCompute),
+        })
+    }
+
     /// When each lane begins its first operation, where that has its fences: a lane that slept meanwhile
     /// takes a moment, which the CPU's computing loses in part.
     fn begins_s(&mut self) -> PerLane<Option<f64>> {
         let mut begins_s = PerLane::default();
-        let begun = |task: &Task| task.begins_s.is_some_and(|at_s| at_s <= self.now_s);
-        let computing = self.queues[Lane::CpuCompute].front().is_some_and(begun);
+        let computing = self.computes();
         let mut taken_s = 0.0;
         for lane in Lane::ALL {
-            let slept = self.now_s - self.ended_s[lane] > SLEEPS_AFTER_S;
+            let slept = self.slept(lane);
             let reached = self.queues[lane]
                 .front()
                 .is_some_and(|task| self.reached(&task.after));

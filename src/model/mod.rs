@@ -91,6 +91,12 @@ impl Matrix {
             native
         }
     }
+
+    /// Bytes of all its panels there.
+    pub fn packed_bytes(&self, native: Dtype, compress: bool) -> u64 {
+        let panel_bytes = self.format(native, compress).panel_bytes(self.inputs);
+        self.panels() as u64 * panel_bytes
+    }
 }
 
 /// Small tensors: always on the compute device, in f32, never placed.
@@ -219,10 +225,16 @@ impl ModelSpec {
 
     /// Bytes of all weights in a packed store (panels padded to 64 rows), native or 4-bit.
     pub fn weights_bytes(&self, compress: bool) -> u64 {
-        let matrix =
-            |m: &Matrix| m.panels() as u64 * m.format(self.dtype, compress).panel_bytes(m.inputs);
-        let matrices: u64 = self.matrices().iter().map(matrix).sum();
+        let of = |m: &Matrix| m.packed_bytes(self.dtype, compress);
+        let matrices: u64 = self.matrices().iter().map(of).sum();
         matrices + self.smalls().iter().map(Small::bytes).sum::<u64>()
+    }
+
+    /// Bytes of one decoder layer's matrices there.
+    pub fn layer_bytes(&self, compress: bool) -> u64 {
+        let matrices = self.matrices();
+        let of_layer = matrices.iter().filter(|m| m.stage == 1);
+        of_layer.map(|m| m.packed_bytes(self.dtype, compress)).sum()
     }
 
     /// Bytes of one token's keys and values in one layer: a K row and a V row.

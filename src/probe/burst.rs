@@ -3,7 +3,7 @@
 
 use super::ProbeError;
 use super::bench::Bench;
-use super::products::product_s;
+use super::products::met_again_s;
 use super::samples::Series;
 use super::scale::{DiskStep, Extent};
 use crate::cost::rates::Rates;
@@ -60,15 +60,21 @@ static EXTENT: Extent = Extent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Burst {
-    /// A product of `rows` rows with weights in DRAM.
+    /// A product of `rows` rows with weights in DRAM, and as many more with the same as make it `times`.
     Product {
         format: Dtype,
         arithmetic: Arithmetic,
         rows: usize,
+        #[serde(default = "once")]
+        times: usize,
     },
     Read,
     /// Overwriting, as a spill file sees it.
     Write,
+}
+
+fn once() -> usize {
+    1
 }
 
 /// Where bursts work.
@@ -87,15 +93,26 @@ pub fn burst_bytes() -> u64 {
     Bench::most_bytes(&EXTENT)
 }
 
-/// Seconds of each burst ÷ the seconds that the rates price it at: 1 = as profiled, 2 = half as fast.
-/// Holds `burst_bytes()`, given back at the end.
-pub fn slowdowns(bursts: &[Burst], place: &BurstPlace) -> Result<Vec<f64>, ProbeError> {
-    let pools = (place.threads, Isa::detect());
-    let mut bench = Bench::new(&EXTENT, burst_bytes(), pools, place.stop)?;
-    bursts
-        .iter()
-        .map(|&b| slowdown(b, &mut bench, place))
-        .collect()
+/// Bursts whose memory, `burst_bytes()`, stays where it is for as long as this lives. Where a host takes back what
+/// a guest has freed, it does so seconds later and stops the guest meanwhile: who frees memory before a run
+/// measures that too.
+pub struct Bursts<'a> {
+    bench: Bench<'a>,
+    place: &'a BurstPlace<'a>,
+}
+
+impl<'a> Bursts<'a> {
+    pub fn new(place: &'a BurstPlace<'a>) -> Result<Bursts<'a>, ProbeError> {
+        let pools = (place.threads, Isa::detect());
+        let bench = Bench::new(&EXTENT, burst_bytes(), pools, place.stop)?;
+        Ok(Bursts { bench, place })
+    }
+
+    /// Seconds of each burst ÷ the seconds that the rates price it at: 1 = as profiled, 2 = half as fast.
+    pub fn slowdowns(&mut self, bursts: &[Burst]) -> Result<Vec<f64>, ProbeError> {
+        let one = |&burst: &Burst| slowdown(burst, &mut self.bench, self.place);
+        bursts.iter().map(one).collect()
+    }
 }
 
 fn slowdown(burst: Burst, bench: &mut Bench, place: &BurstPlace) -> Result<f64, ProbeError> {
@@ -104,7 +121,8 @@ fn slowdown(burst: Burst, bench: &mut Bench, place: &BurstPlace) -> Result<f64, 
             format,
             arithmetic,
             rows,
-        } => product((format, arithmetic, rows), bench, place)?,
+            times,
+        } => product((format, arithmetic, rows), times, (bench, place))?,
         Burst::Read => read(bench, place)?,
         Burst::Write => write(bench, place)?,
     };
@@ -114,17 +132,20 @@ fn slowdown(burst: Burst, bench: &mut Bench, place: &BurstPlace) -> Result<f64, 
 /// (seconds taken, seconds priced) of a product as the probe measures it.
 fn product(
     product: (Dtype, Arithmetic, usize),
-    bench: &mut Bench,
-    place: &BurstPlace,
+    times: usize,
+    (bench, place): (&mut Bench, &BurstPlace),
 ) -> Result<(f64, f64), ProbeError> {
     let (format, arithmetic, rows) = product;
-    let (inputs, outputs) = SHAPES[usize::from(rows >= MANY_ROWS)];
+    // What is met again must fit in a cache.
+    let (inputs, outputs) = SHAPES[usize::from(rows >= MANY_ROWS || times > 1)];
     let mut took_s = Series::default();
     for _ in 0..SAMPLES {
-        took_s.push(product_s(bench, product, (inputs, outputs))?);
+        took_s.push(met_again_s(bench, product, (inputs, outputs), times)?);
     }
     let stored = (format, arithmetic);
-    let priced_s = place.rates.gemm_s(Tier::Cpu, stored, rows, inputs, outputs);
+    let one_s = place.rates.gemm_s(Tier::Cpu, stored, rows, inputs, outputs);
+    let again = place.rates.near_part(Tier::Cpu, stored, (rows as f64, 0.0));
+    let priced_s = one_s * (1.0 + (times - 1) as f64 * again);
     Ok((took_s.mean().unwrap_or(priced_s), priced_s))
 }
 

@@ -74,9 +74,10 @@ impl LaunchBench {
     pub fn measure(&mut self, cpu: &mut CpuFacts) -> Result<(), ProbeError> {
         let (mut launch, mut handover) = (Series::default(), Series::default());
         let (mut busy, mut taken) = (Series::default(), Series::default());
+        let [few_rows, more_rows] = [0, 1].map(|size| self.gather(size));
         for _ in 0..ROUNDS {
-            let few_s = self.in_turn((OPERATIONS, 0), &[Lane::CpuCompute])?;
-            let more_s = self.in_turn((OPERATIONS, 1), &[Lane::CpuCompute])?;
+            let few_s = self.in_turn(OPERATIONS, &few_rows, &[Lane::CpuCompute])?;
+            let more_s = self.in_turn(OPERATIONS, &more_rows, &[Lane::CpuCompute])?;
             let [few, more] = ROWS.map(f64::from);
             let none_s = few_s - (more_s - few_s) * few / (more - few);
             launch.push(none_s / OPERATIONS as f64);
@@ -93,8 +94,8 @@ impl LaunchBench {
         Ok(())
     }
 
-    /// Seconds that a lane takes to begin what it has waited for, its threads asleep: what passes in turns
-    /// through three lanes while none of them is busy.
+    /// Seconds that a lane takes to begin what it has waited for: what passes in turns through three lanes, of
+    /// which one computes for so long, on all threads, that the others fall asleep.
     fn handover_s(&mut self) -> Result<f64, ProbeError> {
         let lanes = [Lane::CpuToDisk, Lane::DiskToCpu, Lane::CpuCompute];
         self.between_s(HANDOVERS, &lanes)
@@ -125,7 +126,7 @@ impl LaunchBench {
     }
 
     fn submit_products(&mut self) {
-        let product = Op::Compute(Compute::Gemm(product()));
+        let product = product();
         for _ in 0..PRODUCTS {
             let none = Fences::none();
             self.machine
@@ -141,18 +142,14 @@ impl LaunchBench {
 
     fn between_s(&mut self, count: usize, lanes: &[Lane]) -> Result<f64, ProbeError> {
         self.machine.forget_log();
-        let turns_s = self.in_turn((count, 1), lanes)?;
+        let turns_s = self.in_turn(count, &product(), lanes)?;
         let figures = self.machine.lane_figures();
         let busy_s: f64 = lanes.iter().map(|&lane| figures[lane].busy_s()).sum();
         Ok((turns_s - busy_s) / (lanes.len() * count) as f64)
     }
 
-    /// Seconds of `count` operations on each of the lanes, each waiting for the one before it.
-    fn in_turn(
-        &mut self,
-        (count, size): (usize, usize),
-        lanes: &[Lane],
-    ) -> Result<f64, ProbeError> {
+    /// Seconds of `count` operations on each of the lanes, each waiting for the one before it; the CPU's is given.
+    fn in_turn(&mut self, count: usize, computed: &Op, lanes: &[Lane]) -> Result<f64, ProbeError> {
         let start = Instant::now();
         let mut before = Fences::none();
         for _ in 0..count {
@@ -160,7 +157,7 @@ impl LaunchBench {
                 let op = match lane {
                     Lane::DiskToCpu => Op::Read(page()),
                     Lane::CpuToDisk => Op::Write(page()),
-                    _ => self.gather(size),
+                    _ => computed.clone(),
                 };
                 before = self.machine.submit(lane, op, &before).into();
             }
@@ -180,8 +177,8 @@ impl LaunchBench {
 }
 
 /// Of memory that holds zeros only.
-fn product() -> Gemm {
-    Gemm {
+fn product() -> Op {
+    Op::Compute(Compute::Gemm(Gemm {
         x: 0,
         x_stride: WIDTH,
         m: PRODUCT_ROWS,
@@ -195,7 +192,7 @@ fn product() -> Gemm {
         activation: None,
         out: MIB / 4 * 3,
         out_stride: PRODUCT_OUTPUTS,
-    }
+    }))
 }
 
 fn page() -> Vec<FileSpan> {

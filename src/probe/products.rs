@@ -16,7 +16,22 @@ pub fn product_s(
     product: (Dtype, Arithmetic, usize),
     shape: (usize, usize),
 ) -> Result<f64, ProbeError> {
-    timed(bench, (product, shape), |b, bytes| b.rotate(bytes))
+    met_again_s(bench, product, shape, 1)
+}
+
+/// Seconds of so many products with the same weights, one after the other: only the first does not find them in a
+/// cache.
+pub fn met_again_s(
+    bench: &mut Bench,
+    product: (Dtype, Arithmetic, usize),
+    shape: (usize, usize),
+    times: usize,
+) -> Result<f64, ProbeError> {
+    let bytes = matrix_bytes(product.0, shape);
+    bench.time(|b| {
+        let weights = b.rotate(bytes);
+        (0..times).for_each(|_| once(b, (product, shape), weights));
+    })
 }
 
 /// The same where the weights are still in the last cache from the product before.
@@ -26,7 +41,7 @@ pub fn near_product_s(
     shape: (usize, usize),
 ) -> Result<f64, ProbeError> {
     let begin = bench.rotate(matrix_bytes(product.0, shape));
-    let again = |bench: &mut Bench| timed(bench, (product, shape), |_, _| begin);
+    let again = |bench: &mut Bench| bench.time(|b| once(b, (product, shape), begin));
     // The first time brings them.
     again(bench)?;
     again(bench)
@@ -37,20 +52,18 @@ pub fn matrix_bytes(format: Dtype, (inputs, outputs): (usize, usize)) -> usize {
     panels(outputs) * format.panel_bytes(inputs) as usize
 }
 
-fn timed(
-    bench: &mut Bench,
+/// One product with the weights that begin there.
+fn once(
+    b: &mut Bench,
     (product, shape): ((Dtype, Arithmetic, usize), (usize, usize)),
-    place: impl Fn(&mut Bench, usize) -> usize,
-) -> Result<f64, ProbeError> {
-    let bytes = matrix_bytes(product.0, shape);
+    begin: usize,
+) {
     let x_bytes = 4 * product.2 * shape.0;
-    bench.time(|b| {
-        let (x, begin) = (b.rotate(x_bytes), place(b, bytes));
-        let x = bytemuck::cast_slice(&b.arena[x..x + x_bytes]);
-        let weights = &b.arena[begin..begin + bytes];
-        let operands = (x, weights, b.outputs.as_mut_slice_of());
-        multiply((&b.pool, b.isa), operands, product, shape);
-    })
+    let x = b.rotate(x_bytes);
+    let x = bytemuck::cast_slice(&b.arena[x..x + x_bytes]);
+    let weights = &b.arena[begin..begin + matrix_bytes(product.0, shape)];
+    let operands = (x, weights, b.outputs.as_mut_slice_of());
+    multiply((&b.pool, b.isa), operands, product, shape);
 }
 
 fn multiply(

@@ -2,11 +2,9 @@
 //! run, each row's own spread, and which rows that spread excuses. Arithmetic only.
 
 use super::record::{Bracket, RowRecord, Rows, RunRecord};
-use super::visit::{burst_of, lane_weights, median_figures};
+use super::visit::{Bound, burst_of, lane_weights, median_figures};
 use crate::compare::{Errors, errors, fold, percent};
 use crate::cost::figures::Figures;
-use crate::model::ModelSpec;
-use crate::policy::Policy;
 use crate::probe::{Burst, median};
 use crate::tier::{Lane, PerLane, Phase};
 use serde::Serialize;
@@ -71,9 +69,8 @@ pub struct Verdict {
 /// A row with what it is judged by.
 pub struct Judged<'a> {
     pub record: &'a RowRecord,
-    pub model: &'a ModelSpec,
-    pub policy: &'a Policy,
-    pub predicted: Figures,
+    pub bound: Bound<'a>,
+    pub predicted: &'a Figures,
 }
 
 /// Judges all rows that ran.
@@ -102,7 +99,7 @@ fn judge_row(row: &Judged) -> RowVerdict {
     let raw: Vec<Figures> = runs.iter().map(|r| r.measured.clone()).collect();
     let normal: Vec<Figures> = runs.iter().map(|r| normalised(row, r)).collect();
     let (measured, normalised) = (median_figures(&raw), median_figures(&normal));
-    let predicted = &row.predicted;
+    let predicted = row.predicted;
     let mut work_error = PerLane::default();
     for lane in Lane::ALL {
         let (p, m) = (predicted.lanes[lane].work_s, measured.lanes[lane].work_s);
@@ -133,7 +130,7 @@ fn judge_row(row: &Judged) -> RowVerdict {
 fn normalised(row: &Judged, run: &RunRecord) -> Figures {
     let mut figures = run.measured.clone();
     let slow = |lane, phase| {
-        let burst = burst_of(lane, phase, (row.model, &row.record.plan, row.policy));
+        let burst = burst_of(lane, phase, row.bound);
         slowdown(&run.brackets, burst)
     };
     for lane in Lane::ALL {
@@ -141,14 +138,14 @@ fn normalised(row: &Judged, run: &RunRecord) -> Figures {
         figures.lanes[lane].decode_s /= slow(lane, Phase::Decode).unwrap_or(1.0);
     }
     let phase_slow = |phase| {
-        let weights = lane_weights(&row.predicted, phase, row.policy.overlap);
+        let weights = lane_weights(row.predicted, phase, row.bound.policy.overlap);
         let known = Lane::ALL
             .into_iter()
             .filter_map(|l| Some((weights[l], slow(l, phase)?)));
         let (weight, sum) = known.fold((0.0, 0.0), |(w, s), (weight, f)| {
             (w + weight, s + weight * f)
         });
-        // Lanes without a burst do next to nothing: they count as profiled.
+        // Lanes without a burst do next to nothing: they count as profiled, and so do waits.
         sum + (1.0 - weight).max(0.0)
     };
     let first = first_tokens(&figures);

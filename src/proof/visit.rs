@@ -4,15 +4,17 @@
 use super::record::{Bracket, RunRecord};
 use crate::cost::block::even_chunks;
 use crate::cost::figures::{Figures, LaneFigures};
+use crate::cost::rates::Rates;
 use crate::dtype::Dtype;
 use crate::engine::open::{RunJob, open};
 use crate::engine::{Engine, EngineError, Finished, Request, RunOptions, Sink};
+use crate::machine::arena::{AlignedBuffer, MemoryError};
 use crate::machine::{Machine, os};
 use crate::measured::{Measured, measured_figures};
 use crate::model::ModelSpec;
 use crate::plan::{Plan, PlanBudget};
 use crate::policy::Policy;
-use crate::probe::{Burst, BurstPlace, ProbeError, median, slowdowns};
+use crate::probe::{Burst, BurstPlace, Bursts, ProbeError, median};
 use crate::tier::{Lane, PerLane, Phase, Tier};
 use std::sync::atomic::{AtomicBool, Ordering};
 use thiserror::Error;
@@ -30,6 +32,8 @@ pub enum VisitError {
     Engine(#[from] EngineError),
     #[error(transparent)]
     Probe(#[from] ProbeError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     #[error("interrupted")]
     Stopped,
     #[error("line {line} does not fit the plan: {why}")]
@@ -44,22 +48,54 @@ pub struct VisitJob<'a> {
     pub requests: &'a [Request],
     pub bursts: &'a [Burst],
     pub place: &'a BurstPlace<'a>,
+    /// Memory that jobs of one series hold, each by itself and what it needs less: none gives back what the host
+    /// would then take while the next one runs (`Bursts`).
+    pub series_bytes: u64,
+}
+
+/// What bursts are chosen by.
+#[derive(Clone, Copy)]
+pub struct Bound<'a> {
+    pub model: &'a ModelSpec,
+    pub plan: &'a Plan,
+    pub policy: &'a Policy,
+    pub rates: &'a Rates,
+}
+
+impl Bound<'_> {
+    /// Batches that meet a layer's weights one after the other while they are in a cache.
+    fn batches_near(&self) -> usize {
+        let w = &self.plan.workload;
+        let tokens = (w.prompt_tokens + w.gen_tokens) / w.prompts.max(1);
+        let record = self.model.kv_record_bytes(self.policy.kv_format());
+        let kv_bytes = self.policy.gpu_batch_size as u64 * tokens * record;
+        let passed_bytes = self.model.layer_bytes(self.policy.compress_weight) + kv_bytes;
+        match self.rates.is_near(Tier::Cpu, passed_bytes as f64) {
+            true => self.policy.num_gpu_batches,
+            false => 1,
+        }
+    }
 }
 
 /// Which burst tells how fast a lane is in a phase.
-pub fn burst_of(
-    lane: Lane,
-    phase: Phase,
-    (model, plan, policy): (&ModelSpec, &Plan, &Policy),
-) -> Burst {
+pub fn burst_of(lane: Lane, phase: Phase, bound: Bound) -> Burst {
+    let Bound {
+        model,
+        plan,
+        policy,
+        ..
+    } = bound;
     match lane {
         Lane::DiskToCpu => Burst::Read,
         Lane::CpuToDisk => Burst::Write,
         _ => {
             let prompt = plan.workload.prompt_tokens / plan.workload.prompts.max(1);
-            let rows = match phase {
-                Phase::Prefill => even_chunks(policy.gpu_batch_size as u64 * prompt.max(1)),
-                Phase::Decode => policy.gpu_batch_size as u64,
+            let (rows, times) = match phase {
+                Phase::Prefill => {
+                    let rows = policy.gpu_batch_size as u64 * prompt.max(1);
+                    (even_chunks(rows), 1)
+                }
+                Phase::Decode => (policy.gpu_batch_size as u64, bound.batches_near()),
             };
             let format = if policy.compress_weight {
                 Dtype::Q4
@@ -70,6 +106,7 @@ pub fn burst_of(
                 format,
                 arithmetic: policy.arithmetic(format),
                 rows: nearest_power_of_two(rows),
+                times,
             }
         }
     }
@@ -81,36 +118,31 @@ fn nearest_power_of_two(rows: u64) -> usize {
     1 << exponent as u32
 }
 
-/// The part of a phase that each lane stands for: without overlap by its busy seconds, else the lane
-/// that binds alone.
+/// The part of a phase in which each lane is busy: without overlap of all lanes, else of the one that binds
+/// alone. In what is left something is waited for, which takes as long however fast the lanes are.
 pub fn lane_weights(figures: &Figures, phase: Phase, overlap: bool) -> PerLane<f64> {
     let seconds = |l: &LaneFigures| match phase {
         Phase::Prefill => l.prefill_s,
         Phase::Decode => l.decode_s,
     };
-    let all: f64 = Lane::ALL.iter().map(|&l| seconds(&figures.lanes[l])).sum();
+    let whole_s = match phase {
+        Phase::Prefill => figures.prefill_s,
+        Phase::Decode => figures.decode_s,
+    };
+    let busiest = Lane::with_most(|lane| seconds(&figures.lanes[lane]));
     let mut weights = PerLane::default();
-    if all <= 0.0 {
-        return weights;
+    for lane in Lane::ALL.into_iter().filter(|&l| !overlap || l == busiest) {
+        weights[lane] = seconds(&figures.lanes[lane]);
     }
+    let busy_s: f64 = Lane::ALL.iter().map(|&lane| weights[lane]).sum();
     for lane in Lane::ALL {
-        weights[lane] = seconds(&figures.lanes[lane]) / all;
-    }
-    if overlap {
-        let busiest = Lane::with_most(|lane| weights[lane]);
-        weights = PerLane::default();
-        weights[busiest] = 1.0;
+        weights[lane] /= busy_s.max(whole_s).max(1e-12);
     }
     weights
 }
 
 /// The bursts that a row's phases need.
-pub fn bursts_of(
-    plan: &Plan,
-    model: &ModelSpec,
-    policy: &Policy,
-    predicted: &Figures,
-) -> Vec<Burst> {
+pub fn bursts_of(bound: Bound, predicted: &Figures) -> Vec<Burst> {
     let mut bursts = Vec::new();
     for (phase, seconds) in [
         (Phase::Prefill, predicted.prefill_s),
@@ -119,9 +151,9 @@ pub fn bursts_of(
         if seconds <= 0.0 {
             continue;
         }
-        let weights = lane_weights(predicted, phase, policy.overlap);
+        let weights = lane_weights(predicted, phase, bound.policy.overlap);
         for lane in Lane::ALL.into_iter().filter(|&l| weights[l] >= COUNTS) {
-            let burst = burst_of(lane, phase, (model, plan, policy));
+            let burst = burst_of(lane, phase, bound);
             if !bursts.contains(&burst) {
                 bursts.push(burst);
             }
@@ -130,15 +162,21 @@ pub fn bursts_of(
     bursts
 }
 
-/// Loads, brackets, runs. Peaks of memory are those of loading and running, bursts left out.
+/// Loads, brackets, runs. Peaks of memory are those of loading and running, what bursts hold left out.
 pub fn visit(job: &VisitJob, stop: &AtomicBool) -> Result<RunRecord, VisitError> {
     os::release_free_heap();
+    let resident_bytes = || os::process_memory().map_or(0, |m| m.resident_bytes);
+    let without_bytes = resident_bytes();
+    let mut bursts = Bursts::new(job.place)?;
+    let needs_bytes = job.predicted.tiers[Tier::Cpu].peak_bytes;
+    let _filler = AlignedBuffer::new(job.series_bytes.saturating_sub(needs_bytes))?;
+    let held_bytes = resident_bytes().saturating_sub(without_bytes);
     os::reset_peak();
     let mut facts_of_memory = Measured::new(job.budget, Vec::new());
     facts_of_memory.others();
     let (mut machine, facts) = open(job.run)?;
     let load_peak = peak_bytes();
-    let before = slowdowns(job.bursts, job.place)?;
+    let before = bursts.slowdowns(job.bursts)?;
     os::reset_peak();
     let repeats = (VISIT_S / job.predicted.total_s.max(1e-3)).ceil() as usize;
     let repeats = repeats.clamp(1, MOST_REPEATS);
@@ -159,10 +197,10 @@ pub fn visit(job: &VisitJob, stop: &AtomicBool) -> Result<RunRecord, VisitError>
         }
         facts_of_memory.lanes = machine.lane_figures();
         facts_of_memory.outcome = outcome;
-        facts_of_memory.peak_bytes = load_peak.max(peak_bytes());
+        facts_of_memory.peak_bytes = load_peak.max(peak_bytes()).saturating_sub(held_bytes);
         runs.push(measured_figures(job.run, &facts_of_memory));
     }
-    let after = slowdowns(job.bursts, job.place)?;
+    let after = bursts.slowdowns(job.bursts)?;
     let sides = before.into_iter().zip(after);
     let bracket = |(&burst, (before, after)): (&Burst, (f64, f64))| Bracket {
         burst,
@@ -242,6 +280,14 @@ mod tests {
         let without = lane_weights(&both, Phase::Prefill, false);
         assert_eq!((without.cpu_compute, without.disk_to_cpu), (0.75, 0.25));
         assert_eq!(lane_weights(&both, Phase::Decode, true), PerLane::default());
+        let waits = Figures {
+            prefill_s: 6.0,
+            ..both
+        };
+        let with = lane_weights(&waits, Phase::Prefill, true);
+        assert_eq!((with.cpu_compute, with.disk_to_cpu), (0.5, 0.0));
+        let without = lane_weights(&waits, Phase::Prefill, false);
+        assert_eq!((without.cpu_compute, without.disk_to_cpu), (0.5, 1.0 / 6.0));
     }
 
     #[test]

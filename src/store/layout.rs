@@ -69,12 +69,11 @@ impl StoreLayout {
             offset
         };
         let matrix = |m: &crate::model::Matrix| {
-            let format = m.format(spec.dtype, compress);
-            let bytes = m.panels() as u64 * format.panel_bytes(m.inputs);
+            let bytes = m.packed_bytes(spec.dtype, compress);
             MatrixPlace {
                 kind: m.kind,
                 stage: m.stage,
-                format,
+                format: m.format(spec.dtype, compress),
                 bytes,
                 offset: place(bytes),
             }

@@ -124,6 +124,8 @@ impl Cut {
 mod tests {
     use super::*;
 
+    const GRAINS: [Grain; 2] = [Grain::REGISTERS, Grain::MATRIX_UNIT];
+
     #[test]
     fn parts_cover_everything_once() {
         for (m, panels, threads) in [
@@ -133,16 +135,16 @@ mod tests {
             (512, 48, 16),
             (1000, 785, 3),
         ] {
-            let cut = Cut::new(m, panels, threads, (true, Grain::REGISTERS));
-            let mut seen = vec![0; m * panels];
-            for (rows, across) in (0..cut.parts()).map(|part| cut.part(part)) {
-                assert!(rows.len() <= BLOCK_ROWS && across.len() <= PART_PANELS);
-                rows.for_each(|r| across.clone().for_each(|p| seen[r * panels + p] += 1));
+            for grain in GRAINS {
+                let cut = Cut::new(m, panels, threads, (true, grain));
+                let mut seen = vec![0; m * panels];
+                for (rows, across) in (0..cut.parts()).map(|part| cut.part(part)) {
+                    assert!(rows.len() <= grain.most_rows && across.len() <= PART_PANELS);
+                    rows.for_each(|r| across.clone().for_each(|p| seen[r * panels + p] += 1));
+                }
+                let once = seen.iter().all(|&times| times == 1);
+                assert!(once, "{m} {panels} {threads}");
             }
-            assert!(
-                seen.iter().all(|&times| times == 1),
-                "{m} {panels} {threads}"
-            );
         }
     }
 
@@ -155,11 +157,13 @@ mod tests {
             (442, 16, 2),
             (512, 64, 8),
         ] {
-            let cut = Cut::new(m, panels, threads, (true, Grain::REGISTERS));
-            let even = (m * panels) as f64 / threads as f64;
-            let part = (cut.part_rows * cut.part_panels) as f64;
-            let busiest = part * cut.parts().div_ceil(threads) as f64;
-            assert!(busiest < 1.1 * even, "{m} {panels}: {busiest} of {even}");
+            for grain in GRAINS {
+                let cut = Cut::new(m, panels, threads, (true, grain));
+                let even = (m * panels) as f64 / threads as f64;
+                let part = (cut.part_rows * cut.part_panels) as f64;
+                let busiest = part * cut.parts().div_ceil(threads) as f64;
+                assert!(busiest < 1.1 * even, "{m} {panels}: {busiest} of {even}");
+            }
         }
     }
 }

@@ -166,27 +166,27 @@ unsafe fn lay_codes<V: Simd>(from: *const u8, groups: usize, to: *mut u8) {
 impl Part<'_> {
     #[inline(always)]
     pub(super) fn run_unit<V: Simd>(mut self) {
-        match self.problem.arithmetic {
-            Arithmetic::Int8 => V::Unit::open(TILE),
-            _ => V::Unit::open(self.rows.len()),
-        }
         match (self.problem.arithmetic, self.problem.format) {
             (Arithmetic::Int8, _) => self.unit_codes::<V>(),
-            (_, Dtype::F32) => self.unit_pairs::<V, F32>(),
-            (_, Dtype::F16) => self.unit_pairs::<V, F16>(),
-            (_, _) => self.unit_pairs::<V, Bf16>(),
+            (_, Dtype::F32) => self.pairs::<V, F32>(),
+            (_, Dtype::F16) => self.pairs::<V, F16>(),
+            (_, _) => self.pairs::<V, Bf16>(),
         }
-        V::Unit::close();
+    }
+
+    #[inline(always)]
+    fn pairs<V: Simd, E: Element>(&mut self) {
+        match self.rows.len() {
+            1 => self.few_pairs::<V, E, 1>(),
+            2 => self.few_pairs::<V, E, 2>(),
+            _ => self.unit_pairs::<V, E>(),
+        }
     }
 
     #[inline(always)]
     fn unit_pairs<V: Simd, E: Element>(&mut self) {
         let rows = self.rows.len();
-        match rows {
-            1 => return self.few_pairs::<V, E, 1>(),
-            2 => return self.few_pairs::<V, E, 2>(),
-            _ => (),
-        }
+        V::Unit::open(rows);
         let chunk = if rows <= TILE {
             FEW_CHUNK_INPUTS
         } else {
@@ -208,11 +208,18 @@ impl Part<'_> {
                         start: x.start.wrapping_add((some.start - block.start) / 2),
                         ..x
                     };
-                    let ahead = (next, some.len() * E::AHEAD);
+                    // Few rows are done before anything asked for is here.
+                    let lines = if rows > TILE {
+                        some.len() * E::AHEAD
+                    } else {
+                        0
+                    };
+                    let ahead = (next, lines);
                     self.pairs_of_panel::<V>(panel, &some, (x, stored.keep), ahead);
                 }
             }
         }
+        V::Unit::close();
     }
 
     /// All rows of the part times one chunk of a panel; meanwhile so many lines are asked for.
@@ -240,9 +247,7 @@ impl Part<'_> {
         for t in 0..count {
             let row = 2 * TILE * t;
             for line in lines * t / count..lines * (t + 1) / count {
-                if self.rows.len() > TILE {
-                    V::prefetch(next.wrapping_add(64 * line));
-                }
+                V::prefetch(next.wrapping_add(64 * line));
             }
             let rows = (self.rows.len() - row).min(2 * TILE);
             let job = Pairs {
@@ -298,6 +303,7 @@ impl Part<'_> {
 
     #[inline(always)]
     fn unit_codes<V: Simd>(&mut self) {
+        V::Unit::open(TILE);
         // A byte and its share of a scale and a sum.
         let depth = depth(self.rows.len(), (Q4_GROUP / 4 + 2, Q4_GROUP));
         for block in pieces(0..self.problem.inputs, depth) {
@@ -319,6 +325,7 @@ impl Part<'_> {
                 }
             }
         }
+        V::Unit::close();
     }
 
     #[inline(always)]
