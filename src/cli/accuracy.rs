@@ -312,8 +312,7 @@ fn visit(
     let model = Model::find(&plan.model.name, 0, false)?;
     let offload_dir = args.limits.place.offload_dir();
     let trial = Trial::new((&model, &plan), &rows.profile, &offload_dir, (talk, stop))?;
-    let predicted = plan.estimate.clone().unwrap_or_default();
-    say_json(&trial.run(&predicted, 0, stop)?)
+    say_json(&trial.run_between_bursts(stop)?)
 }
 
 /// Profile, plans, and rows without runs: all written before anything is measured.

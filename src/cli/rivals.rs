@@ -247,7 +247,7 @@ impl<'a> Arena<'a> {
         Ok(())
     }
 
-    /// Throughput of one visit, at the profile's speed (each run between bursts).
+    /// Throughput of one visit.
     fn measure(
         &self,
         rival: &Rival,
@@ -255,8 +255,7 @@ impl<'a> Arena<'a> {
     ) -> Result<f64, Failure> {
         let who = (&self.model, &rival.plan);
         let trial = Trial::new(who, &self.target.profile, &self.offload_dir, (talk, stop))?;
-        let predicted = rival.plan.estimate.clone().unwrap_or_default();
-        let run = trial.run(&predicted, self.series_bytes, stop)?;
+        let run = trial.run(self.series_bytes, stop)?;
         Ok(run.measured.throughput_tok_s)
     }
 

@@ -16,7 +16,7 @@ use crate::machine::cuda::GpuChoice;
 use crate::machine::price::Pricer;
 use crate::plan::Plan;
 use crate::policy::Policy;
-use crate::probe::BurstPlace;
+use crate::probe::{Burst, BurstPlace};
 use crate::profile::{GpuFacts, HardwareProfile};
 use crate::proof::record::RunRecord;
 use crate::proof::visit::{Bound, VisitJob, bursts_of, visit};
@@ -81,12 +81,31 @@ impl<'a> Trial<'a> {
         })
     }
 
-    /// Loads, runs, measures, in a series whose jobs take so much memory; `predicted` says which bursts stand
-    /// around the run.
-    pub fn run(
+    /// Loads, runs and measures between bursts.
+    pub fn run_between_bursts(&self, stop: &AtomicBool) -> Result<RunRecord, Failure> {
+        let predicted = self.predicted();
+        let bound = Bound {
+            model: &self.model.spec,
+            plan: self.plan,
+            policy: &self.policy,
+            rates: &self.rates,
+        };
+        self.visit(&predicted, (&bursts_of(bound, &predicted), 0), stop)
+    }
+
+    /// Loads, runs and measures, in a series whose jobs take so much memory.
+    pub fn run(&self, series_bytes: u64, stop: &AtomicBool) -> Result<RunRecord, Failure> {
+        self.visit(&self.predicted(), (&[], series_bytes), stop)
+    }
+
+    fn predicted(&self) -> Figures {
+        self.plan.estimate.clone().unwrap_or_default()
+    }
+
+    fn visit(
         &self,
         predicted: &Figures,
-        series_bytes: u64,
+        (bursts, series_bytes): (&[Burst], u64),
         stop: &AtomicBool,
     ) -> Result<RunRecord, Failure> {
         let w = &self.plan.workload;
@@ -105,19 +124,12 @@ impl<'a> Trial<'a> {
             pricer: Pricer::new(self.rates.clone()),
             gpu: self.gpu.clone(),
         };
-        let bound = Bound {
-            model: &self.model.spec,
-            plan: self.plan,
-            policy: &self.policy,
-            rates: &self.rates,
-        };
-        let bursts = bursts_of(bound, predicted);
         let job = VisitJob {
             run: &run,
             budget: self.plan.budget,
             predicted,
             requests: &self.requests,
-            bursts: &bursts,
+            bursts,
             series_bytes,
             place: &BurstPlace {
                 threads: self.policy.threads,

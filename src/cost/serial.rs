@@ -12,8 +12,8 @@ const WAKES_BESIDE: f64 = 4.0;
 /// Products of a layer.
 const PRODUCTS: f64 = 4.0;
 
-/// Without overlap tasks follow each other, and only what one task sets going runs together. Weights come to the compute device in a pipeline; a computation has the CPU's part and
-/// the GPU's at once.
+/// Without overlap tasks follow each other, and only what one task sets going runs together. Weights come to the
+/// compute device in a pipeline; a computation has the CPU's part and the GPU's at once.
 pub fn serial_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> {
     let moved = sum(&work.cache).plus(&sum(&work.hidden));
     let woken = constant(input.rates.handover_s * handovers(input, place, work));

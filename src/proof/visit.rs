@@ -167,7 +167,9 @@ pub fn visit(job: &VisitJob, stop: &AtomicBool) -> Result<RunRecord, VisitError>
     os::release_free_heap();
     let resident_bytes = || os::process_memory().map_or(0, |m| m.resident_bytes);
     let without_bytes = resident_bytes();
-    let mut bursts = Bursts::new(job.place)?;
+    let mut bursts = (!job.bursts.is_empty())
+        .then(|| Bursts::new(job.place))
+        .transpose()?;
     let needs_bytes = job.predicted.tiers[Tier::Cpu].peak_bytes;
     let _filler = AlignedBuffer::new(job.series_bytes.saturating_sub(needs_bytes))?;
     let held_bytes = resident_bytes().saturating_sub(without_bytes);
@@ -176,7 +178,11 @@ pub fn visit(job: &VisitJob, stop: &AtomicBool) -> Result<RunRecord, VisitError>
     facts_of_memory.others();
     let (mut machine, facts) = open(job.run)?;
     let load_peak = peak_bytes();
-    let before = bursts.slowdowns(job.bursts)?;
+    let mut slowdowns = || match &mut bursts {
+        Some(bursts) => bursts.slowdowns(job.bursts),
+        None => Ok(Vec::new()),
+    };
+    let before = slowdowns()?;
     os::reset_peak();
     let repeats = (VISIT_S / job.predicted.total_s.max(1e-3)).ceil() as usize;
     let repeats = repeats.clamp(1, MOST_REPEATS);
@@ -200,7 +206,7 @@ pub fn visit(job: &VisitJob, stop: &AtomicBool) -> Result<RunRecord, VisitError>
         facts_of_memory.peak_bytes = load_peak.max(peak_bytes()).saturating_sub(held_bytes);
         runs.push(measured_figures(job.run, &facts_of_memory));
     }
-    let after = bursts.slowdowns(job.bursts)?;
+    let after = slowdowns()?;
     let sides = before.into_iter().zip(after);
     let bracket = |(&burst, (before, after)): (&Burst, (f64, f64))| Bracket {
         burst,
