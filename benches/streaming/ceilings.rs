@@ -13,7 +13,7 @@ use std::time::Instant;
 /// One request, of the size in which weights are streamed.
 const BLOCK_BYTES: u64 = 16 << 20;
 const DISK_BYTES: u64 = 512 << 20;
-const MEMORY_BYTES: usize = 256 << 20;
+const MEMORY_BYTES: u64 = 256 << 20;
 
 #[derive(Clone, Copy)]
 pub struct Ceilings {
@@ -46,12 +46,14 @@ impl Ceilings {
     }
 }
 
-/// Measures on demand over one scratch file.
+/// Measures on demand over one scratch file. Its memory stays, since a host that takes freed memory back stops the
+/// guest for it, seconds later.
 pub struct Meter {
     pool: Pool,
     file: DiskFile,
     io: IoPool,
     block: AlignedBuffer,
+    memory: AlignedBuffer,
 }
 
 impl Meter {
@@ -62,22 +64,23 @@ impl Meter {
             file,
             io: IoPool::new(READ_THREADS).expect("threads"),
             block: AlignedBuffer::new(BLOCK_BYTES).expect("memory"),
+            memory: AlignedBuffer::new(MEMORY_BYTES).expect("memory"),
         };
         meter.block.fill(1);
+        meter.memory.fill(1);
         meter.disk(true);
         meter
     }
 
     pub fn measure(&mut self) -> Ceilings {
         let isa = Isa::detect();
-        let memory = vec![1u8; MEMORY_BYTES];
         let (mut flop, mut dram) = (0.0f64, 0.0f64);
         for _ in 0..4 {
             let start = Instant::now();
             let done = multiply_peak(&self.pool, isa, Arithmetic::Fp32, 1_000_000);
             flop = flop.max(done / start.elapsed().as_secs_f64());
             let start = Instant::now();
-            std::hint::black_box(memory_read_sum(&self.pool, isa, &memory));
+            std::hint::black_box(memory_read_sum(&self.pool, isa, &self.memory));
             dram = dram.max(MEMORY_BYTES as f64 / start.elapsed().as_secs_f64());
         }
         Ceilings {

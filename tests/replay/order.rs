@@ -156,6 +156,34 @@ fn weights_of_the_next_layer_are_spread_over_this_ones_batches() {
     assert_eq!(longest(true), 2, "{runs:?}");
 }
 
+/// Without overlap an operation comes after everything on other lanes, with it after what it needs; here a task
+/// has one lane.
+#[test]
+fn without_overlap_tasks_follow_each_other() {
+    let waits_for_all = |overlap: bool| {
+        let policy = Policy {
+            overlap,
+            ..with([100.0, 0.0, 0.0, 100.0, 0.0, 100.0], false)
+        };
+        let mut before = Fences::none();
+        let all = noted(&policy);
+        let ordered = all.iter().filter(|n| {
+            let mut others = Lane::ALL.into_iter().filter(|&lane| lane != n.lane);
+            let waits = others.all(|lane| n.after.mark(lane) == before.mark(lane));
+            before.add(Fence {
+                lane: n.lane,
+                number: n.number,
+            });
+            waits
+        });
+        (ordered.count(), all.len())
+    };
+    let (ordered, all) = waits_for_all(false);
+    assert_eq!(ordered, all);
+    let (ordered, all) = waits_for_all(true);
+    assert!(ordered < all / 2, "{ordered} of {all}");
+}
+
 fn is_attention(noted: &Noted) -> bool {
     matches!(noted.op, Op::Compute(Compute::Attend(_)))
 }
