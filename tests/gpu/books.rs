@@ -98,7 +98,8 @@ fn memory_is_page_locked_once_however_long_a_run_is() {
     assert_eq!(many, few);
 }
 
-/// The host has a pass's operations queued before the first of them is over.
+/// The host has a pass's operations queued before the first of them is over, without overlap too: there events
+/// keep them apart.
 #[test]
 fn the_host_runs_ahead_of_a_slow_gpu() {
     let Some(gpu) = Gpu::new() else { return };
@@ -110,9 +111,9 @@ fn the_host_runs_ahead_of_a_slow_gpu() {
     let words =
         "--percent 50 50 50 50 50 50 --cpu-cache-compute 0 --gpu-batch-size 1 --num-gpu-batches 4";
     let ahead = |words: &str| books(&slow, (3, 3), words)["operations queued at most"];
-    let (free, stepwise) = (ahead(words), ahead(&format!("{words} --overlap 0")));
+    let (free, apart) = (ahead(words), ahead(&format!("{words} --overlap 0")));
     // Two layers of four batches have more than eighty.
-    assert!(free > 60 && stepwise < 30, "{free} {stepwise}");
+    assert!(free > 60 && apart > 60, "{free} {apart}");
 }
 
 /// By the driver and by the management library; the plan is an upper bound, and a close one.
