@@ -81,6 +81,8 @@ impl Cores {
                 }
                 std::hint::spin_loop();
             }
+            // Whoever is waited for may be bound to this very core.
+            std::thread::yield_now();
         }
         false
     }
