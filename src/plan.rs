@@ -10,7 +10,7 @@
 use crate::cost::figures::Figures;
 use crate::dtype::Dtype;
 use crate::policy::{Compute, DeviceKind, Policy, PolicyError, Shares, WeightShares};
-use crate::tier::PerTier;
+use crate::tier::{PerTier, Tier};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
@@ -242,6 +242,12 @@ impl Plan {
 
     pub fn to_json(&self) -> String {
         serde_json::to_string_pretty(self).expect("a plan is plain data with string keys")
+    }
+
+    /// Most bytes of a tier that the process holds at a time, as estimated; none in an infeasible plan.
+    pub fn peak_bytes(&self, tier: Tier) -> Option<u64> {
+        let figures = self.estimate.as_ref()?;
+        Some(figures.tiers[tier].peak_bytes)
     }
 
     /// Hash of everything but the id itself.

@@ -184,7 +184,8 @@ fn measured_rows(args: &AccuracyArgs, talk: &mut Talk, stop: &AtomicBool) -> Res
     }
     let begin = Instant::now();
     let order = smallest_first(&rows);
-    for round in 1..=args.runs {
+    let finished = rows.rows.iter().map(|row| row.runs.len()).min();
+    for round in finished.unwrap_or(0) + 1..=args.runs {
         rest(ROUND_REST, stop);
         for (place, &index) in order.iter().enumerate() {
             if rows.rows[index].runs.len() >= round {
@@ -215,12 +216,8 @@ fn measured_rows(args: &AccuracyArgs, talk: &mut Talk, stop: &AtomicBool) -> Res
 /// Rows by their memory: the next row takes what the one before has given back, and the host has nothing to take
 /// back while it runs.
 fn smallest_first(rows: &Rows) -> Vec<usize> {
-    let bytes = |&index: &usize| {
-        let estimate = rows.rows[index].plan.estimate.as_ref();
-        estimate.map_or(0, |figures| figures.tiers[Tier::Cpu].peak_bytes)
-    };
     let mut order: Vec<usize> = (0..rows.rows.len()).collect();
-    order.sort_by_key(bytes);
+    order.sort_by_key(|&index| rows.rows[index].plan.peak_bytes(Tier::Cpu));
     order
 }
 

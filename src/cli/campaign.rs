@@ -306,10 +306,7 @@ impl<'a> Campaign<'a> {
         };
         let least = with(MIB)?.enough_bytes.map_or(128 * MIB, |b| b.cpu_bytes);
         let most = with(self.target.budget.cpu_bytes)?;
-        let most = most
-            .estimate
-            .map_or(least, |e| e.tiers[Tier::Cpu].peak_bytes);
-        Ok((least, most))
+        Ok((least, most.peak_bytes(Tier::Cpu).unwrap_or(least)))
     }
 
     /// What a refusal names must do, and a tenth less must not.

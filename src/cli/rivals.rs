@@ -35,13 +35,6 @@ struct Rival {
     plan: Plan,
 }
 
-impl Rival {
-    fn needs_bytes(&self) -> u64 {
-        let estimate = self.plan.estimate.as_ref();
-        estimate.map_or(0, |figures| figures.tiers[Tier::Cpu].peak_bytes)
-    }
-}
-
 #[derive(Serialize)]
 struct Document<'a> {
     schema: &'static str,
@@ -67,7 +60,8 @@ pub fn rivals(args: &RivalsArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(
         talk.note("fewer different feasible policies than asked for were found");
     }
     let all = rivals.iter().chain([&choice]);
-    arena.series_bytes = all.map(Rival::needs_bytes).max().unwrap_or(0);
+    let peaks = all.filter_map(|rival| rival.plan.peak_bytes(Tier::Cpu));
+    arena.series_bytes = peaks.max().unwrap_or(0);
     arena.measure_all(&mut choice, &mut rivals, (talk, stop))?;
     rivals.sort_by(|a, b| b.measured_tok_s.total_cmp(&a.measured_tok_s));
     let mut duels = Vec::new();
