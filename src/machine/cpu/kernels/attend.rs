@@ -1,8 +1,9 @@
 //! Attention of many sequences at once: what is asked for, checked and cut into parts. The arithmetic is
 //! decode.rs (one query row, streaming the cache) and prefill.rs (tiles of query rows).
 //!
-//! Both take the keys in chunks of 256 from key 0 on and fold each chunk into a running maximum, sum and
-//! weighted value, so that results depend neither on how a prompt is cut nor on the other sequences.
+//! Both take the keys from key 0 on, in chunks of 256 (prompts) or blocks of sixteen (decoding), and fold each
+//! into a running maximum, sum and weighted value, so that results depend neither on how a prompt is cut nor on
+//! the other sequences.
 
 use super::isa::Isa;
 use super::kv::{KvF16, KvF32, KvQ4, KvView, record_bytes};
@@ -201,16 +202,19 @@ impl Part<'_> {
     /// Where the K row (side 0) or V row (side 1) of a token begins.
     #[inline(always)]
     pub(super) fn row(&self, token: usize, side: usize) -> *const u8 {
-        let row_bytes =
-            self.problem
-                .format
-                .row_bytes(self.problem.heads * self.problem.head_size) as usize;
         let record = self.item.kv.slots.record(token);
         self.item
             .kv
             .bytes
             .as_ptr()
-            .wrapping_add((2 * record + side) * row_bytes)
+            .wrapping_add((2 * record + side) * self.row_bytes())
+    }
+
+    /// Bytes of a K row, and of a V row, of all heads.
+    #[inline(always)]
+    pub(super) fn row_bytes(&self) -> usize {
+        let hidden = self.problem.heads * self.problem.head_size;
+        self.problem.format.row_bytes(hidden) as usize
     }
 
     /// The result of a query row, as wide as the part's heads.

@@ -1,32 +1,29 @@
-//! Attention of one query row: K rows, then V rows of each chunk stream past all heads of the part.
-//! Bound by memory, so the products wait for the rows and not the other way round.
+//! Attention of one query row. The cache streams past all heads of the part in the order in which it lies: of
+//! sixteen tokens the K rows, then their V rows, and meanwhile the next sixteen are asked for. Each sixteen is
+//! folded into a running maximum, sum and weighted value. Bound by memory, so the products wait for the rows
+//! and not the other way round.
 
-use super::attend::{CHUNK_KEYS, Part};
+use super::attend::Part;
 use super::decode_q4::{self, Span, coded};
 use super::kv::{KvFormat, extent};
 use super::math::exp;
 use super::panel::Element;
-use super::simd::{LANES, Simd, lanes, store_first};
-use crate::dtype::Dtype;
+use super::simd::{LANES, Simd, store_first};
 use crate::machine::cpu::pool::SCRATCH_FLOATS;
-use std::ops::Range;
 
-/// Bytes of rows that are asked for ahead of the one in use, and of 4-bit ones.
-const AHEAD_BYTES: usize = 8 * 1024;
-const CODES_AHEAD_BYTES: usize = 12 * 1024;
-/// From one head's scores to the next one's: a line more than a chunk has, so that the heads' scores of
-/// one key do not share a set of the first cache.
-pub(super) const SCORES_APART: usize = CHUNK_KEYS + LANES;
+/// Tokens folded together: one for each lane of a head's scores.
+pub(super) const BLOCK: usize = LANES;
 /// Rows that each head takes together, so that its query or sums are loaded once for them.
 pub(super) const ROWS_TOGETHER: usize = 4;
 /// What widening a row may need beyond the row itself.
 const BUFFER_SLACK: usize = 128;
+const LINE_BYTES: usize = 64;
 
-/// Heads for which queries, sums, scores and a widened row fit the scratch.
+/// Heads for which queries, sums, scores and widened rows fit the scratch.
 pub(super) fn heads_that_fit(head_size: usize) -> usize {
     let width = head_size.next_multiple_of(LANES);
-    let rows = query_room(head_size) + (1 + ROWS_TOGETHER) * width + SCORES_APART + 2;
-    (SCRATCH_FLOATS - ROWS_TOGETHER * BUFFER_SLACK) / rows
+    let own = query_room(head_size) + (1 + ROWS_TOGETHER) * width + 2 * BLOCK + 1;
+    (SCRATCH_FLOATS - ROWS_TOGETHER * BUFFER_SLACK) / own
 }
 
 /// Floats that a head's query takes, in whichever form.
@@ -36,13 +33,14 @@ fn query_room(head_size: usize) -> usize {
         .max(decode_q4::query_room(head_size))
 }
 
-/// The scratch, carved; a head's queries are `query_room`, its sums `width` apart.
+/// The scratch, carved; a head's queries are `query_room`, its sums `width`, its scores and its total's
+/// parts `BLOCK` apart.
 pub(super) struct Carved<'a> {
     pub(super) queries: &'a mut [f32],
     pub(super) sums: &'a mut [f32],
-    scores: &'a mut [f32],
-    maxima: &'a mut [f32],
+    pub(super) scores: &'a mut [f32],
     totals: &'a mut [f32],
+    maxima: &'a mut [f32],
     pub(super) buffer: &'a mut [f32],
     pub(super) query_room: usize,
     pub(super) width: usize,
@@ -55,32 +53,32 @@ impl<'a> Carved<'a> {
         let query_room = query_room(head_size);
         let (queries, rest) = scratch.split_at_mut(heads * query_room);
         let (sums, rest) = rest.split_at_mut(heads * width);
-        let (scores, rest) = rest.split_at_mut(heads * SCORES_APART);
-        let (maxima, rest) = rest.split_at_mut(heads);
-        let (totals, buffer) = rest.split_at_mut(heads);
+        let (scores, rest) = rest.split_at_mut(heads * BLOCK);
+        let (totals, rest) = rest.split_at_mut(heads * BLOCK);
+        let (maxima, buffer) = rest.split_at_mut(heads);
         queries.fill(0.0);
         sums.fill(0.0);
-        maxima.fill(f32::NEG_INFINITY);
         totals.fill(0.0);
+        maxima.fill(f32::NEG_INFINITY);
         Carved {
             queries,
             sums,
             scores,
-            maxima,
             totals,
+            maxima,
             buffer,
             query_room,
             width,
         }
     }
 
-    /// What `weigh` left of a head's scores of N keys.
+    /// What `weigh` left of a head's scores of four keys.
     #[inline(always)]
-    pub(super) fn weights<V: Simd, const N: usize>(&self, head: usize, key: usize) -> [V::F; N] {
-        let scores = &self.scores[head * SCORES_APART + key..][..N];
-        let mut weights = [V::splat(0.0); N];
-        for (weight, &score) in weights.iter_mut().zip(scores) {
-            *weight = V::splat(score);
+    pub(super) fn weights<V: Simd>(&self, head: usize, at: usize) -> [V::F; ROWS_TOGETHER] {
+        let mut weights = [V::splat(0.0); ROWS_TOGETHER];
+        let found = &self.scores[head * BLOCK + at..][..ROWS_TOGETHER];
+        for (weight, &found) in weights.iter_mut().zip(found) {
+            *weight = V::splat(found);
         }
         weights
     }
@@ -92,14 +90,17 @@ pub(super) fn run<V: Simd, K: KvFormat>(mut part: Part) {
     let size = part.problem.head_size;
     let mut carved = Carved::new(scratch, part.heads.len(), size);
     write_queries::<V, K>(&part, &mut carved);
+    let mut block = Block::new(&part);
     let keys = part.item.past + 1;
-    for first in (0..keys).step_by(CHUNK_KEYS) {
-        let chunk = first..(first + CHUNK_KEYS).min(keys);
-        score::<V, K>(&part, &mut carved, chunk.clone());
+    for first in (0..keys).step_by(BLOCK) {
+        let count = BLOCK.min(keys - first);
+        let mut ahead = Ahead::new();
+        score::<V, K>(&part, &mut carved, (&block, &mut ahead), count);
         for head in 0..part.heads.len() {
-            weigh::<V>(&mut carved, head, chunk.len());
+            weigh::<V>(&mut carved, head, count);
         }
-        add_values::<V, K>(&part, &mut carved, chunk);
+        add::<V, K>(&part, &mut carved, (&block, &mut ahead), count);
+        block.turn(&part, first + BLOCK);
     }
     finish::<V>(&part, &carved);
 }
@@ -121,114 +122,162 @@ fn write_queries<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved) {
     }
 }
 
-/// What is asked for while four rows are in use: their heads' places in the order of reading that lie
-/// about as many bytes later, head by head, so that the requests are spread over the work. That order is
-/// the chunks', in each all K rows and then all V rows, in fours, and of each four head after head.
+/// Where the records of sixteen tokens are: of those in use, and of those to be used next.
+pub(super) struct Block {
+    own: [*const u8; BLOCK],
+    next: [*const u8; BLOCK],
+    /// Of `next` that are not there, being past the last.
+    missing: usize,
+    /// From a record's K row to its V row.
+    row_bytes: usize,
+    /// Bytes of each that the part's heads cover, from `first_byte` on.
+    bytes: usize,
+    first_byte: usize,
+}
+
+impl Block {
+    #[inline(always)]
+    fn new(part: &Part) -> Block {
+        let (first_byte, bytes) = extent(part.problem.format, &part.elements());
+        let mut block = Block {
+            own: records(part, 0),
+            next: records(part, BLOCK),
+            missing: 0,
+            row_bytes: part.row_bytes(),
+            bytes,
+            first_byte,
+        };
+        block.count_missing(part, BLOCK);
+        block
+    }
+
+    /// What was next is in use; the token `first` begins it.
+    #[inline(always)]
+    fn turn(&mut self, part: &Part, first: usize) {
+        self.own = self.next;
+        self.next = records(part, first + BLOCK);
+        self.count_missing(part, first + BLOCK);
+    }
+
+    #[inline(always)]
+    fn count_missing(&mut self, part: &Part, first: usize) {
+        let keys = part.item.past + 1;
+        self.missing = (first + BLOCK).saturating_sub(keys).min(BLOCK);
+    }
+
+    /// Where row `at` of the K rows (side 0) or V rows (side 1) in use begins.
+    #[inline(always)]
+    fn record(&self, at: usize, side: usize) -> *const u8 {
+        self.own[at].wrapping_add(side * self.row_bytes)
+    }
+
+    /// Where the part's elements begin in row `at` of the next tokens' K and V rows in turn, and how many lines
+    /// they touch; none where there is no such row.
+    #[cold]
+    #[inline(never)]
+    fn lines_ahead(&self, at: usize) -> (*const u8, usize) {
+        if at >= 2 * (BLOCK - self.missing) {
+            return (self.next[0], 0);
+        }
+        let row = self.next[at / 2].wrapping_add(at % 2 * self.row_bytes + self.first_byte);
+        let lines = (row as usize % LINE_BYTES + self.bytes).div_ceil(LINE_BYTES);
+        (row, lines)
+    }
+}
+
+/// What is asked for next of the next tokens: token after token, K and V as they lie, a line or two at a time
+/// between the products. (Memory gives a quarter less where K rows are read past the V rows between them, in
+/// whatever order they are asked for, and the core drops what it is asked for all at once.)
 pub(super) struct Ahead {
-    /// Rows, shifted so that a head's own place in them is what is to be asked for: up to head `around`,
-    /// and from there on.
-    rows: [[*const u8; ROWS_TOGETHER]; 2],
-    around: usize,
-    head_bytes: usize,
+    line: *const u8,
+    /// Lines of the row.
+    left: usize,
+    /// The row that comes then: K and V of the tokens in turn.
+    row: usize,
 }
 
 impl Ahead {
-    #[inline(always)]
-    fn new(part: &Part, token: usize, side: usize) -> Ahead {
-        let heads = part.heads.len();
-        let (first, bytes) = extent(part.problem.format, &part.elements());
-        let head_bytes = bytes.div_ceil(heads);
-        let ahead_bytes = match part.problem.format {
-            Dtype::Q4 => CODES_AHEAD_BYTES,
-            _ => AHEAD_BYTES,
-        };
-        let later = (ahead_bytes / (ROWS_TOGETHER * head_bytes)).max(1);
-        let (fours, turn) = (later / heads, later % heads);
-        let shifts = [turn * head_bytes, (turn * head_bytes).wrapping_sub(bytes)];
-        let mut rows = [[std::ptr::null(); ROWS_TOGETHER]; 2];
-        for (i, (rows, shift)) in rows.iter_mut().zip(shifts).enumerate() {
-            for (j, row) in rows.iter_mut().enumerate() {
-                let by = ROWS_TOGETHER * (fours + i) + j;
-                let (token, side) = later_row(part, (token, side), by);
-                *row = part
-                    .row(token, side)
-                    .wrapping_add(first.wrapping_add(shift));
-            }
-        }
+    fn new() -> Ahead {
         Ahead {
-            rows,
-            around: heads - turn,
-            head_bytes,
+            line: std::ptr::null(),
+            left: 0,
+            row: 0,
         }
     }
 
+    /// Asks for N lines.
     #[inline(always)]
-    pub(super) fn ask<V: Simd>(&self, head: usize) {
-        let rows = &self.rows[usize::from(head >= self.around)];
-        let (mut line, end) = (head * self.head_bytes, (head + 1) * self.head_bytes);
-        while line < end {
-            for row in rows {
-                V::prefetch(row.wrapping_add(line));
+    pub(super) fn ask<V: Simd, const N: usize>(&mut self, block: &Block) {
+        if self.left >= N {
+            for line in 0..N {
+                V::prefetch(self.line.wrapping_add(line * LINE_BYTES));
             }
-            line += 64;
+            self.line = self.line.wrapping_add(N * LINE_BYTES);
+            self.left -= N;
+            return;
         }
+        for line in 0..self.left {
+            V::prefetch(self.line.wrapping_add(line * LINE_BYTES));
+        }
+        (self.line, self.left) = block.lines_ahead(self.row);
+        self.row += 1;
     }
 }
 
-/// The row (token, side) that is read `by` rows after one; the last one where there are no more.
+/// As many lines as a vector of four rows takes.
 #[inline(always)]
-fn later_row(part: &Part, (token, side): (usize, usize), by: usize) -> (usize, usize) {
-    let keys = part.item.past + 1;
-    let start = token / CHUNK_KEYS * CHUNK_KEYS;
-    let end = (start + CHUNK_KEYS).min(keys);
-    match token + by {
-        same if same < end => (same, side),
-        // From a chunk's keys to its values, which are as many.
-        turn if side == 0 => ((start + turn - end).min(end - 1), 1),
-        next if next < keys => (next, 0),
-        _ => (keys - 1, 1),
+fn ask_for<V: Simd, K: KvFormat>(ahead: &mut Ahead, block: &Block) {
+    match K::As::BYTES {
+        2 => ahead.ask::<V, { ROWS_TOGETHER * LANES * 2 / LINE_BYTES }>(block),
+        _ => ahead.ask::<V, { ROWS_TOGETHER * LANES * 4 / LINE_BYTES }>(block),
     }
+}
+
+/// Where sixteen tokens' records begin; missing ones repeat the last.
+#[inline(always)]
+fn records(part: &Part, first: usize) -> [*const u8; BLOCK] {
+    let mut records = [std::ptr::null(); BLOCK];
+    for (j, record) in records.iter_mut().enumerate() {
+        *record = part.row((first + j).min(part.item.past), 0);
+    }
+    records
 }
 
 /// scores[head][key] = query · key, a sum of sixteen lanes per head and key.
 #[inline(always)]
-fn score<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Range<usize>) {
-    let mut at = 0;
-    while at < keys.len() {
-        let together = ROWS_TOGETHER.min(keys.len() - at);
-        let rows = open_rows::<V, K>(part, carved, (keys.start + at, together), 0);
-        let ahead = Ahead::new(part, keys.start + at, 0);
-        let scores = carved.scores[at..].as_mut_ptr();
-        // SAFETY: a chunk's scores are whole fours; those of missing rows are overwritten by `weigh`.
+fn score<V: Simd, K: KvFormat>(
+    part: &Part,
+    carved: &mut Carved,
+    (block, ahead): (&Block, &mut Ahead),
+    count: usize,
+) {
+    for at in (0..count).step_by(ROWS_TOGETHER) {
+        let rows = open_rows::<V, K>(part, carved, (block, at), 0);
+        // SAFETY: a block's scores are whole fours; those of missing rows are overwritten by `weigh`.
         unsafe {
             match coded::<K>(part) {
-                true => decode_q4::score::<V>(part, carved, (&rows, &ahead), scores),
-                false => score_rows::<V, K>(part, carved, (&rows, &ahead), scores),
+                true => decode_q4::score::<V>(part, carved, (&rows, block, ahead), at),
+                false => score_rows::<V, K>(part, carved, (&rows, block, ahead), at),
             }
         }
-        at += together;
     }
 }
 
-/// The `together` rows of one side from token `first` on; missing ones repeat the last.
+/// Four rows of one side, from `at` of the block on.
 #[inline(always)]
 fn open_rows<V: Simd, K: KvFormat>(
     part: &Part,
     carved: &mut Carved,
-    (first, together): (usize, usize),
+    (block, at): (&Block, usize),
     side: usize,
 ) -> [*const u8; ROWS_TOGETHER] {
     let mut rows = [std::ptr::null(); ROWS_TOGETHER];
-    for (j, row) in rows.iter_mut().enumerate() {
-        *row = part.row(first + j.min(together - 1), side);
-    }
     if coded::<K>(part) {
-        let (bytes, group_bytes) = extent(part.problem.format, &part.elements());
-        for row in rows.iter_mut() {
-            *row = row.wrapping_add(bytes);
+        for (j, row) in rows.iter_mut().enumerate() {
+            *row = block.record(at + j, side).wrapping_add(block.first_byte);
         }
         // SAFETY: `check` found the records inside the cache; the buffer has more room than that.
-        unsafe { decode_q4::read_ends::<V>(&rows, group_bytes, carved.buffer) };
+        unsafe { decode_q4::read_ends::<V>(&rows, block.bytes, carved.buffer) };
         return rows;
     }
     let room = part.elements().len() + BUFFER_SLACK;
@@ -236,7 +285,7 @@ fn open_rows<V: Simd, K: KvFormat>(
         // SAFETY: `check` found the record inside the cache; `heads_that_fit` left each row its room.
         *row = unsafe {
             let buffer = carved.buffer.as_mut_ptr().add(j * room);
-            K::open::<V>(*row, part.elements(), buffer)
+            K::open::<V>(block.record(at + j, side), part.elements(), buffer)
         };
     }
     rows
@@ -244,115 +293,108 @@ fn open_rows<V: Simd, K: KvFormat>(
 
 /// Each head's query times four rows.
 /// # Safety
-/// Each head's scores, `SCORES_APART`, have room for four.
+/// Each head's scores have room for four from `at` on.
 #[inline(always)]
 unsafe fn score_rows<V: Simd, K: KvFormat>(
     part: &Part,
-    carved: &Carved,
-    (rows, ahead): (&[*const u8; ROWS_TOGETHER], &Ahead),
-    scores: *mut f32,
+    carved: &mut Carved,
+    (rows, block, ahead): (&[*const u8; ROWS_TOGETHER], &Block, &mut Ahead),
+    at: usize,
 ) {
     let size = part.problem.head_size;
     for head in 0..part.heads.len() {
-        ahead.ask::<V>(head);
         let mut sums = [V::splat(0.0); ROWS_TOGETHER];
         // SAFETY: queries are padded with zeros to whole vectors, rows are read up to their end; the
         // caller's for the scores.
         unsafe {
             let query = carved.queries.as_ptr().add(head * carved.query_room);
             for d in (0..size).step_by(LANES) {
+                ask_for::<V, K>(ahead, block);
                 let query = V::load(query.add(d));
                 for (sum, row) in sums.iter_mut().zip(rows) {
                     let from = row.add((head * size + d) * K::As::BYTES);
                     *sum = V::fma(query, K::As::load_first::<V>(from, size - d), *sum);
                 }
             }
-            let to = scores
-                .add(head * SCORES_APART)
-                .cast::<[f32; ROWS_TOGETHER]>();
-            to.write(V::sums(sums));
+            let to = carved.scores.as_mut_ptr().add(head * BLOCK + at);
+            to.cast::<[f32; ROWS_TOGETHER]>().write(V::sums(sums));
         }
     }
 }
 
-/// Turns a head's scores into weights against the new maximum and rescales what was there.
+/// Turns a head's scores into weights against the new maximum and, where that has grown, rescales what was
+/// there.
 #[inline(always)]
-fn weigh<V: Simd>(carved: &mut Carved, head: usize, keys: usize) {
-    let scores = &mut carved.scores[head * SCORES_APART..][..CHUNK_KEYS];
-    scores[keys..].fill(f32::NEG_INFINITY);
-    let mut high = V::splat(carved.maxima[head]);
-    for at in (0..keys).step_by(LANES) {
-        // SAFETY: inside the 256 scores.
-        high = V::max(unsafe { V::load(scores.as_ptr().add(at)) }, high);
+fn weigh<V: Simd>(carved: &mut Carved, head: usize, count: usize) {
+    let scores = &mut carved.scores[head * BLOCK..][..BLOCK];
+    if count < BLOCK {
+        scores[count..].fill(f32::NEG_INFINITY);
     }
-    let maximum = V::largest(high);
-    for at in (0..keys).step_by(LANES) {
-        // SAFETY: as above.
-        unsafe {
-            let to = scores.as_mut_ptr().add(at);
-            V::store(to, exp::<V>(V::sub(V::load(to), V::splat(maximum))));
-        }
-    }
+    let old = carved.maxima[head];
+    // SAFETY: sixteen scores.
+    let found = unsafe { V::load(scores.as_ptr()) };
+    let maximum = V::largest(V::max(found, V::splat(old)));
+    let weights = exp::<V>(V::sub(found, V::splat(maximum)));
+    // SAFETY: as above.
+    unsafe { V::store(scores.as_mut_ptr(), weights) };
     // What lies past the last key is not the smallest weight, but none.
-    scores[keys..].fill(0.0);
-    let mut total = V::splat(0.0);
-    for at in (0..keys).step_by(LANES) {
-        // SAFETY: as above.
-        total = V::add(total, unsafe { V::load(scores.as_ptr().add(at)) });
+    if count < BLOCK {
+        scores[count..].fill(0.0);
     }
-    let shrink = exp::<V>(V::splat(carved.maxima[head] - maximum));
-    let factor = lanes::<V>(shrink)[0];
-    carved.totals[head] = carved.totals[head].mul_add(factor, V::sum(total));
-    carved.maxima[head] = maximum;
-    for sums in carved.sums[head * carved.width..][..carved.width].chunks_exact_mut(LANES) {
-        // SAFETY: sixteen f32.
-        unsafe { V::store(sums.as_mut_ptr(), V::mul(V::load(sums.as_ptr()), shrink)) };
+    let totals = carved.totals[head * BLOCK..][..BLOCK].as_mut_ptr();
+    if maximum > old {
+        carved.maxima[head] = maximum;
+        let shrink = exp::<V>(V::splat(old - maximum));
+        let sums = carved.sums[head * carved.width..][..carved.width].chunks_exact_mut(LANES);
+        for sums in sums {
+            // SAFETY: sixteen f32.
+            unsafe { V::store(sums.as_mut_ptr(), V::mul(V::load(sums.as_ptr()), shrink)) };
+        }
+        // SAFETY: a part of the total for each lane.
+        unsafe { V::store(totals, V::mul(V::load(totals), shrink)) };
     }
+    // SAFETY: as above, and sixteen weights.
+    unsafe { V::store(totals, V::add(V::load(totals), V::load(scores.as_ptr()))) };
 }
 
 /// sums[head] += weight of each key × its V row, keys in order.
 #[inline(always)]
-fn add_values<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved, keys: Range<usize>) {
-    let mut at = 0;
-    while at < keys.len() {
-        let together = ROWS_TOGETHER.min(keys.len() - at);
-        let rows = open_rows::<V, K>(part, carved, (keys.start + at, together), 1);
-        let ahead = Ahead::new(part, keys.start + at, 1);
-        if together == ROWS_TOGETHER {
-            add_rows::<V, K, ROWS_TOGETHER>(part, carved, (rows, &ahead), (at, 0));
-        } else {
-            for (j, &row) in rows[..together].iter().enumerate() {
-                add_rows::<V, K, 1>(part, carved, ([row], &ahead), (at + j, j));
-            }
+fn add<V: Simd, K: KvFormat>(
+    part: &Part,
+    carved: &mut Carved,
+    (block, ahead): (&Block, &mut Ahead),
+    count: usize,
+) {
+    for at in (0..count).step_by(ROWS_TOGETHER) {
+        let rows = open_rows::<V, K>(part, carved, (block, at), 1);
+        match coded::<K>(part) {
+            // SAFETY: they were opened.
+            true => unsafe { decode_q4::add::<V>(part, carved, (&rows, block, ahead), at) },
+            false => add_rows::<V, K>(part, carved, (&rows, block, ahead), at),
         }
-        at += together;
     }
 }
 
-/// The same for N rows of which `first_row` is the first of the four that were opened.
+/// The same for four rows; the weights of missing ones are zero.
 #[inline(always)]
-fn add_rows<V: Simd, K: KvFormat, const N: usize>(
+fn add_rows<V: Simd, K: KvFormat>(
     part: &Part,
     carved: &mut Carved,
-    (rows, ahead): ([*const u8; N], &Ahead),
-    (key, first_row): (usize, usize),
+    (rows, block, ahead): (&[*const u8; ROWS_TOGETHER], &Block, &mut Ahead),
+    at: usize,
 ) {
-    if coded::<K>(part) {
-        // SAFETY: `open_rows` opened them.
-        return unsafe { decode_q4::add::<V, N>(part, carved, (&rows, ahead), (key, first_row)) };
-    }
     let size = part.problem.head_size;
     for head in 0..part.heads.len() {
-        ahead.ask::<V>(head);
-        let weights = carved.weights::<V, N>(head, key);
+        let weights = carved.weights::<V>(head, at);
         for d in (0..size).step_by(LANES) {
+            ask_for::<V, K>(ahead, block);
             // SAFETY: sums are padded to whole vectors, rows are read up to their end.
             unsafe {
                 let to = carved.sums.as_mut_ptr().add(head * carved.width + d);
                 let mut sum = V::load(to);
-                for j in 0..N {
-                    let from = rows[j].add((head * size + d) * K::As::BYTES);
-                    sum = V::fma(weights[j], K::As::load_first::<V>(from, size - d), sum);
+                for (row, weight) in rows.iter().zip(weights) {
+                    let from = row.add((head * size + d) * K::As::BYTES);
+                    sum = V::fma(weight, K::As::load_first::<V>(from, size - d), sum);
                 }
                 V::store(to, sum);
             }
@@ -364,12 +406,15 @@ fn add_rows<V: Simd, K: KvFormat, const N: usize>(
 fn finish<V: Simd>(part: &Part, carved: &Carved) {
     let size = part.problem.head_size;
     for (head, out) in part.out(0).chunks_exact_mut(size).enumerate() {
-        let total = V::splat(carved.totals[head]);
+        let totals = &carved.totals[head * BLOCK..][..BLOCK];
+        // SAFETY: sixteen parts of the total.
+        let total = V::sum(unsafe { V::load(totals.as_ptr()) });
+        let sums = &carved.sums[head * carved.width..][..carved.width];
         for d in (0..size).step_by(LANES) {
             // SAFETY: sums are padded to whole vectors, out is written up to its end.
             unsafe {
-                let sum = V::load(carved.sums.as_ptr().add(head * carved.width + d));
-                store_first::<V>(out.as_mut_ptr().add(d), V::div(sum, total), size - d);
+                let value = V::div(V::load(sums.as_ptr().add(d)), V::splat(total));
+                store_first::<V>(out.as_mut_ptr().add(d), value, size - d);
             }
         }
     }

@@ -4,7 +4,7 @@
 //! minimum × Σ query, of which the inner sums are exact in any order.
 
 use super::attend::Part;
-use super::decode::{Ahead, Carved, ROWS_TOGETHER, SCORES_APART};
+use super::decode::{Ahead, BLOCK, Block, Carved, ROWS_TOGETHER};
 use super::kv::KvFormat;
 use super::q4::{CODE_BYTES, ROUNDER, Reader};
 use super::simd::{LANES, Simd};
@@ -167,17 +167,17 @@ pub(super) unsafe fn read_ends<V: Simd>(
 
 /// Each head's query times four rows.
 /// # Safety
-/// `open_rows` opened them; each head's scores, `SCORES_APART`, have room for four.
+/// `open_rows` opened them; each head's scores have room for four from `at` on.
 #[inline(always)]
 pub(super) unsafe fn score<V: Simd>(
     part: &Part,
-    carved: &Carved,
-    (rows, ahead): (&[*const u8; ROWS_TOGETHER], &Ahead),
-    scores: *mut f32,
+    carved: &mut Carved,
+    (rows, block, ahead): (&[*const u8; ROWS_TOGETHER], &Block, &mut Ahead),
+    at: usize,
 ) {
     let whole = whole_groups(part);
     for head in 0..part.heads.len() {
-        ahead.ask::<V>(head);
+        ask_for::<V>(whole, (block, ahead));
         // SAFETY: rows, queries and the buffer's ends are of these heads; the caller's for the scores.
         unsafe {
             let query = carved.queries.as_ptr().add(head * carved.query_room);
@@ -191,7 +191,7 @@ pub(super) unsafe fn score<V: Simd>(
                     dots::<V>(rows, (first, end - first), query, ends)
                 }
             };
-            let to = scores.add(head * SCORES_APART);
+            let to = carved.scores.as_mut_ptr().add(head * BLOCK + at);
             to.cast::<[f32; ROWS_TOGETHER]>().write(dots);
         }
     }
@@ -274,28 +274,38 @@ unsafe fn group_dots<V: Simd>(
     V::sum_quarters(high, low)
 }
 
-/// sums[head] += weight of each of N keys × its V row, of which `first_row` is the first of the four opened.
-/// # Safety
-/// `open_rows` opened them.
+/// As many lines as four rows of a head take.
 #[inline(always)]
-pub(super) unsafe fn add<V: Simd, const N: usize>(
+fn ask_for<V: Simd>(whole: usize, (block, ahead): (&Block, &mut Ahead)) {
+    match whole {
+        1 => ahead.ask::<V, 3>(block),
+        2 => ahead.ask::<V, 5>(block),
+        _ => ahead.ask::<V, 4>(block),
+    }
+}
+
+/// sums[head] += weight of each of four keys × its V row.
+/// # Safety
+/// `open_rows` opened them, from `at` of the block on.
+#[inline(always)]
+pub(super) unsafe fn add<V: Simd>(
     part: &Part,
     carved: &mut Carved,
-    (rows, ahead): (&[*const u8; N], &Ahead),
-    (key, first_row): (usize, usize),
+    (rows, block, ahead): (&[*const u8; ROWS_TOGETHER], &Block, &mut Ahead),
+    at: usize,
 ) {
     let whole = whole_groups(part);
     for head in 0..part.heads.len() {
-        ahead.ask::<V>(head);
-        let weights = carved.weights::<V, N>(head, key);
+        ask_for::<V>(whole, (block, ahead));
+        let weights = carved.weights::<V>(head, at);
         // SAFETY: rows, sums and the buffer's ends are of these heads.
         unsafe {
             let sums = carved.sums.as_mut_ptr().add(head * carved.width);
-            let ends = carved.buffer.as_ptr().add(first_row);
+            let ends = carved.buffer.as_ptr();
             match whole {
-                1 => add_groups::<V, N>(sums, (head, 1), (rows, ends), &weights),
-                2 => add_groups::<V, N>(sums, (2 * head, 2), (rows, ends), &weights),
-                _ => add_span::<V, N>(sums, Span::of(part, head), (rows, ends), &weights),
+                1 => add_groups::<V>(sums, (head, 1), (rows, ends), &weights),
+                2 => add_groups::<V>(sums, (2 * head, 2), (rows, ends), &weights),
+                _ => add_span::<V>(sums, Span::of(part, head), (rows, ends), &weights),
             }
         }
     }
@@ -305,18 +315,18 @@ pub(super) unsafe fn add<V: Simd, const N: usize>(
 /// # Safety
 /// The rows have them, `ends` is of `read_ends`; there are as many sums.
 #[inline(always)]
-unsafe fn add_groups<V: Simd, const N: usize>(
+unsafe fn add_groups<V: Simd>(
     sums: *mut f32,
     (first, count): (usize, usize),
-    (rows, ends): (&[*const u8; N], *const f32),
-    weights: &[V::F; N],
+    (rows, ends): (&[*const u8; ROWS_TOGETHER], *const f32),
+    weights: &[V::F; ROWS_TOGETHER],
 ) {
     for group in 0..count {
         // SAFETY: the caller's.
         unsafe {
-            let readers = readers::<V, N>(rows, first + group, ends);
+            let readers = readers::<V>(rows, first + group, ends);
             let sums = sums.add(group * Q4_GROUP);
-            add_vectors::<V, N>(sums, &readers, weights, 0..VECTORS);
+            add_vectors::<V>(sums, &readers, weights, 0..VECTORS);
         }
     }
 }
@@ -325,11 +335,11 @@ unsafe fn add_groups<V: Simd, const N: usize>(
 /// # Safety
 /// As there.
 #[inline(always)]
-unsafe fn add_span<V: Simd, const N: usize>(
+unsafe fn add_span<V: Simd>(
     sums: *mut f32,
     span: Span,
-    (rows, ends): (&[*const u8; N], *const f32),
-    weights: &[V::F; N],
+    (rows, ends): (&[*const u8; ROWS_TOGETHER], *const f32),
+    weights: &[V::F; ROWS_TOGETHER],
 ) {
     let (first, end) = span.groups();
     let mut sums = sums;
@@ -338,10 +348,10 @@ unsafe fn add_span<V: Simd, const N: usize>(
         // SAFETY: the caller's.
         unsafe {
             if vectors.len() == VECTORS {
-                add_groups::<V, N>(sums, (group, 1), (rows, ends), weights);
+                add_groups::<V>(sums, (group, 1), (rows, ends), weights);
             } else {
-                let readers = readers::<V, N>(rows, group, ends);
-                add_vectors::<V, N>(sums, &readers, weights, vectors.clone());
+                let readers = readers::<V>(rows, group, ends);
+                add_vectors::<V>(sums, &readers, weights, vectors.clone());
             }
             sums = sums.add(vectors.len() * LANES);
         }
@@ -352,16 +362,16 @@ unsafe fn add_span<V: Simd, const N: usize>(
 /// # Safety
 /// The rows have it, `ends` is of `read_ends`.
 #[inline(always)]
-unsafe fn readers<V: Simd, const N: usize>(
-    rows: &[*const u8; N],
+unsafe fn readers<V: Simd>(
+    rows: &[*const u8; ROWS_TOGETHER],
     group: usize,
     ends: *const f32,
-) -> [Reader<V>; N] {
+) -> [Reader<V>; ROWS_TOGETHER] {
     // SAFETY: the caller's.
     unsafe {
         let ends = ends.add(group * ENDS);
-        let mut readers = [reader(rows[0], group, ends); N];
-        for r in 1..N {
+        let mut readers = [reader(rows[0], group, ends); ROWS_TOGETHER];
+        for r in 1..ROWS_TOGETHER {
             readers[r] = reader(rows[r], group, ends.add(r));
         }
         readers
@@ -384,10 +394,10 @@ unsafe fn reader<V: Simd>(row: *const u8, group: usize, ends: *const f32) -> Rea
 /// # Safety
 /// There are as many sums.
 #[inline(always)]
-unsafe fn add_vectors<V: Simd, const N: usize>(
+unsafe fn add_vectors<V: Simd>(
     sums: *mut f32,
-    readers: &[Reader<V>; N],
-    weights: &[V::F; N],
+    readers: &[Reader<V>; ROWS_TOGETHER],
+    weights: &[V::F; ROWS_TOGETHER],
     vectors: Range<usize>,
 ) {
     for (at, j) in vectors.enumerate() {
