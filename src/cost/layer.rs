@@ -273,8 +273,8 @@ impl<'a> LayerBuilder<'a> {
             };
             of.coef[index] += seconds;
             if beside || self.on_dram() {
-                let near = self.rates.is_near(tier, between_bytes);
-                let read = bytes * if near { 1.0 } else { passes };
+                let kept = self.rates.kept(tier, between_bytes);
+                let read = bytes * (passes - kept * (passes - 1.0).max(0.0));
                 work.reads((lane, index), (read, seconds), self.rates);
             }
         }

@@ -5,8 +5,19 @@ use crate::cost::curves::rate_at;
 use crate::dtype::{Arithmetic, Dtype};
 use crate::profile::CpuFacts;
 
-/// The part of the cache that is still there: inputs, outputs and others pass through it too.
-const KEPT_PART: f64 = 0.75;
+/// Part of some bytes that is still in the cache when they are read again and again, by all that passes from one
+/// time to the next ÷ the cache: seen of a cache of 32 MiB (docs/measurements.md, "What a cache keeps").
+const KEPT: [(f64, f64); 9] = [
+    (0.5, 1.0),
+    (0.625, 0.94),
+    (0.75, 0.86),
+    (0.875, 0.76),
+    (1.0, 0.70),
+    (1.25, 0.59),
+    (1.5, 0.47),
+    (3.0, 0.18),
+    (6.0, 0.0),
+];
 /// From so many rows on arithmetic binds, and it matters no more where weights are.
 const MANY_ROWS: f64 = 64.0;
 
@@ -39,9 +50,12 @@ impl Near {
         }
     }
 
-    /// Whether weights are still there after so many bytes, their own among them.
-    pub fn holds(&self, passed_bytes: f64) -> bool {
-        passed_bytes <= KEPT_PART * self.bytes
+    /// The part of weights that is still there after so many bytes, their own among them.
+    pub fn kept(&self, passed_bytes: f64) -> f64 {
+        match self.bytes > 0.0 {
+            true => rate_at(&KEPT, (passed_bytes / self.bytes).max(KEPT[0].0)),
+            false => 0.0,
+        }
     }
 
     /// Part of its seconds that a product of `rows` rows takes: between measured rows linear in their logarithm, all
@@ -63,12 +77,25 @@ mod tests {
         let mut cpu = HardwareProfile::from_toml(text).expect("valid").cpu;
         let stored = (Dtype::Q4, Arithmetic::Int8);
         assert_eq!(Near::new(&cpu).part(stored, 1.0), 1.0, "not measured");
-        assert!(!Near::new(&cpu).holds(1.0));
+        assert_eq!(Near::new(&cpu).kept(1.0), 0.0, "no cache known");
         cpu.cache_bytes = 32 << 20;
         cpu.gemm_cached
             .insert("q4-int8".into(), vec![(4, 0.5), (1, 0.4), (16, 0.8)]);
         let near = Near::new(&cpu);
-        assert!(near.holds(24e6) && !near.holds(26e6));
+        for (passed_mib, kept) in [
+            (0, 1.0),
+            (16, 1.0),
+            (24, 0.86),
+            (32, 0.70),
+            (192, 0.0),
+            (999, 0.0),
+        ] {
+            let passed_bytes = (passed_mib << 20) as f64;
+            assert!(
+                (near.kept(passed_bytes) - kept).abs() < 1e-12,
+                "{passed_mib}"
+            );
+        }
         for (rows, part) in [
             (1.0, 0.4),
             (4.0, 0.5),

@@ -225,17 +225,16 @@ impl Rates {
         stored: (Dtype, Arithmetic),
         (m, passed_bytes): (f64, f64),
     ) -> f64 {
-        match self.is_near(on, passed_bytes) {
-            true => self.near.part(stored, m),
-            false => 1.0,
-        }
+        1.0 - self.kept(on, passed_bytes) * (1.0 - self.near.part(stored, m))
     }
 
-    /// Whether weights are still in the last cache after so many bytes.
-    pub fn is_near(&self, on: Tier, passed_bytes: f64) -> bool {
+    /// The part of weights that is still in the last cache after so many bytes.
+    pub fn kept(&self, on: Tier, passed_bytes: f64) -> f64 {
         // Beside a GPU, or playing one, the CPU has other things to do in between.
-        let alone = self.device == DeviceKind::Cpu && on == Tier::Cpu;
-        alone && self.near.holds(passed_bytes)
+        match self.device == DeviceKind::Cpu && on == Tier::Cpu {
+            true => self.near.kept(passed_bytes),
+            false => 0.0,
+        }
     }
 
     /// Seconds of turning 4-bit weights into fp16, where a GPU does so.

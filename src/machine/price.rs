@@ -90,7 +90,7 @@ impl Pricer {
                 let products = self.rates.products(on, (g.format, g.wide), g.m as f64);
                 let seconds = self.rates.gemm_s(on, weights, g.m, g.inputs, g.rows);
                 // Where no cache counts, nobody need remember.
-                if !self.rates.is_near(on, 0.0) {
+                if self.rates.kept(on, 0.0) == 0.0 {
                     return products * seconds;
                 }
                 let rows_bytes = VALUE_BYTES * (g.m * (g.inputs + g.rows)) as f64;

@@ -63,14 +63,14 @@ pub struct Bound<'a> {
 }
 
 impl Bound<'_> {
-    /// Batches that meet a layer's weights one after the other while they are in a cache.
+    /// Batches that meet a layer's weights one after the other while most of them are in a cache.
     fn batches_near(&self) -> usize {
         let w = &self.plan.workload;
         let tokens = (w.prompt_tokens + w.gen_tokens) / w.prompts.max(1);
         let record = self.model.kv_record_bytes(self.policy.kv_format());
         let kv_bytes = self.policy.gpu_batch_size as u64 * tokens * record;
         let passed_bytes = self.model.layer_bytes(self.policy.compress_weight) + kv_bytes;
-        match self.rates.is_near(Tier::Cpu, passed_bytes as f64) {
+        match self.rates.kept(Tier::Cpu, passed_bytes as f64) > 0.5 {
             true => self.policy.num_gpu_batches,
             false => 1,
         }
