@@ -1,8 +1,9 @@
 //! Predicted against measured over saved rows: raw errors, errors normalised by the bursts around each
 //! run, each row's own spread, and which rows that spread excuses. Arithmetic only.
 
+use super::bound::{Bound, burst_of, burst_weights};
 use super::record::{Bracket, RowRecord, Rows, RunRecord};
-use super::visit::{Bound, burst_of, lane_weights, median_figures};
+use super::visit::median_figures;
 use crate::compare::{Errors, errors, fold, percent};
 use crate::cost::figures::Figures;
 use crate::probe::{Burst, median};
@@ -138,7 +139,7 @@ fn normalised(row: &Judged, run: &RunRecord) -> Figures {
         figures.lanes[lane].decode_s /= slow(lane, Phase::Decode).unwrap_or(1.0);
     }
     let phase_slow = |phase| {
-        let weights = lane_weights(row.predicted, phase, row.bound.policy.overlap);
+        let weights = burst_weights(row.predicted, phase, row.bound);
         let known = Lane::ALL
             .into_iter()
             .filter_map(|l| Some((weights[l], slow(l, phase)?)));

@@ -2,6 +2,7 @@
 //! (calibrate), budgets tried in memory cgroups (campaign), the planner's choice against others
 //! (rivals). Drawing, running, judging and their saved files; nothing is printed here.
 
+pub mod bound;
 pub mod draw;
 pub mod duel;
 pub mod fit;
