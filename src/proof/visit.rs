@@ -155,18 +155,14 @@ impl Sink for Quiet {
 mod tests {
     use super::*;
 
-    fn lanes(read_s: f64, compute_s: f64) -> Figures {
-        let mut figures = Figures::default();
-        figures.lanes[Lane::DiskToCpu].prefill_s = read_s;
-        figures.lanes[Lane::CpuCompute].prefill_s = compute_s;
-        figures
-    }
-
     #[test]
     fn medians_go_field_by_field_and_peaks_are_the_largest() {
-        let mut runs = [lanes(1.0, 5.0), lanes(2.0, 4.0), lanes(9.0, 3.0)];
-        for (run, peak) in runs.iter_mut().zip([10, 30, 20]) {
-            run.tiers[Tier::Cpu].peak_bytes = peak;
+        let mut runs = [(); 3].map(|()| Figures::default());
+        let seen = [(1.0, 5.0, 10), (2.0, 4.0, 30), (9.0, 3.0, 20)];
+        for (run, (read_s, compute_s, peak_bytes)) in runs.iter_mut().zip(seen) {
+            run.lanes[Lane::DiskToCpu].prefill_s = read_s;
+            run.lanes[Lane::CpuCompute].prefill_s = compute_s;
+            run.tiers[Tier::Cpu].peak_bytes = peak_bytes;
         }
         let middle = median_figures(&runs);
         assert_eq!(middle.lanes[Lane::DiskToCpu].prefill_s, 2.0);
