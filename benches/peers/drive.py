@@ -16,6 +16,7 @@ ROOT = HERE.parent.parent
 WORK = ROOT / "target/peers"
 LOADMASTER = pathlib.Path(os.environ["LOADMASTER"]).absolute()
 STREAMING = pathlib.Path(os.environ["STREAMING"]).absolute()
+KERNELS = pathlib.Path(os.environ["KERNELS"]).absolute()
 MIB = 1 << 20
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory/loadmaster-peers")
 
@@ -49,6 +50,11 @@ def arguments():
     parser.add_argument(
         "--weights-memory", type=float, default=1, help="GiB of weights that Accelerate keeps in DRAM"
     )
+    parser.add_argument(
+        "--products", action="store_true", help="single linear layers beside PyTorch's instead"
+    )
+    parser.add_argument("--shapes", default="2048x8192,8192x2048,7168x7168")
+    parser.add_argument("--product-rows", default="1,8,64,512")
     args = parser.parse_args()
     args.batches = [int(b) for b in args.batch.split(",")]
     cores = os.cpu_count()
@@ -339,6 +345,45 @@ def offload_rows(percent):
     return [(name, f"{flags} --compress never") for name, flags in rows]
 
 
+GEMM = re.compile(r"gemm +\S+ \S+ +(\d+)->(\d+) +M=(\d+) +([0-9.]+) ms")
+
+
+def products(args):
+    """Products of fp16 or bf16 weights: PyTorch's linear layer, the same in oneDNN's layout, loadmaster's."""
+    rates, limits = {}, [ceilings()]
+    for round_ in range(args.rounds):
+        for dtype, section in [("float32", "gemm-f16"), ("bfloat16", "gemm-bf16")]:
+            for threads in args.threads_list:
+                found = json.loads(peer("products", dtype, threads, args.shapes, args.product_rows))
+                for what, pair in found.items():
+                    for name, seconds in zip(["torch", "oneDNN's layout"], pair):
+                        rates.setdefault((what, dtype, name), []).append(rate(what, seconds))
+            words = [KERNELS, section, f"shapes={args.shapes}", f"rows={args.product_rows}"]
+            for inputs, outputs, m, ms in GEMM.findall(call(words)):
+                what = f"{inputs}x{outputs} {m}"
+                rates.setdefault((what, dtype, "loadmaster"), []).append(rate(what, float(ms) / 1e3))
+            print(f"round {round_ + 1} {dtype}", file=sys.stderr)
+    limits.append(ceilings())
+    print(f"linear layers, {versions()}; the best run of each process, best of {args.rounds} rounds and all threads")
+    print(f"this machine before: {limits[0]}\nand after:           {limits[1]}")
+    print(f"{'inputs x outputs, rows':24} {'class':9} {'torch':>8} {'oneDNN':>8} {'loadmaster':>10}  GFLOP/s, x the better")
+    for what in dict.fromkeys(what for what, _, _ in rates):
+        for dtype in ["float32", "bfloat16"]:
+            names = ["torch", "oneDNN's layout", "loadmaster"]
+            torch, packed, ours = (max(rates[what, dtype, name]) for name in names)
+            ratio = ours / max(torch, packed)
+            print(f"{what:24} {dtype:9} {torch:8.0f} {packed:8.0f} {ours:10.0f}  {ratio:.2f}")
+
+
+def rate(what, seconds):
+    """GFLOP/s of a product named "INPUTSxOUTPUTS ROWS"."""
+    inputs, outputs, rows = map(int, re.split("[x ]", what))
+    return 2 * inputs * outputs * rows / seconds / 1e9
+
+
 if __name__ == "__main__":
     asked = arguments()
-    offload(asked) if asked.offload else resident(asked)
+    if asked.products:
+        products(asked)
+    else:
+        offload(asked) if asked.offload else resident(asked)

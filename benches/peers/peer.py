@@ -4,6 +4,8 @@ with the end token ignored, prints one JSON line. Prefill ends when the first ne
     peer.py prompts OUT COUNT LENGTH VOCAB          make the prompts (seeded token ids, one JSON a line)
     peer.py convert CHECKPOINT OUT                  make CTranslate2's copy of a checkpoint (float16)
     peer.py run ENGINE DTYPE THREADS BATCH GEN PROMPTS MODEL [--memory BYTES --folder DIR]
+    peer.py products DTYPE THREADS SHAPES ROWS      times linear layers of PyTorch alone, as they are and
+                                                    with oneDNN's own layout of the weights
 
 ENGINE is transformers, ctranslate2 or accelerate (transformers with Accelerate's disk offload).
 """
@@ -174,6 +176,41 @@ def run(engine, dtype, threads, batch, gen, prompts_file, model, options):
     print(json.dumps(result))
 
 
+def best_s(layers, x):
+    """The best of many runs, each with the next of several layers, so that weights come from memory."""
+    for layer in layers:
+        layer(x)
+    best, run, start = float("inf"), 0, time.perf_counter()
+    while run < 2 * len(layers) or time.perf_counter() - start < 0.5:
+        layer = layers[run % len(layers)]
+        before = time.perf_counter()
+        layer(x)
+        best, run = min(best, time.perf_counter() - before), run + 1
+    return best
+
+
+def products(dtype, threads, shapes, row_counts):
+    """Prints {"INPUTSxOUTPUTS M": [seconds as it is, seconds in oneDNN's layout]}; shapes as 2048x8192,…"""
+    import torch
+
+    torch.set_num_threads(int(threads))
+    kind, results, ops = getattr(torch, dtype), {}, torch.ops.mkldnn
+    counts = [int(rows) for rows in row_counts.split(",")]
+    for shape in shapes.split(","):
+        inputs, outputs = map(int, shape.split("x"))
+        copies = max(2, (1 << 30) // (inputs * outputs * kind.itemsize))
+        weights = [torch.rand(outputs, inputs).to(kind) for _ in range(copies)]
+        for rows in counts:
+            x = torch.rand(rows, inputs).to(kind)
+            plain = [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights]
+            laid = [ops._reorder_linear_weight(w, rows) for w in weights]
+            packed = [lambda x, w=w: ops._linear_pointwise(x, w, None, "none", [], "") for w in laid]
+            with torch.inference_mode():
+                results[f"{shape} {rows}"] = [best_s(plain, x), best_s(packed, x)]
+            del laid, packed
+    print(json.dumps(results))
+
+
 def main(words):
     command, *rest = words
     options = {}
@@ -189,6 +226,8 @@ def main(words):
             convert(*rest)
         case "run":
             run(*rest, options)
+        case "products":
+            products(*rest)
         case _:
             sys.exit(__doc__)
 

@@ -5,6 +5,7 @@
 # and CTranslate2's copy of it, then runs every row in a process of its own and prints one table.
 #   benches/peers/run.sh --model opt-1.3b --batch 1,8,32 --prompt-len 128 --gen-len 32
 #   benches/peers/run.sh --model opt-1.3b --offload --batch 8,64 --gen-len 8
+#   benches/peers/run.sh --products          single linear layers beside PyTorch's and oneDNN's
 #   benches/peers/run.sh --help           rows to choose from, rounds, threads
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -20,17 +21,22 @@ environment() {
   cp "$here/requirements.txt" "$work/venv/made-from.txt"
 }
 
-# Built beforehand where both are given.
+# Built beforehand where all are given.
 program() {
-  [ -z "${LOADMASTER:-}" ] || [ -z "${STREAMING:-}" ] || return 0
+  [ -z "${LOADMASTER:-}" ] || [ -z "${STREAMING:-}" ] || [ -z "${KERNELS:-}" ] || return 0
   cargo build -q --release
   LOADMASTER=target/release/loadmaster
-  STREAMING="$(cargo bench --no-run --bench streaming 2>&1 | sed -n 's/.*Executable.*(\(.*\))/\1/p')"
-  export LOADMASTER STREAMING
+  STREAMING="$(bench streaming)"
+  KERNELS="$(bench kernels)"
+  export LOADMASTER STREAMING KERNELS
+}
+
+bench() {
+  cargo bench --no-run --bench "$1" 2>&1 | sed -n 's/.*Executable.*(\(.*\))/\1/p'
 }
 
 case " $* " in *" --help "* | *" -h "*)
-  LOADMASTER=- STREAMING=- exec python3 "$here/drive.py" --help ;;
+  LOADMASTER=- STREAMING=- KERNELS=- exec python3 "$here/drive.py" --help ;;
 esac
 environment
 program
