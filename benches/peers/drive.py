@@ -46,11 +46,12 @@ def arguments():
     parser.add_argument(
         "--repeat-under", type=float, default=20, help="seconds; longer rows run once"
     )
-    parser.add_argument("--offload", action="store_true", help="Accelerate's disk offload instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--offload", action="store_true", help="Accelerate's disk offload instead")
     parser.add_argument(
         "--weights-memory", type=float, default=1, help="GiB of weights that Accelerate keeps in DRAM"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--products", action="store_true", help="single linear layers beside PyTorch's instead"
     )
     parser.add_argument("--shapes", default="2048x8192,8192x2048,7168x7168")

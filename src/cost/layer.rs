@@ -300,11 +300,10 @@ impl<'a> LayerBuilder<'a> {
         let (inputs, outputs) = (matrix.inputs as f64, matrix.rows as f64);
         let piece = (inputs, outputs * of_all);
         let passes: f64 = chunks.iter().map(|c| c.1).sum();
-        let again = 1.0 - 1.0 / passes.max(1.0);
         let one = |&(m, count): &(f64, f64)| {
             let wide = (format, self.policy.is_wide());
-            let near = self.rates.near_part(tier, stored, (m, between_bytes));
-            let part = 1.0 - again * (1.0 - near);
+            let met = (m, between_bytes);
+            let part = self.rates.met_part(tier, stored, met, passes);
             let products = part * count * self.rates.products(tier, wide, m);
             products * inputs * outputs * self.rates.weight_s(tier, stored, m, piece)
         };

@@ -228,6 +228,18 @@ impl Rates {
         1.0 - self.kept(on, passed_bytes) * (1.0 - self.near.part(stored, m))
     }
 
+    /// The same on average over so many products that meet the weights one after the other, the first of them in DRAM.
+    pub fn met_part(
+        &self,
+        on: Tier,
+        stored: (Dtype, Arithmetic),
+        met: (f64, f64),
+        products: f64,
+    ) -> f64 {
+        let again = 1.0 - 1.0 / products.max(1.0);
+        1.0 - again * (1.0 - self.near_part(on, stored, met))
+    }
+
     /// The part of weights that is still in the last cache after so many bytes.
     pub fn kept(&self, on: Tier, passed_bytes: f64) -> f64 {
         // Beside a GPU, or playing one, the CPU has other things to do in between.

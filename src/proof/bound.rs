@@ -47,22 +47,22 @@ impl Bound<'_> {
         let w = &self.plan.workload;
         let prompts = w.prompts.max(1);
         let slots = (self.policy.gpu_batch_size as u64).min(prompts);
-        let (rows, passes, again) = match phase {
+        let (rows, passes, batches) = match phase {
             Phase::Prefill => {
                 let rows = even_chunks(slots * (w.prompt_tokens / prompts).max(1));
-                (rows, w.prompt_tokens as f64 / rows as f64, 0.0)
+                (rows, w.prompt_tokens as f64 / rows as f64, 1)
             }
             Phase::Decode => {
                 let steps = (w.gen_tokens as f64 / prompts as f64 - 1.0).max(0.0);
-                let again = 1.0 - 1.0 / self.policy.num_gpu_batches as f64;
-                (slots, prompts.div_ceil(slots) as f64 * steps, again)
+                let passes = prompts.div_ceil(slots) as f64 * steps;
+                (slots, passes, self.policy.num_gpu_batches)
             }
         };
         let one_s = |matrix: &Matrix| {
             let format = matrix.format(self.model.dtype, self.policy.compress_weight);
             let stored = (format, self.policy.arithmetic(format));
             let met = (rows as f64, self.passed_bytes());
-            let part = 1.0 - again * (1.0 - self.rates.near_part(Tier::Cpu, stored, met));
+            let part = self.rates.met_part(Tier::Cpu, stored, met, batches as f64);
             let (inputs, outputs) = (matrix.inputs, matrix.rows);
             part * self
                 .rates

@@ -126,8 +126,8 @@ fn write_queries<V: Simd, K: KvFormat>(part: &Part, carved: &mut Carved) {
 pub(super) struct Block {
     own: [*const u8; BLOCK],
     next: [*const u8; BLOCK],
-    /// Of `next` that are not there, being past the last.
-    missing: usize,
+    /// Of `next`, those that are there.
+    coming: usize,
     /// From a record's K row to its V row.
     row_bytes: usize,
     /// Bytes of each that the part's heads cover, from `first_byte` on.
@@ -140,14 +140,14 @@ impl Block {
     fn new(part: &Part) -> Block {
         let (first_byte, bytes) = extent(part.problem.format, &part.elements());
         let mut block = Block {
-            own: records(part, 0),
-            next: records(part, BLOCK),
-            missing: 0,
+            own: [std::ptr::null(); BLOCK],
+            next: records(part, 0),
+            coming: 0,
             row_bytes: part.row_bytes(),
             bytes,
             first_byte,
         };
-        block.count_missing(part, BLOCK);
+        block.turn(part, 0);
         block
     }
 
@@ -156,13 +156,9 @@ impl Block {
     fn turn(&mut self, part: &Part, first: usize) {
         self.own = self.next;
         self.next = records(part, first + BLOCK);
-        self.count_missing(part, first + BLOCK);
-    }
-
-    #[inline(always)]
-    fn count_missing(&mut self, part: &Part, first: usize) {
-        let keys = part.item.past + 1;
-        self.missing = (first + BLOCK).saturating_sub(keys).min(BLOCK);
+        self.coming = (part.item.past + 1)
+            .saturating_sub(first + BLOCK)
+            .min(BLOCK);
     }
 
     /// Where row `at` of the K rows (side 0) or V rows (side 1) in use begins.
@@ -176,7 +172,7 @@ impl Block {
     #[cold]
     #[inline(never)]
     fn lines_ahead(&self, at: usize) -> (*const u8, usize) {
-        if at >= 2 * (BLOCK - self.missing) {
+        if at >= 2 * self.coming {
             return (self.next[0], 0);
         }
         let row = self.next[at / 2].wrapping_add(at % 2 * self.row_bytes + self.first_byte);
