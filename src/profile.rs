@@ -25,6 +25,8 @@ pub enum ProfileError {
 /// logarithm of the size.
 pub const LARGE_REQUEST_BYTES: f64 = 8.0 * 1024.0 * 1024.0;
 pub const SMALL_REQUEST_BYTES: f64 = 4096.0;
+/// Small ones come so many together, as a batch's caches do.
+pub const SMALL_REQUESTS: usize = 4;
 pub const SMALL_SUFFIX: &str = "_small";
 /// Behind a compute lane's name in [contention], where its products wait for memory instead of arithmetic.
 pub const MEMORY_SUFFIX: &str = "_memory";

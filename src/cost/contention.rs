@@ -1,7 +1,10 @@
 //! What lanes keep of their rates while others run, from a profile's [contention]: between the kinds that were
-//! measured (products bound by arithmetic or by memory, large requests or small) linear.
+//! measured (products bound by arithmetic or by memory, large requests or small) linear. What reads and writes
+//! of the disk wait for each other is queue.rs's business.
 
+use crate::cost::queue::{Measured, Queue};
 use crate::cost::rates::RatesError;
+use crate::cost::requests::{DiskRequests, in_flight_part};
 use crate::profile::{
     HardwareProfile, LARGE_REQUEST_BYTES, MEMORY_SUFFIX, SMALL_REQUEST_BYTES, SMALL_SUFFIX,
 };
@@ -9,13 +12,42 @@ use crate::tier::Lane;
 
 type Table = [[f64; 6]; 6];
 
-/// What reads and writes keep beside each other, [reads are small][writes are small]: a small write waits behind
-/// what is being read.
-type DiskTable = [[[f64; 2]; 2]; 2];
+/// A lane at work, as others beside it feel it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Load {
+    /// 0 to 1: of a disk lane the smallness of its requests, of the CPU's computing the part of its time that
+    /// memory is at work.
+    pub hard: f64,
+    /// Of a disk lane: what the disk takes for the requests that one call has in flight together.
+    pub flight_s: f64,
+}
+
+impl Load {
+    /// Of the CPU's computing.
+    pub fn computing(memory_part: f64) -> Load {
+        Load {
+            hard: memory_part,
+            flight_s: 0.0,
+        }
+    }
+
+    /// Of a disk's lane in a call of so many seconds that moves `bytes` in requests of so many. Reads are in
+    /// flight as far as there are threads; writes have more threads: all of a call.
+    pub fn of_disk(lane: Lane, call_s: f64, (bytes, request_bytes): (f64, f64)) -> Load {
+        let part = match lane {
+            Lane::DiskToCpu => in_flight_part((bytes, request_bytes)),
+            _ => 1.0,
+        };
+        Load {
+            hard: smallness(request_bytes),
+            flight_s: call_s * part,
+        }
+    }
+}
 
 /// How small requests of so many bytes are: 0 as large as [contention]'s large ones or larger, 1 as its small
 /// ones or smaller.
-pub fn smallness(request_bytes: f64) -> f64 {
+fn smallness(request_bytes: f64) -> f64 {
     let span = (LARGE_REQUEST_BYTES / SMALL_REQUEST_BYTES).ln();
     ((LARGE_REQUEST_BYTES / request_bytes.max(1.0)).ln() / span).clamp(0.0, 1.0)
 }
@@ -25,40 +57,30 @@ pub fn smallness(request_bytes: f64) -> f64 {
 pub struct Keeps {
     /// [memory][small][a][b]: what lane a keeps of its rate while lane b runs.
     tables: [[Table; 2]; 2],
-    disk: DiskTable,
+    queue: Queue,
 }
 
 impl Keeps {
-    pub fn new(profile: &HardwareProfile) -> Result<Keeps, RatesError> {
+    /// `disk`: its reads, and its writes to what is there already.
+    pub fn new(profile: &HardwareProfile, disk: [&DiskRequests; 2]) -> Result<Keeps, RatesError> {
         let tables = tables(profile)?;
-        let disk = disk_table(profile);
-        Ok(Keeps { tables, disk })
+        let queue = Queue::new(disk_keeps(profile), disk);
+        Ok(Keeps { tables, queue })
     }
 
-    /// What a lane keeps beside one other, each with how hard it is on others.
-    pub fn kept(&self, lane: (Lane, f64), other: (Lane, f64)) -> f64 {
+    /// What a lane keeps beside one other.
+    pub fn kept(&self, lane: (Lane, Load), other: (Lane, Load)) -> f64 {
         match (lane.0, other.0) {
-            (Lane::DiskToCpu, Lane::CpuToDisk) => self.beside_disk(lane.1, other.1)[0],
-            (Lane::CpuToDisk, Lane::DiskToCpu) => self.beside_disk(other.1, lane.1)[1],
+            (Lane::DiskToCpu, Lane::CpuToDisk) => self.queue.kept(lane.1, other.1)[0],
+            (Lane::CpuToDisk, Lane::DiskToCpu) => self.queue.kept(other.1, lane.1)[1],
             _ => self.beside(lane, other),
         }
     }
 
-    /// What reads and writes of such smallness keep beside each other: powers of the request's size, since what it
-    /// waits for is bytes before it.
-    fn beside_disk(&self, read: f64, write: f64) -> [f64; 2] {
-        let [large, small] = &self.disk;
-        let between = |a: f64, b: f64, part: f64| a.powf(1.0 - part) * b.powf(part);
-        [0, 1].map(|lane| {
-            let of = |row: &[[f64; 2]; 2]| between(row[0][lane], row[1][lane], write);
-            between(of(large), of(small), read)
-        })
-    }
-
-    fn beside(&self, lane: (Lane, f64), other: (Lane, f64)) -> f64 {
+    fn beside(&self, lane: (Lane, Load), other: (Lane, Load)) -> f64 {
         let hard = |computes: bool| {
             let of = [lane, other].map(|l| match (l.0 == Lane::CpuCompute) == computes {
-                true => l.1,
+                true => l.1.hard,
                 false => 0.0,
             });
             of[0].max(of[1])
@@ -72,7 +94,7 @@ impl Keeps {
 }
 
 /// Linear between two kinds.
-fn mixed(a: f64, b: f64, part: f64) -> f64 {
+pub(super) fn mixed(a: f64, b: f64, part: f64) -> f64 {
     a * (1.0 - part) + b * part
 }
 
@@ -94,9 +116,9 @@ fn tables(profile: &HardwareProfile) -> Result<[[Table; 2]; 2], RatesError> {
     Ok([[large, small], [bound, both]])
 }
 
-/// One device: where nobody measured more, reads and writes share its time. What was not measured of small
-/// requests is as with large ones.
-fn disk_table(profile: &HardwareProfile) -> DiskTable {
+/// What reads and writes kept of their rates, as [reads are small][writes are small]. One device: where nobody
+/// measured more, they share its time.
+fn disk_keeps(profile: &HardwareProfile) -> Measured {
     let mut found = [[None; 2]; 2];
     for (pair, keeps) in &profile.contention {
         let [first, second] = keeps.map(|part| part.min(1.0));
@@ -110,8 +132,8 @@ fn disk_table(profile: &HardwareProfile) -> DiskTable {
             _ => {}
         }
     }
-    let large = found[0][0].unwrap_or([0.5; 2]);
-    found.map(|row| row.map(|keeps| keeps.unwrap_or(large)))
+    found[0][0] = found[0][0].or(Some([0.5; 2]));
+    found
 }
 
 /// One side of a pair's name.

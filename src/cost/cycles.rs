@@ -4,6 +4,7 @@
 
 use crate::cost::affine::{Affine, SHARES};
 use crate::cost::block::can_stagger;
+use crate::cost::contention::Load;
 use crate::cost::footprint::RUN_AHEAD_BYTES;
 use crate::cost::steps::Step;
 use crate::cost::terms::{Bound, Part, Row, TermInput, Work};
@@ -176,7 +177,7 @@ fn pair_rows(input: &TermInput, place: &Place, work: &Work) -> Vec<Row> {
     let busy = Lane::ALL
         .into_iter()
         .filter(|&lane| !work.lanes[lane].is_zero());
-    let busy: Vec<(Lane, f64)> = busy.map(|lane| (lane, work.hardness(lane))).collect();
+    let busy: Vec<(Lane, Load)> = busy.map(|lane| (lane, work.load(lane))).collect();
     for &first in &busy {
         for &second in &busy {
             let (a, b) = (first.0, second.0);

@@ -167,11 +167,11 @@ fn busy_lanes(
     if !overlap {
         return busy;
     }
-    let hard = |lane: Lane| (lane, segment.hardness[lane]);
+    let load = |lane: Lane| (lane, segment.load[lane]);
     for lane in Lane::ALL {
         for other in Lane::ALL.into_iter().filter(|&o| o != lane) {
-            let keep = rates.keep(hard(lane), &[hard(other)]);
-            let others = rates.keep(hard(other), &[hard(lane)]);
+            let keep = rates.keep(load(lane), &[load(other)]);
+            let others = rates.keep(load(other), &[load(lane)]);
             let together_s = (own[lane] / keep).min(own[other] / others);
             busy[lane] += together_s * (1.0 - keep);
         }

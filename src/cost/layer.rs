@@ -3,7 +3,7 @@
 //! which row then binds is terms.rs's.
 
 use crate::cost::affine::{CACHE, ShareVector};
-use crate::cost::contention::smallness;
+use crate::cost::contention::Load;
 use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES, chunk_panels};
 use crate::cost::rates::{AttentionWork, Rates};
 use crate::cost::steps::Step;
@@ -353,9 +353,10 @@ impl<'a> LayerBuilder<'a> {
             } else {
                 pieces.bytes
             };
-            let read_s = pieces.count * self.rates.disk_read_s(span, span) / part;
-            work.lanes.disk_to_cpu.coef[index] += read_s;
-            work.hard.disk_to_cpu.coef[index] += read_s * smallness(span);
+            let one_s = self.rates.disk_read_s(span, span);
+            let load = Load::of_disk(Lane::DiskToCpu, one_s, (span, span));
+            let read_s = pieces.count * one_s / part;
+            work.moves((Lane::DiskToCpu, index), read_s, load);
             work.streams.disk_to_cpu.coef[index] += read_s;
             work.bytes.disk_to_cpu.coef[index] += pieces.count * span / part;
             work.dram_bytes.coef[index] += bytes;

@@ -7,7 +7,7 @@
 //! stay, or grow with the bytes of an element. A way to multiply that was not measured is taken to be as
 //! fast as fp32.
 
-use crate::cost::contention::Keeps;
+use crate::cost::contention::{Keeps, Load};
 use crate::cost::curves::{
     AttentionCurves, SizeCurves, Widened, attention_curves, element_bytes, gemm_curves,
     gemm_s_per_weight, rate_at, slow_quantise,
@@ -115,6 +115,8 @@ impl Rates {
         let (up, down) = links(profile, device)?;
         let disk = &profile.links;
         let write = &disk.cpu_to_disk;
+        let read = DiskRequests::new(disk.disk_to_cpu.latency_s, &disk.disk_to_cpu.direct);
+        let write_over = DiskRequests::new(write.latency_s, &write.overwrite);
         Ok(Rates {
             device,
             dram_read_bytes_per_s: profile.cpu.dram_read_bytes_per_s,
@@ -123,10 +125,10 @@ impl Rates {
             gpu,
             up,
             down,
-            read: DiskRequests::new(disk.disk_to_cpu.latency_s, &disk.disk_to_cpu.direct),
+            keeps: Keeps::new(profile, [&read, &write_over])?,
+            read,
             write_fresh: DiskRequests::new(write.latency_s, &write.fresh),
-            write_over: DiskRequests::new(write.latency_s, &write.overwrite),
-            keeps: Keeps::new(profile)?,
+            write_over,
             handover_s: profile.cpu.handover_s,
             handover_busy_s: profile
                 .cpu
@@ -381,9 +383,8 @@ impl Rates {
         (bytes / self.dram_read_bytes_per_s / seconds.max(1e-12)).min(1.0)
     }
 
-    /// Part of its rate that `lane` keeps while all of `others` run. Each comes with what makes it hard on others:
-    /// of a disk lane the smallness of its requests, of the CPU's computing its `memory_part`.
-    pub fn keep(&self, lane: (Lane, f64), others: &[(Lane, f64)]) -> f64 {
+    /// Part of its rate that `lane` keeps while all of `others` run.
+    pub fn keep(&self, lane: (Lane, Load), others: &[(Lane, Load)]) -> f64 {
         let beside = others.iter().filter(|other| other.0 != lane.0);
         beside.map(|&other| self.keeps.kept(lane, other)).product()
     }

@@ -1,8 +1,11 @@
 //! What rates.rs prices, tried on profiles of known figures.
 
 use super::*;
-use crate::cost::contention::smallness;
-use crate::profile::{LARGE_REQUEST_BYTES, MEMORY_SUFFIX, SMALL_REQUEST_BYTES, compiled_in};
+use crate::cost::contention::Load;
+use crate::profile::{
+    LARGE_REQUEST_BYTES, MEMORY_SUFFIX, SMALL_REQUEST_BYTES, SMALL_REQUESTS, compiled_in,
+};
+use crate::units::MIB;
 
 const F16: (Dtype, Arithmetic) = (Dtype::F16, Arithmetic::Fp32);
 
@@ -117,26 +120,26 @@ fn fewer_threads_calibration_and_contention() {
     profile.calibration.terms.insert("gemm.cpu".into(), 2.0);
     assert!((seconds(&profile, 16) - 2.0 * all).abs() < 1e-12);
     let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
-    let compute = (Lane::CpuCompute, 0.0);
-    let others = [(Lane::DiskToCpu, 0.0), (Lane::CpuToGpu, 0.0)];
+    let compute = (Lane::CpuCompute, Load::default());
+    let others = [Lane::DiskToCpu, Lane::CpuToGpu].map(|lane| (lane, Load::default()));
     let keep = rates.keep(compute, &others);
     assert!((keep - 0.95 * 0.85).abs() < 1e-12);
     assert_eq!(rates.keep(compute, &[compute]), 1.0);
     let small = "cpu_compute+disk_to_cpu_small".to_owned();
     profile.contention.insert(small, [0.55, 0.9]);
     let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
-    let beside = |bytes: f64| rates.keep(compute, &[(Lane::DiskToCpu, smallness(bytes))]);
+    let read = |bytes: f64| {
+        let load = Load::of_disk(Lane::DiskToCpu, 0.0, (bytes, bytes));
+        [(Lane::DiskToCpu, load)]
+    };
+    let beside = |bytes: f64| rates.keep(compute, &read(bytes));
     assert!((beside(64e6) - 0.95).abs() < 1e-12);
     assert!((beside(4096.0) - 0.55).abs() < 1e-12);
     let bound = format!("cpu_compute{MEMORY_SUFFIX}+disk_to_cpu");
     profile.contention.insert(bound, [0.75, 0.6]);
     let with = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
-    let by_memory = |part: f64, bytes: f64| {
-        with.keep(
-            (Lane::CpuCompute, part),
-            &[(Lane::DiskToCpu, smallness(bytes))],
-        )
-    };
+    let by_memory =
+        |part: f64, bytes: f64| with.keep((Lane::CpuCompute, Load::computing(part)), &read(bytes));
     assert!((by_memory(1.0, 64e6) - 0.75).abs() < 1e-12);
     assert!((by_memory(0.5, 64e6) - 0.85).abs() < 1e-12);
     assert!(
@@ -151,32 +154,52 @@ fn fewer_threads_calibration_and_contention() {
     assert!(error.to_string().contains("\"disk\""));
 }
 
-#[test]
-fn small_writes_wait_behind_what_is_read() {
-    let mut profile = t4();
-    let keeps = |profile: &HardwareProfile, read_bytes: f64, write_bytes: f64| {
-        let rates = Rates::new(profile, DeviceKind::Cpu, 16).unwrap();
-        let read = (Lane::DiskToCpu, smallness(read_bytes));
-        let write = (Lane::CpuToDisk, smallness(write_bytes));
-        [rates.keep(read, &[write]), rates.keep(write, &[read])]
+/// What reads and writes keep beside each other in calls of so many requests of so many bytes.
+fn beside(profile: &HardwareProfile, read: (f64, f64), write: (f64, f64)) -> [f64; 2] {
+    let rates = Rates::new(profile, DeviceKind::Cpu, 16).unwrap();
+    let load = |lane: Lane, (count, each): (f64, f64)| {
+        let (bytes, block) = (count * each, each);
+        let call_s = match lane {
+            Lane::DiskToCpu => rates.disk_read_s(bytes, block),
+            _ => rates.disk_write_s(bytes, block, false),
+        };
+        (lane, Load::of_disk(lane, call_s, (bytes, block)))
     };
-    let (large, small) = (LARGE_REQUEST_BYTES, SMALL_REQUEST_BYTES);
-    assert_eq!(keeps(&profile, large, small), [0.6, 0.6], "as large ones");
+    let (read, write) = (load(Lane::DiskToCpu, read), load(Lane::CpuToDisk, write));
+    [rates.keep(read, &[write]), rates.keep(write, &[read])]
+}
+
+#[test]
+fn a_write_waits_for_what_reads_have_in_flight() {
+    let mut profile = t4();
+    let (large, small) = (
+        (1.0, LARGE_REQUEST_BYTES),
+        (SMALL_REQUESTS as f64, SMALL_REQUEST_BYTES),
+    );
+    let close = |a: [f64; 2], b: [f64; 2]| {
+        let near = (a[0] - b[0]).abs() < 1e-9 && (a[1] - b[1]).abs() < 1e-9;
+        assert!(near, "{a:?} {b:?}");
+    };
+    close(beside(&profile, large, large), [0.6, 0.6]);
     for (pair, parts) in [
         ("disk_to_cpu+cpu_to_disk_small", [0.9, 0.1]),
         ("disk_to_cpu_small+cpu_to_disk_small", [0.7, 0.8]),
     ] {
         profile.contention.insert(pair.to_owned(), parts);
     }
-    assert_eq!(keeps(&profile, large, large), [0.6, 0.6]);
-    assert_eq!(keeps(&profile, large, small), [0.9, 0.1]);
-    assert_eq!(keeps(&profile, small, small), [0.7, 0.8]);
-    assert_eq!(keeps(&profile, small, large), [0.6, 0.6]);
-    let [read, write] = keeps(&profile, large, (large * small).sqrt());
-    let middle = [0.6 * 0.9, 0.6 * 0.1].map(f64::sqrt);
-    assert!((read - middle[0]).abs() < 1e-12 && (write - middle[1]).abs() < 1e-12);
+    close(beside(&profile, large, large), [0.6, 0.6]);
+    close(beside(&profile, large, small), [0.9, 0.1]);
+    close(beside(&profile, small, small), [0.7, 0.8]);
+    // Twice as much in flight is waited for twice as long; more than threads ask for makes no difference.
+    let part = |of: f64| 1.0 / of - 1.0;
+    let (one, two) = ((1.0, MIB as f64), (2.0, MIB as f64));
+    let [_, behind_one] = beside(&profile, one, large);
+    let [_, behind_two] = beside(&profile, two, large);
+    assert!((part(behind_two) / part(behind_one) - 2.0).abs() < 0.1);
+    let many = |count: f64| beside(&profile, (count, MIB as f64), large);
+    close(many(4.0), many(8.0));
     profile.contention.clear();
-    assert_eq!(keeps(&profile, large, small), [0.5, 0.5], "one device");
+    close(beside(&profile, large, large), [0.5, 0.5]);
 }
 
 #[test]
@@ -185,10 +208,9 @@ fn reads_and_writes_are_a_pair_in_either_order_and_unknown_kinds_are_errors() {
     profile.contention.clear();
     let reversed = "cpu_to_disk+disk_to_cpu".to_owned();
     profile.contention.insert(reversed, [0.2, 0.9]);
-    let rates = Rates::new(&profile, DeviceKind::Cpu, 16).unwrap();
-    let (read, write) = ((Lane::DiskToCpu, 0.0), (Lane::CpuToDisk, 0.0));
-    assert_eq!(rates.keep(read, &[write]), 0.9);
-    assert_eq!(rates.keep(write, &[read]), 0.2);
+    let large = (1.0, LARGE_REQUEST_BYTES);
+    let [read, write] = beside(&profile, large, large);
+    assert!((read - 0.9).abs() < 1e-9 && (write - 0.2).abs() < 1e-9);
     for unknown in [
         "cpu_compute_small+disk_to_cpu",
         "disk_to_cpu+cpu_compute_memory",

@@ -3,7 +3,31 @@
 
 use crate::cost::curves::rising;
 use crate::profile::DiskPoint;
+use crate::units::{MIB, PAGE_BYTES, round_up};
 use std::collections::BTreeMap;
+
+/// Threads that keep the disk busy with reads. One nearly does; four also cover many small extents.
+pub const READ_THREADS: usize = 4;
+/// Pieces of a call are no larger …
+pub const LARGEST_PIECE_BYTES: u64 = 4 * MIB;
+/// … and no smaller where a request has as much: below this, a disk's rate falls with the size of a request.
+pub const SMALLEST_PIECE_BYTES: u64 = MIB;
+/// Pieces that a thread has of one call, where the call is large enough.
+const PIECES_A_THREAD: u64 = 4;
+
+/// Bytes of the pieces that `threads` cut a call into. Every thread gets several even of a small one, so that all
+/// end at about the same time.
+pub fn piece_bytes(call_bytes: u64, threads: usize, largest_bytes: u64) -> u64 {
+    let share = call_bytes.div_ceil(PIECES_A_THREAD * threads as u64);
+    round_up(share, PAGE_BYTES).clamp(SMALLEST_PIECE_BYTES, largest_bytes)
+}
+
+/// The part of a call's bytes that its reads have in flight together, where it asks for them in requests of so many.
+pub fn in_flight_part((bytes, request_bytes): (f64, f64)) -> f64 {
+    let piece = piece_bytes(bytes as u64, READ_THREADS, LARGEST_PIECE_BYTES) as f64;
+    let together = READ_THREADS as f64 * piece.min(request_bytes);
+    (together / bytes.max(1.0)).min(1.0)
+}
 
 /// Calls with requests of one size.
 #[derive(Clone, Debug)]

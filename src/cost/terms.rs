@@ -5,6 +5,7 @@
 //! A stage's time is the largest of its rows (cycles.rs).
 
 use crate::cost::affine::{Affine, CACHE, HIDDEN, ShareVector};
+use crate::cost::contention::Load;
 use crate::cost::cycles::{Place, Turn, parallel_rows};
 use crate::cost::footprint::CHUNK_ROWS_MAX;
 use crate::cost::layer::LayerBuilder;
@@ -82,8 +83,8 @@ pub struct Segment {
     pub times: f64,
     pub lanes: PerLane<Affine>,
     pub bytes: PerLane<Affine>,
-    /// How hard each lane is on others on average (rates.rs).
-    pub hardness: PerLane<f64>,
+    /// What each lane is on average to those beside it.
+    pub load: PerLane<Load>,
     /// The time of the segment is the largest of these.
     pub rows: Vec<Row>,
 }
@@ -117,11 +118,19 @@ pub struct Work {
     pub streams: PerLane<Affine>,
     pub cache: PerLane<Affine>,
     pub hidden: PerLane<Affine>,
-    /// The lanes' seconds times how hard they are on others.
+    /// The lanes' seconds times what they are to others (`Load`).
     pub hard: PerLane<Affine>,
+    pub flight: PerLane<Affine>,
 }
 
 impl Work {
+    /// A disk's lane works for so many seconds for what is at one home.
+    pub(super) fn moves(&mut self, (lane, home): (Lane, usize), seconds: f64, load: Load) {
+        self.lanes[lane].coef[home] += seconds;
+        self.hard[lane].coef[home] += seconds * load.hard;
+        self.flight[lane].coef[home] += seconds * load.flight_s;
+    }
+
     /// A lane computes for so many seconds on bytes in DRAM that are at one home.
     pub(super) fn reads(
         &mut self,
@@ -133,14 +142,16 @@ impl Work {
         self.hard[lane].coef[home] += seconds * rates.memory_part(bytes, seconds);
     }
 
-    /// How hard a lane is on others on average, at equal shares.
-    pub(super) fn hardness(&self, lane: Lane) -> f64 {
+    /// What a lane is to others on average, at equal shares.
+    pub(super) fn load(&self, lane: Lane) -> Load {
         let sum = |affine: &Affine| affine.constant + affine.coef.iter().sum::<f64>();
         let all = sum(&self.lanes[lane]);
-        if all > 0.0 {
-            (sum(&self.hard[lane]) / all).min(1.0)
-        } else {
-            0.0
+        if all <= 0.0 {
+            return Load::default();
+        }
+        Load {
+            hard: (sum(&self.hard[lane]) / all).min(1.0),
+            flight_s: sum(&self.flight[lane]) / all,
         }
     }
 }
@@ -242,15 +253,15 @@ fn segment(input: &TermInput, (place, times): (Place, f64), work: Work) -> Segme
         _ if !input.policy.overlap => serial_rows(input, &place, &work),
         _ => parallel_rows(input, &place, &work),
     };
-    let mut hardness = PerLane::default();
+    let mut load = PerLane::default();
     Lane::ALL
         .iter()
-        .for_each(|&lane| hardness[lane] = work.hardness(lane));
+        .for_each(|&lane| load[lane] = work.load(lane));
     Segment {
         phase: step.phase,
         part,
         times,
-        hardness,
+        load,
         lanes: work.lanes,
         bytes: work.bytes,
         rows: undominated(rows),

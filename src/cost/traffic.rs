@@ -2,7 +2,7 @@
 //! table on their way to where they are computed with and back home, as affine terms.
 
 use crate::cost::affine::{Affine, CACHE, HIDDEN};
-use crate::cost::contention::smallness;
+use crate::cost::contention::Load;
 use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES, embedding_piece_bytes};
 use crate::cost::layer::LayerBuilder;
 use crate::cost::steps::Step;
@@ -139,8 +139,8 @@ impl LayerBuilder<'_> {
             _ => self.rates.disk_write_s(batch, bytes, fresh),
         };
         let seconds = count * one_s / part;
-        work.lanes[lane].coef[home] += seconds;
-        work.hard[lane].coef[home] += seconds * smallness(bytes);
+        let load = Load::of_disk(lane, one_s, (batch, bytes));
+        work.moves((lane, home), seconds, load);
         work.bytes[lane].coef[home] += count * n * bytes;
         work.dram_bytes.coef[home] += count * n * bytes;
     }
@@ -207,9 +207,9 @@ impl LayerBuilder<'_> {
 
     fn table_panels(&self, work: &mut Work, bytes: f64, run: f64) {
         let read_s = self.rates.disk_read_s(bytes, run);
+        let load = Load::of_disk(Lane::DiskToCpu, read_s, (bytes, run));
         for home in [WeightHome::DiskShip, WeightHome::DiskCompute] {
-            work.lanes.disk_to_cpu.coef[home as usize] += read_s;
-            work.hard.disk_to_cpu.coef[home as usize] += read_s * smallness(run);
+            work.moves((Lane::DiskToCpu, home as usize), read_s, load);
             work.bytes.disk_to_cpu.coef[home as usize] += bytes;
             work.dram_bytes.coef[home as usize] += bytes;
         }

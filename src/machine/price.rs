@@ -2,7 +2,7 @@
 //! virtual-time machine runs on these prices, and real machines log them as each lane's work.
 
 use super::ops::{Attention, Compute, FileId, KvItem, Op, tier_of};
-use crate::cost::contention::smallness;
+use crate::cost::contention::Load;
 use crate::cost::rates::{AttentionWork, Rates};
 use crate::tier::{Lane, Tier};
 use std::collections::BTreeMap;
@@ -177,22 +177,22 @@ impl Pricer {
         self.rates.sampling_s(VALUE_BYTES * logits as f64)
     }
 
-    /// How hard an operation of so many seconds is on others: of disks how small its requests are, of the CPU how
-    /// much of its time memory is at work; 0 on other lanes.
-    pub fn hardness(&self, (lane, work_s): (Lane, f64), op: &Op) -> f64 {
+    /// What an operation of so many seconds is to the lanes beside it.
+    pub fn load(&self, (lane, work_s): (Lane, f64), op: &Op) -> Load {
         match op {
             Op::Read(spans) | Op::Write(spans) => {
-                smallness(op.bytes() as f64 / spans.len().max(1) as f64)
+                let bytes = op.bytes() as f64;
+                Load::of_disk(lane, work_s, (bytes, bytes / spans.len().max(1) as f64))
             }
             Op::Compute(compute) if lane == Lane::CpuCompute => {
-                self.rates.memory_part(read_bytes(compute), work_s)
+                Load::computing(self.rates.memory_part(read_bytes(compute), work_s))
             }
-            _ => 0.0,
+            _ => Load::default(),
         }
     }
 
-    /// What `lane` keeps of its rate while the `active` lanes run; each with its hardness.
-    pub fn keep(&self, lane: (Lane, f64), active: &[(Lane, f64)]) -> f64 {
+    /// What `lane` keeps of its rate while the `active` lanes run.
+    pub fn keep(&self, lane: (Lane, Load), active: &[(Lane, Load)]) -> f64 {
         self.rates.keep(lane, active)
     }
 }

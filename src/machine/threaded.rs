@@ -12,13 +12,12 @@ use super::price::Pricer;
 use super::transfer::{BOUNCE_BYTES, CopyExecutor, DiskExecutor};
 use super::{Fence, Fences, Machine, MachineError};
 use crate::cost::figures::LaneFigures;
+use crate::cost::requests::READ_THREADS;
 use crate::policy::DeviceKind;
 use crate::tier::{Lane, PerLane, Phase, Tier};
 use std::sync::Arc;
 
-/// Threads that keep the disk busy with reads. One nearly does; four also cover many small extents.
-pub const READ_THREADS: usize = 4;
-/// And with writes: those of a step's cached tokens are a page or two of each sequence, and each waits behind
+/// Threads that keep the disk busy with writes: those of a step's cached tokens are a page or two of each sequence, and each waits behind
 /// what is being read, all of them together no longer than one.
 pub const WRITE_THREADS: usize = 16;
 

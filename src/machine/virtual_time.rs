@@ -5,6 +5,7 @@ use super::lanes::note;
 use super::ops::Op;
 use super::price::Pricer;
 use super::{Fence, Fences, Machine, MachineError};
+use crate::cost::contention::Load;
 use crate::cost::figures::LaneFigures;
 use crate::tier::{Lane, PerLane, Phase, Tier};
 use std::cell::Cell;
@@ -20,8 +21,7 @@ struct Task {
     work_s: f64,
     busy_s: f64,
     bytes: u64,
-    /// How hard it is on others.
-    hardness: f64,
+    load: Load,
     after: Fences,
     phase: Phase,
 }
@@ -106,15 +106,15 @@ impl VirtualMachine {
     /// Moves the clock to the next begin or end of an operation. False when nothing can run.
     fn step(&mut self) -> bool {
         let begins_s = self.begins_s();
-        let mut running = [(Lane::CpuCompute, 0.0); Lane::ALL.len()];
+        let mut running = [(Lane::CpuCompute, Load::default()); Lane::ALL.len()];
         let mut count = 0;
         let mut dt_s = f64::INFINITY;
         for lane in Lane::ALL {
             match begins_s[lane] {
                 Some(at_s) if at_s > self.now_s => dt_s = dt_s.min(at_s - self.now_s),
                 Some(_) => {
-                    let hard = self.queues[lane].front().map_or(0.0, |task| task.hardness);
-                    running[count] = (lane, hard);
+                    let task = self.queues[lane].front();
+                    running[count] = (lane, task.map_or(Load::default(), |task| task.load));
                     count += 1;
                 }
                 None => {}
@@ -161,14 +161,14 @@ impl Machine for VirtualMachine {
     fn submit(&mut self, lane: Lane, op: Op, after: &Fences) -> Fence {
         let work_s = self.pricer.seconds(lane, &op);
         let (after, phase, bytes) = (*after, self.phase, op.bytes());
-        let hardness = self.pricer.hardness((lane, work_s), &op);
+        let load = self.pricer.load((lane, work_s), &op);
         self.queues[lane].push_back(Task {
             begins_s: None,
             left_s: work_s,
             work_s,
             busy_s: 0.0,
             bytes,
-            hardness,
+            load,
             after,
             phase,
         });

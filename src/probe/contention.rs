@@ -7,7 +7,9 @@ use super::disk::DiskArea;
 use super::products::product_step;
 use super::samples::Series;
 use crate::machine::disk::{DiskError, IoRequest};
-use crate::profile::{LARGE_REQUEST_BYTES, MEMORY_SUFFIX, SMALL_REQUEST_BYTES, SMALL_SUFFIX};
+use crate::profile::{
+    LARGE_REQUEST_BYTES, MEMORY_SUFFIX, SMALL_REQUEST_BYTES, SMALL_REQUESTS, SMALL_SUFFIX,
+};
 use crate::tier::Lane;
 use crate::units::MIB;
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,9 +18,8 @@ use std::time::{Duration, Instant};
 
 /// Bytes of one request of a disk lane while it shares the machine, where requests are large …
 const REQUEST_BYTES: u64 = LARGE_REQUEST_BYTES as u64;
-/// … and where they are small: then so many go together, as a batch's caches do.
+/// … and where they are small.
 const SMALL_BYTES: u64 = SMALL_REQUEST_BYTES as u64;
-const SMALL_TOGETHER: usize = 4;
 
 /// A lane, and whether it is hard on others: its requests are small, its products are bound by memory.
 type Kind = (Lane, bool);
@@ -167,7 +168,7 @@ fn steps<'a>(
 fn call(disk: &DiskArea, memory: &[u8], small: bool) -> (u64, usize) {
     let room = disk.filled_bytes().min(memory.len() as u64);
     if small {
-        (SMALL_BYTES * SMALL_TOGETHER as u64, SMALL_BYTES as usize)
+        (SMALL_BYTES * SMALL_REQUESTS as u64, SMALL_BYTES as usize)
     } else {
         (REQUEST_BYTES.min(room), REQUEST_BYTES as usize)
     }

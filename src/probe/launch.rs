@@ -4,7 +4,7 @@
 
 use super::ProbeError;
 use super::samples::{Series, tidy};
-use crate::cost::contention::smallness;
+use crate::cost::contention::Load;
 use crate::cost::rates::Rates;
 use crate::dtype::{Arithmetic, Dtype};
 use crate::machine::arena::AlignedBuffer;
@@ -136,8 +136,10 @@ impl LaunchBench {
 
     /// What computing that memory does not bind keeps of its rate beside a lane's single pages.
     fn kept_beside(&self, lane: Lane) -> f64 {
-        let small = smallness(PAGE_BYTES as f64);
-        self.pricer.keep((Lane::CpuCompute, 0.0), &[(lane, small)])
+        let page = PAGE_BYTES as f64;
+        let load = Load::of_disk(lane, 0.0, (page, page));
+        let computing = (Lane::CpuCompute, Load::default());
+        self.pricer.keep(computing, &[(lane, load)])
     }
 
     fn between_s(&mut self, count: usize, lanes: &[Lane]) -> Result<f64, ProbeError> {

@@ -8,7 +8,7 @@ mod sys;
 
 pub use file::{DiskFile, write_atomically};
 pub use filesystem::{FileSystem, check_disk_tier, filesystem_of, filesystem_of_at, free_bytes};
-pub use pool::{DEFAULT_PIECE_BYTES, IoData, IoPool, IoRequest};
+pub use pool::{IoData, IoPool, IoRequest};
 
 use crate::units::show_bytes;
 use std::path::PathBuf;

@@ -2,18 +2,12 @@
 //! It knows files and slices; lanes, fences and records are the engine's.
 
 use super::{DiskError, DiskFile};
+use crate::cost::requests::{LARGEST_PIECE_BYTES, SMALLEST_PIECE_BYTES, piece_bytes};
 use crate::machine::os;
-use crate::units::{MIB, PAGE_BYTES, round_up};
+use crate::units::{PAGE_BYTES, round_up};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-
-/// Pieces are at most this large unless the pool is made otherwise.
-pub const DEFAULT_PIECE_BYTES: u64 = 4 * MIB;
-/// Pieces that a thread has of one job, where the job is large enough.
-const PIECES_A_THREAD: u64 = 4;
-/// Below this, a disk's rate falls with the size of a request.
-const SMALLEST_PIECE_BYTES: u64 = MIB;
 
 /// What moves: into memory or out of it. Whole 4096-byte pages.
 pub enum IoData<'a> {
@@ -111,7 +105,7 @@ struct Piece {
 
 impl IoPool {
     pub fn new(threads: usize) -> Result<IoPool, DiskError> {
-        Self::with_piece_bytes(threads, DEFAULT_PIECE_BYTES)
+        Self::with_piece_bytes(threads, LARGEST_PIECE_BYTES)
     }
 
     /// `piece_bytes` is the largest single transfer; at least 1 MiB.
@@ -152,19 +146,13 @@ impl IoPool {
         if total_bytes == 0 {
             return Ok(());
         }
-        let id = self.submit(requests, self.piece_for(total_bytes));
+        let piece_bytes = piece_bytes(total_bytes, self.threads(), self.piece_bytes);
+        let id = self.submit(requests, piece_bytes);
         while let Some(piece) = self.shared.next_piece_of(id) {
             let result = transfer(&piece);
             self.shared.finish(piece.job, result);
         }
         self.wait(id)
-    }
-
-    /// Every thread gets several pieces even of a small job, so that all end at about the same time, but
-    /// no piece is smaller than a disk likes.
-    fn piece_for(&self, total_bytes: u64) -> u64 {
-        let share = total_bytes.div_ceil(PIECES_A_THREAD * self.threads() as u64);
-        round_up(share, PAGE_BYTES).clamp(SMALLEST_PIECE_BYTES, self.piece_bytes)
     }
 
     fn submit(&self, requests: &mut [IoRequest<'_>], piece_bytes: u64) -> u64 {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::machine::arena::AlignedBuffer;
+use crate::units::MIB;
 use proptest::prelude::*;
 
 const PAGE: u64 = PAGE_BYTES;
@@ -118,9 +119,10 @@ fn an_error_ends_the_job_and_the_pool_lives_on() {
 fn small_jobs_are_spread_and_large_ones_cut() {
     let pool = IoPool::new(4).unwrap();
     assert_eq!(pool.threads(), 4);
-    assert_eq!(pool.piece_for(64 * MIB), 4 * MIB);
-    assert_eq!(pool.piece_for(32 * MIB), 2 * MIB);
-    assert_eq!(pool.piece_for(8 * MIB), MIB);
-    assert_eq!(pool.piece_for(4 * MIB), MIB);
-    assert_eq!(pool.piece_for(4096), MIB);
+    let piece = |call_bytes| piece_bytes(call_bytes, pool.threads(), pool.piece_bytes);
+    assert_eq!(piece(64 * MIB), 4 * MIB);
+    assert_eq!(piece(32 * MIB), 2 * MIB);
+    assert_eq!(piece(8 * MIB), MIB);
+    assert_eq!(piece(4 * MIB), MIB);
+    assert_eq!(piece(4096), MIB);
 }
