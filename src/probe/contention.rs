@@ -47,48 +47,52 @@ const PAIRS: [(Kind, Kind); 11] = [
 /// What is done in one step; returns the work done (bytes or FLOP), `None` when its quota is used up.
 type Step<'a> = Box<dyn FnMut() -> Result<Option<f64>, DiskError> + Send + 'a>;
 
-/// Rates of lanes alone and together.
+/// What the lanes of each pair kept of the rates that they had alone in the same round: seconds ago, since memory
+/// of shared machines is twice as fast in some minutes as in others.
 #[derive(Default)]
 pub struct ContentionArea {
-    alone: BTreeMap<Kind, Series>,
-    together: [(Series, Series); PAIRS.len()],
+    kept: [[Series; 2]; PAIRS.len()],
 }
 
 impl ContentionArea {
     /// Every lane alone once and every pair once.
     pub fn round(&mut self, bench: &mut Bench, disk: &DiskArea) -> Result<(), ProbeError> {
         let lanes: BTreeSet<Kind> = PAIRS.iter().flat_map(|&(a, b)| [a, b]).collect();
+        let mut alone = BTreeMap::new();
         for lane in lanes {
-            let rate = run_alone(bench, disk, lane)?;
-            self.alone.entry(lane).or_default().push(rate);
+            alone.insert(lane, run_alone(bench, disk, lane)?);
         }
         for (place, pair) in PAIRS.into_iter().enumerate() {
-            let (first, second) = run_together(bench, disk, pair)?;
-            self.together[place].0.push(first);
-            self.together[place].1.push(second);
+            let together = run_together(bench, disk, pair)?;
+            self.enter(place, [alone[&pair.0], alone[&pair.1]], together.into());
         }
         Ok(())
+    }
+
+    /// One round's rates of a pair. A lane that did nothing alone says nothing.
+    fn enter(&mut self, place: usize, alone: [f64; 2], together: [f64; 2]) {
+        if alone.iter().all(|&rate| rate > 0.0) {
+            for (lane, kept) in self.kept[place].iter_mut().enumerate() {
+                kept.push(together[lane] / alone[lane]);
+            }
+        }
     }
 
     /// "cpu_compute+disk_to_cpu" = what each keeps of its rate, by kind (profile.rs). A lane gains nothing by company: what noise adds is cut off.
     pub fn shares(&self) -> BTreeMap<String, [f64; 2]> {
         let mut shares = BTreeMap::new();
-        for ((first, second), rates) in PAIRS.iter().zip(&self.together) {
-            let kept = self
-                .kept(*first, &rates.0)
-                .zip(self.kept(*second, &rates.1));
-            if let Some((a, b)) = kept {
+        for ((first, second), kept) in PAIRS.iter().zip(&self.kept) {
+            if let [Some(a), Some(b)] = kept.each_ref().map(part) {
                 shares.insert(format!("{}+{}", name(*first), name(*second)), [a, b]);
             }
         }
         shares
     }
+}
 
-    fn kept(&self, lane: Kind, together: &Series) -> Option<f64> {
-        let alone = self.alone.get(&lane)?.median()?;
-        let share = together.median()? / alone;
-        Some((share.clamp(0.01, 1.0) * 1000.0).round() / 1000.0)
-    }
+fn part(kept: &Series) -> Option<f64> {
+    let part = kept.median()?.clamp(0.01, 1.0);
+    Some((part * 1000.0).round() / 1000.0)
 }
 
 fn name(lane: Kind) -> String {
@@ -263,11 +267,11 @@ mod tests {
     #[test]
     fn a_lane_keeps_a_part_and_never_more_than_all() {
         let mut area = ContentionArea::default();
-        for (lane, rate) in [(Lane::CpuCompute, 100.0), (Lane::DiskToCpu, 10.0)] {
-            area.alone.entry((lane, false)).or_default().push(rate);
-        }
-        area.together[0].0.push(80.0);
-        area.together[0].1.push(12.0);
+        area.enter(0, [100.0, 10.0], [80.0, 12.0]);
+        // Memory is half as fast in these rounds, and one of them is disturbed.
+        area.enter(0, [50.0, 10.0], [40.0, 10.0]);
+        area.enter(0, [50.0, 10.0], [20.0, 4.0]);
+        area.enter(1, [0.0, 10.0], [0.0, 10.0]);
         let shares = area.shares();
         assert_eq!(shares["cpu_compute+disk_to_cpu"], [0.8, 1.0]);
         assert_eq!(shares.len(), 1, "a pair that was not measured is not told");
