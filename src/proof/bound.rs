@@ -42,20 +42,32 @@ impl Bound<'_> {
         (self.model.layer_bytes(self.policy.compress_weight) + kv_bytes) as f64
     }
 
+    /// Sequences of a full batch.
+    fn slots(&self) -> u64 {
+        let prompts = self.plan.workload.prompts.max(1);
+        (self.policy.gpu_batch_size as u64).min(prompts)
+    }
+
+    /// Rows of a phase's products in one pass over the weights.
+    fn rows(&self, phase: Phase) -> u64 {
+        let w = &self.plan.workload;
+        let prompt = (w.prompt_tokens / w.prompts.max(1)).max(1);
+        match phase {
+            Phase::Prefill => even_chunks(self.slots() * prompt),
+            Phase::Decode => self.slots(),
+        }
+    }
+
     /// About what a phase's products take: decoding full batches, prompts without the head.
     fn products_s(&self, phase: Phase) -> f64 {
         let w = &self.plan.workload;
-        let prompts = w.prompts.max(1);
-        let slots = (self.policy.gpu_batch_size as u64).min(prompts);
-        let (rows, passes, batches) = match phase {
-            Phase::Prefill => {
-                let rows = even_chunks(slots * (w.prompt_tokens / prompts).max(1));
-                (rows, w.prompt_tokens as f64 / rows as f64, 1)
-            }
+        let (prompts, rows) = (w.prompts.max(1), self.rows(phase));
+        let (passes, batches) = match phase {
+            Phase::Prefill => (w.prompt_tokens as f64 / rows as f64, 1),
             Phase::Decode => {
                 let steps = (w.gen_tokens as f64 / prompts as f64 - 1.0).max(0.0);
-                let passes = prompts.div_ceil(slots) as f64 * steps;
-                (slots, passes, self.policy.num_gpu_batches)
+                let passes = prompts.div_ceil(rows) as f64 * steps;
+                (passes, self.policy.num_gpu_batches)
             }
         };
         let one_s = |matrix: &Matrix| {
@@ -79,23 +91,14 @@ impl Bound<'_> {
 
 /// Which burst tells how fast a lane is in a phase.
 pub fn burst_of(lane: Lane, phase: Phase, bound: Bound) -> Burst {
-    let Bound {
-        model,
-        plan,
-        policy,
-        ..
-    } = bound;
+    let Bound { model, policy, .. } = bound;
     match lane {
         Lane::DiskToCpu => Burst::Read,
         Lane::CpuToDisk => Burst::Write,
         _ => {
-            let prompt = plan.workload.prompt_tokens / plan.workload.prompts.max(1);
-            let (rows, times) = match phase {
-                Phase::Prefill => {
-                    let rows = policy.gpu_batch_size as u64 * prompt.max(1);
-                    (even_chunks(rows), 1)
-                }
-                Phase::Decode => (policy.gpu_batch_size as u64, bound.batches_near()),
+            let times = match phase {
+                Phase::Prefill => 1,
+                Phase::Decode => bound.batches_near(),
             };
             let format = if policy.compress_weight {
                 Dtype::Q4
@@ -105,7 +108,7 @@ pub fn burst_of(lane: Lane, phase: Phase, bound: Bound) -> Burst {
             Burst::Product {
                 format,
                 arithmetic: policy.arithmetic(format),
-                rows: nearest_power_of_two(rows),
+                rows: nearest_power_of_two(bound.rows(phase)),
                 times,
             }
         }
