@@ -1,12 +1,12 @@
 //! What the machine itself gives: FMA peak, DRAM reads, direct reads and writes of a file. Measured
 //! between the rows of a table, so that ceilings and figures share the same hour.
 
+use loadmaster::cost::requests::READ_THREADS;
 use loadmaster::dtype::Arithmetic;
 use loadmaster::machine::arena::AlignedBuffer;
 use loadmaster::machine::cpu::kernels::{Isa, memory_read_sum, multiply_peak};
 use loadmaster::machine::cpu::pool::Pool;
 use loadmaster::machine::disk::{DiskFile, IoPool, IoRequest};
-use loadmaster::machine::threaded::READ_THREADS;
 use std::path::Path;
 use std::time::Instant;
 

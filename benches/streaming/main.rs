@@ -4,6 +4,7 @@
 //!   overlap   disk and CPU at once where they take about equally long, with overlap and without
 //!   roofline  five regimes: measured seconds against perfect overlap at this run's ceilings
 //!   ceilings  the machine alone: FMA peak, DRAM reads, direct disk reads and overwrites
+//!   queue     a few writes beside a stream of reads, by their sizes
 //!   scaling   tokens x parameters per second over sizes, batches and threads
 //! Options: model=opt-1.3b (packing, overlap, roofline), sizes=opt-1.3b,opt-2.7b (scaling), rounds=3,
 //! home=DIR (default target/streaming: packed stores are kept there and reused).
@@ -12,6 +13,7 @@ mod ceilings;
 mod overlap;
 mod packing;
 mod program;
+mod queue;
 mod roofline;
 mod scaling;
 
@@ -66,6 +68,7 @@ fn main() {
             "packing" => packing::run(&options),
             "overlap" => overlap::run(&options),
             "roofline" => roofline::run(&options),
+            "queue" => queue::run(&options),
             "scaling" => scaling::run(&options),
             "ceilings" => {
                 let threads = loadmaster::machine::os::default_threads();
@@ -78,10 +81,12 @@ fn main() {
             }
             // Cargo's own, and options.
             word if word.starts_with("--") || word.contains('=') => {}
-            word => println!("no section is called {word}: packing, overlap, roofline, scaling"),
+            word => {
+                println!("no section is called {word}: packing, overlap, roofline, queue, scaling")
+            }
         }
     }
     if !options.words.iter().any(|w| !w.starts_with("--")) {
-        println!("name a section: packing, overlap, roofline or scaling");
+        println!("name a section: packing, overlap, roofline, queue or scaling");
     }
 }

@@ -5,11 +5,11 @@ use crate::{Options, median};
 use loadmaster::checkpoint::{
     Checkpoint, DEFAULT_SHARD_BYTES, SynthJob, WeightSource, write_synth,
 };
+use loadmaster::cost::requests::READ_THREADS;
 use loadmaster::machine::arena::AlignedBuffer;
 use loadmaster::machine::cpu::pool::Pool;
 use loadmaster::machine::disk::{DiskFile, IoPool, IoRequest};
 use loadmaster::machine::os;
-use loadmaster::machine::threaded::READ_THREADS;
 use loadmaster::model::families::named_size;
 use loadmaster::store::{self, PackJob, Store};
 use std::path::{Path, PathBuf};
