@@ -19,6 +19,8 @@ mod scaling;
 
 use std::path::PathBuf;
 
+const SECTIONS: &str = "packing, overlap, roofline, ceilings, queue, scaling";
+
 /// What the command line says.
 pub struct Options {
     words: Vec<String>,
@@ -81,12 +83,10 @@ fn main() {
             }
             // Cargo's own, and options.
             word if word.starts_with("--") || word.contains('=') => {}
-            word => {
-                println!("no section is called {word}: packing, overlap, roofline, queue, scaling")
-            }
+            word => println!("no section is called {word}: {SECTIONS}"),
         }
     }
     if !options.words.iter().any(|w| !w.starts_with("--")) {
-        println!("name a section: packing, overlap, roofline, queue or scaling");
+        println!("name a section: {SECTIONS}");
     }
 }

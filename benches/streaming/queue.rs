@@ -27,8 +27,7 @@ const READS: [Call; 7] = [
 const WRITES: [Call; 5] = [(1, 4096), (4, 4096), (16, 4096), (4, 65536), (1, 1 << 20)];
 
 pub fn run(options: &Options) {
-    let path = options.home().join("queue.tmp");
-    let file = filled(&path);
+    let file = filled(&options.home());
     let pools = [READ_THREADS, WRITE_THREADS].map(|n| IoPool::new(n).expect("threads start"));
     println!(
         "{:>14} {:>14} {:>10} {:>10} {:>10} {:>6} {:>10}",
@@ -51,7 +50,6 @@ pub fn run(options: &Options) {
             show((read, write), [read_s, alone_s, beside_s, keep]);
         }
     }
-    std::fs::remove_file(&path).expect("the scratch file goes");
 }
 
 fn show((read, write): (Call, Call), [read_s, alone_s, beside_s, keep]: [f64; 4]) {
@@ -70,12 +68,12 @@ fn show((read, write): (Call, Call), [read_s, alone_s, beside_s, keep]: [f64; 4]
     );
 }
 
-fn filled(path: &std::path::Path) -> DiskFile {
-    let file = DiskFile::create(path).expect("a scratch file can be made");
+fn filled(dir: &std::path::Path) -> DiskFile {
+    let file = DiskFile::create_unlinked(dir, FILE_BYTES).expect("room for 1 GiB");
     let mut block = AlignedBuffer::new(16 << 20).expect("memory");
     block.fill(7);
     for offset in (0..FILE_BYTES).step_by(block.len()) {
-        file.write_at(&block, offset).expect("room for 1 GiB");
+        file.write_at(&block, offset).expect("the disk works");
     }
     file.sync().expect("it is written");
     file

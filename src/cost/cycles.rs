@@ -4,8 +4,8 @@
 
 use crate::cost::affine::{Affine, SHARES};
 use crate::cost::block::can_stagger;
-use crate::cost::contention::Load;
 use crate::cost::footprint::RUN_AHEAD_BYTES;
+use crate::cost::load::Load;
 use crate::cost::steps::Step;
 use crate::cost::terms::{Bound, Part, Row, TermInput, Work};
 use crate::cost::traffic::constant;

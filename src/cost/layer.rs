@@ -3,8 +3,8 @@
 //! which row then binds is terms.rs's.
 
 use crate::cost::affine::{CACHE, ShareVector};
-use crate::cost::contention::Load;
 use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES, chunk_panels};
+use crate::cost::load::Load;
 use crate::cost::rates::{AttentionWork, Rates};
 use crate::cost::steps::Step;
 use crate::cost::terms::{TermInput, Work};

@@ -10,6 +10,7 @@ pub mod estimate;
 pub mod figures;
 pub mod footprint;
 pub mod layer;
+pub mod load;
 pub mod locks;
 pub mod near;
 mod queue;

@@ -1,7 +1,7 @@
 //! One queue for a disk's reads and writes: a write waits for what reads have in flight before it, and takes its
 //! own part of the disk's time from them. What others lose beside a disk is contention.rs's business.
 
-use crate::cost::contention::{Load, mixed};
+use crate::cost::load::{Load, mixed};
 use crate::cost::requests::DiskRequests;
 use crate::profile::{LARGE_REQUEST_BYTES, SMALL_REQUEST_BYTES, SMALL_REQUESTS};
 use crate::tier::Lane;

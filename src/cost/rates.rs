@@ -7,12 +7,13 @@
 //! stay, or grow with the bytes of an element. A way to multiply that was not measured is taken to be as
 //! fast as fp32.
 
-use crate::cost::contention::{Keeps, Load};
+use crate::cost::contention::Keeps;
 use crate::cost::curves::{
     AttentionCurves, SizeCurves, Widened, attention_curves, element_bytes, gemm_curves,
     gemm_s_per_weight, rate_at, slow_quantise,
 };
 use crate::cost::footprint::{Buffer, STREAM_CHUNK_BYTES};
+use crate::cost::load::Load;
 use crate::cost::locks::Unlocked;
 use crate::cost::near::Near;
 use crate::cost::requests::DiskRequests;

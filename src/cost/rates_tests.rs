@@ -1,7 +1,7 @@
 //! What rates.rs prices, tried on profiles of known figures.
 
 use super::*;
-use crate::cost::contention::Load;
+use crate::cost::load::Load;
 use crate::profile::{
     LARGE_REQUEST_BYTES, MEMORY_SUFFIX, SMALL_REQUEST_BYTES, SMALL_REQUESTS, compiled_in,
 };

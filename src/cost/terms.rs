@@ -5,10 +5,10 @@
 //! A stage's time is the largest of its rows (cycles.rs).
 
 use crate::cost::affine::{Affine, CACHE, HIDDEN, ShareVector};
-use crate::cost::contention::Load;
 use crate::cost::cycles::{Place, Turn, parallel_rows};
 use crate::cost::footprint::CHUNK_ROWS_MAX;
 use crate::cost::layer::LayerBuilder;
+use crate::cost::load::Load;
 use crate::cost::rates::Rates;
 use crate::cost::serial::serial_rows;
 use crate::cost::steps::{Moments, steps};

@@ -2,9 +2,9 @@
 //! table on their way to where they are computed with and back home, as affine terms.
 
 use crate::cost::affine::{Affine, CACHE, HIDDEN};
-use crate::cost::contention::Load;
 use crate::cost::footprint::{Buffer, HIDDEN_VALUE_BYTES, embedding_piece_bytes};
 use crate::cost::layer::LayerBuilder;
+use crate::cost::load::Load;
 use crate::cost::steps::Step;
 use crate::cost::terms::Work;
 use crate::model::{Matrix, MatrixKind};

@@ -2,7 +2,7 @@
 //! virtual-time machine runs on these prices, and real machines log them as each lane's work.
 
 use super::ops::{Attention, Compute, FileId, KvItem, Op, tier_of};
-use crate::cost::contention::Load;
+use crate::cost::load::Load;
 use crate::cost::rates::{AttentionWork, Rates};
 use crate::tier::{Lane, Tier};
 use std::collections::BTreeMap;

@@ -17,8 +17,8 @@ use crate::policy::DeviceKind;
 use crate::tier::{Lane, PerLane, Phase, Tier};
 use std::sync::Arc;
 
-/// Threads that keep the disk busy with writes: those of a step's cached tokens are a page or two of each sequence, and each waits behind
-/// what is being read, all of them together no longer than one.
+/// Threads that keep the disk busy with writes: those of a step's cached tokens are a page or two of each sequence,
+/// and each waits behind what is being read, all of them together no longer than one.
 pub const WRITE_THREADS: usize = 16;
 
 /// What to open.

@@ -4,7 +4,7 @@
 
 use super::ProbeError;
 use super::samples::{Series, tidy};
-use crate::cost::contention::Load;
+use crate::cost::load::Load;
 use crate::cost::rates::Rates;
 use crate::dtype::{Arithmetic, Dtype};
 use crate::machine::arena::AlignedBuffer;
