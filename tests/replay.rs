@@ -4,9 +4,15 @@
 mod common;
 #[path = "replay/drawn.rs"]
 mod drawn;
+#[path = "replay/noted.rs"]
+mod noted;
 #[path = "replay/order.rs"]
 mod order;
+#[path = "replay/races.rs"]
+mod races;
 mod running;
+#[path = "replay/touched.rs"]
+mod touched;
 
 use common::t4;
 use drawn::{Class, Drawn, drawn};

@@ -86,6 +86,8 @@ pub struct Core<'m> {
     pub last: Fence,
     /// Rows that the CPU attends to for a batch under way: how they come up, and after what.
     pub attended: [Option<(Vec<Copy2d>, Fence)>; 2],
+    /// When the token table's half in DRAM, and on the device, may be overwritten.
+    pub embedding_sent: [Fences; 2],
     pub embedding_done: [Fences; 2],
     pub embedding_half: usize,
     pub pass: u64,
@@ -116,6 +118,7 @@ impl<'m> Core<'m> {
             join: Fences::none(),
             last: Fence { lane, number: 0 },
             attended: [None, None],
+            embedding_sent: [Fences::none(); 2],
             embedding_done: [Fences::none(); 2],
             embedding_half: 0,
             pass: 0,

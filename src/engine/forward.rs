@@ -201,35 +201,46 @@ impl Core<'_> {
 
     /// Appends the chunk's keys and values and attends, each item where its cache is reachable.
     fn attention(&mut self, batch: &BatchStep, part: &Part) {
-        let (mut here, mut beside) = (Vec::new(), Vec::new());
+        let (mut here, mut beside) = (Attended::default(), Attended::default());
         for (index, item) in batch.items.iter().enumerate() {
             let Some((first_row, rows, done)) = overlap(item, &part.chunk) else {
                 continue;
             };
-            let (tier, kv) = self.cache_place(item, part.stage, (part.batch, index));
-            let entry = KvItem {
+            let at = (part.batch, index);
+            let (tier, kv) = self.cache_place(item, part.stage, at);
+            let by = if tier == self.compute {
+                &mut here
+            } else {
+                &mut beside
+            };
+            by.items.push(KvItem {
                 first_row,
                 rows,
                 past: item.past + done,
                 decode: item.decode,
                 kv,
-            };
-            if tier == self.compute {
-                here.push(entry)
-            } else {
-                beside.push(entry)
-            }
+            });
+            by.visiting |= self.visits.visiting(part.stage, at);
         }
-        let ready = self.visits.cache_ready(part.stage, part.batch);
-        if !beside.is_empty() {
-            self.attend_beside(part, beside, ready);
+        if !beside.items.is_empty() {
+            self.attend_beside(part, beside);
         }
-        if !here.is_empty() {
-            self.join = self.join.join(&ready);
-            let attention = self.attention_op(self.compute, part, here);
+        if !here.items.is_empty() {
+            self.join = self.join.join(&self.ready_for(part, &here));
+            let attention = self.attention_op(self.compute, part, here.items);
             self.submit(Compute::Append(attention.clone()));
             let done = self.submit(Compute::Attend(attention));
-            self.visits.cache_used(part.stage, part.batch, done);
+            if here.visiting {
+                self.visits.cache_used(part.stage, part.batch, done);
+            }
+        }
+    }
+
+    /// When the cache is there: at once where all of it is at home.
+    fn ready_for(&self, part: &Part, attended: &Attended) -> Fences {
+        match attended.visiting {
+            true => self.visits.cache_ready(part.stage, part.batch),
+            false => Fences::none(),
         }
     }
 
@@ -246,9 +257,10 @@ impl Core<'_> {
     }
 
     /// Attention on the CPU for a GPU: q, k, v rows down; attended rows come up when the next product asks for them.
-    fn attend_beside(&mut self, part: &Part, items: Vec<KvItem>, ready: Fences) {
+    fn attend_beside(&mut self, part: &Part, attended: Attended) {
         let row = self.facts.model.hidden as u64 * HIDDEN_VALUE_BYTES;
-        let attention = self.attention_op(Tier::Cpu, part, items);
+        let (ready, visiting) = (self.ready_for(part, &attended), attended.visiting);
+        let attention = self.attention_op(Tier::Cpu, part, attended.items);
         let rows_of = |width: u64, from: u64, to: u64| -> Vec<Copy2d> {
             let span = |i: &KvItem| (i.first_row as u64 * width, i.rows as u64 * width);
             attention
@@ -271,7 +283,9 @@ impl Core<'_> {
         let attended = self
             .machine
             .submit(Lane::CpuCompute, attend, &Fences::none());
-        self.visits.cache_used(part.stage, part.batch, attended);
+        if visiting {
+            self.visits.cache_used(part.stage, part.batch, attended);
+        }
         self.attended[part.half] = Some((up, attended));
     }
 
@@ -326,6 +340,14 @@ impl Core<'_> {
             self.join.add(down);
         }
     }
+}
+
+/// What one lane attends to of a chunk.
+#[derive(Default)]
+struct Attended {
+    items: Vec<KvItem>,
+    /// The cache of some is not at home where they are attended.
+    visiting: bool,
 }
 
 /// A chunk of one batch on its way through one stage.

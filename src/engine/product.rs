@@ -260,12 +260,12 @@ impl Core<'_> {
         let panel = self.facts.placement.panel_bytes[index];
         let half_offset = half as u64 * embedding_piece_bytes(panel);
         let bytes = run.len() as u64 * panel;
-        let free = self.embedding_done[half];
         let (mut at, mut ready) = match self.dram_panel(index, run.start) {
-            Some(at) => (at, free),
+            Some(at) => (at, Fences::none()),
             None => {
                 let memory =
                     self.layout.buffer(Tier::Cpu, Buffer::EmbeddingStage).offset + half_offset;
+                let free = self.embedding_sent[half];
                 self.read_panels((run.start, bytes), memory, &free)
             }
         };
@@ -275,14 +275,17 @@ impl Core<'_> {
                 pinned: false,
                 pieces: vec![Copy2d::flat(at, to, bytes)],
             };
-            ready = self
-                .machine
-                .submit(Lane::CpuToGpu, up, &ready.join(&free))
-                .into();
+            let free = self.embedding_done[half];
+            let sent = self.machine.submit(Lane::CpuToGpu, up, &ready.join(&free));
+            self.embedding_sent[half] = sent.into();
+            ready = sent.into();
             at = to;
         }
         self.join = self.join.join(&ready);
         self.embed_from((index, run, at), ids, to);
+        if self.compute == Tier::Cpu {
+            self.embedding_sent[half] = self.last.into();
+        }
         self.embedding_done[half] = self.last.into();
     }
 

@@ -83,6 +83,12 @@ impl Visits {
             .map_or(Fences::none(), |visit| visit.ready)
     }
 
+    /// Whether an item's cache is not at home where it is attended.
+    pub fn visiting(&self, stage: usize, (batch, index): (usize, usize)) -> bool {
+        let visit = self.cache.get(&(stage, batch));
+        visit.is_some_and(|visit| visit.places[index].is_some())
+    }
+
     /// Notes an operation that reads or writes the visiting cache.
     pub fn cache_used(&mut self, stage: usize, batch: usize, by: Fence) {
         if let Some(visit) = self.cache.get_mut(&(stage, batch)) {

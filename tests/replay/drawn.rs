@@ -101,7 +101,7 @@ pub fn drawn(seed: u64, count: usize) -> Vec<Drawn> {
     (0..count).map(|_| one(&mut next)).collect()
 }
 
-fn pick<T: Copy>(next: &mut impl FnMut() -> f64, of: &[T]) -> T {
+pub fn pick<T: Copy>(next: &mut impl FnMut() -> f64, of: &[T]) -> T {
     of[(next() * of.len() as f64) as usize]
 }
 
@@ -177,7 +177,7 @@ fn one(next: &mut impl FnMut() -> f64) -> Drawn {
     }
 }
 
-fn drawn_shares(next: &mut impl FnMut() -> f64, gpu: bool, batch: usize) -> Shares {
+pub fn drawn_shares(next: &mut impl FnMut() -> f64, gpu: bool, batch: usize) -> Shares {
     let beside = gpu && next() < 0.2;
     let weights = match gpu {
         true => shares(next, &[true, true, beside, true, false], 10),

@@ -1,0 +1,307 @@
+//! A run of the schedule as it was asked for, and which of its accesses to the same bytes are in order: by their
+//! lane, by what an operation comes after, or by what the host had waited for when it submitted it. Nothing here
+//! depends on how long anything takes.
+
+use crate::running::{Collected, requests};
+use crate::touched::{Space, Touch, touched};
+use loadmaster::cost::figures::LaneFigures;
+use loadmaster::engine::{Engine, RunFacts, RunOptions};
+use loadmaster::machine::ops::Op;
+use loadmaster::machine::price::Pricer;
+use loadmaster::machine::virtual_time::VirtualMachine;
+use loadmaster::machine::{Fence, Fences, Machine, MachineError};
+use loadmaster::tier::{Lane, PerLane, Phase, Tier};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::atomic::AtomicBool;
+
+/// What happened at the machine, in the order in which the host asked for it.
+enum Event {
+    Submitted {
+        lane: Lane,
+        after: Fences,
+        touched: Vec<Touch>,
+        what: String,
+    },
+    Waited(Fences),
+    Looked(Touch),
+}
+
+/// A clock that notes what it is asked.
+struct Noting {
+    machine: VirtualMachine,
+    events: RefCell<Vec<Event>>,
+}
+
+impl Machine for Noting {
+    fn submit(&mut self, lane: Lane, op: Op, after: &Fences) -> Fence {
+        let what = describe(&op);
+        self.events.get_mut().push(Event::Submitted {
+            lane,
+            after: *after,
+            touched: touched(lane, &op),
+            what,
+        });
+        self.machine.submit(lane, op, after)
+    }
+    fn wait(&mut self, fences: &Fences) -> Result<(), MachineError> {
+        self.events.get_mut().push(Event::Waited(*fences));
+        self.machine.wait(fences)
+    }
+    fn submitted(&self) -> Fences {
+        self.machine.submitted()
+    }
+    fn put(&mut self, _: Tier, _: u64, _: &[u8]) -> Result<(), MachineError> {
+        unreachable!("the host writes before a run only")
+    }
+    fn values(&self, tier: Tier, offset: u64, count: usize) -> Option<&[f32]> {
+        self.events.borrow_mut().push(Event::Looked(Touch {
+            space: Space::Arena(tier),
+            bytes: offset..offset + 4 * count as u64,
+            writes: false,
+        }));
+        self.machine.values(tier, offset, count)
+    }
+    fn set_phase(&mut self, phase: Phase) {
+        self.machine.set_phase(phase);
+    }
+    fn lane_figures(&self) -> PerLane<LaneFigures> {
+        self.machine.lane_figures()
+    }
+    fn now_s(&self) -> f64 {
+        self.machine.now_s()
+    }
+}
+
+/// The operation's name, and of what it does to memory the beginning.
+fn describe(op: &Op) -> String {
+    format!("{op:?}").chars().take(160).collect()
+}
+
+/// Everything that a run of these lengths (prompt, generated) asks for.
+pub fn noted(facts: RunFacts, pricer: Pricer, lengths: &[(usize, usize)]) -> Noted {
+    let mut machine = Noting {
+        machine: VirtualMachine::new(pricer),
+        events: RefCell::default(),
+    };
+    let lines = requests(&facts.model, lengths);
+    let engine = Engine::new(&mut machine, facts, RunOptions { ignore_eos: true });
+    engine
+        .run(lines, &mut Collected::default(), &AtomicBool::new(false))
+        .expect("the schedule ends");
+    Noted::new(machine.events.into_inner())
+}
+
+/// Numbers of finished operations that are certain.
+type Clock = PerLane<u64>;
+
+fn join(clock: &mut Clock, other: &Clock) {
+    for lane in Lane::ALL {
+        clock[lane] = clock[lane].max(other[lane]);
+    }
+}
+
+/// A fence that an operation has, or the host's wait.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Wait {
+    event: usize,
+    lane: Lane,
+}
+
+/// An operation, or the host's look: which cells it touches.
+struct Access {
+    event: usize,
+    /// None for the host.
+    lane: Option<Lane>,
+    cells: Vec<(Range<usize>, bool)>,
+}
+
+/// A run's events, and its bytes cut into cells that operations touch whole.
+pub struct Noted {
+    events: Vec<Event>,
+    accesses: Vec<Access>,
+    cells: usize,
+}
+
+impl Noted {
+    fn new(events: Vec<Event>) -> Noted {
+        let mut borders: HashMap<Space, Vec<u64>> = HashMap::new();
+        let touches = |event: &Event| match event {
+            Event::Submitted { touched, lane, .. } => (Some(*lane), touched.clone()),
+            Event::Looked(touch) => (None, vec![touch.clone()]),
+            Event::Waited(_) => (None, Vec::new()),
+        };
+        for touch in events.iter().flat_map(|event| touches(event).1) {
+            let of = borders.entry(touch.space).or_default();
+            of.extend([touch.bytes.start, touch.bytes.end]);
+        }
+        let mut cells = 0;
+        let mut first_cell = HashMap::new();
+        for (space, of) in &mut borders {
+            of.sort_unstable();
+            of.dedup();
+            first_cell.insert(*space, cells);
+            cells += of.len();
+        }
+        let cell = |space: Space, at: u64| {
+            first_cell[&space] + borders[&space].partition_point(|&border| border < at)
+        };
+        let range = |t: &Touch| cell(t.space, t.bytes.start)..cell(t.space, t.bytes.end);
+        let accesses = events.iter().enumerate().map(|(event, noted)| {
+            let (lane, touched) = touches(noted);
+            let cells = touched.iter().map(|t| (range(t), t.writes)).collect();
+            Access { event, lane, cells }
+        });
+        let accesses = accesses.collect();
+        Noted {
+            events,
+            accesses,
+            cells,
+        }
+    }
+
+    /// What each event comes after; `without` one wait.
+    fn clocks(&self, without: Option<Wait>) -> Vec<Clock> {
+        let mut host = Clock::default();
+        let mut newest: PerLane<Clock> = PerLane::default();
+        let mut of_operation: PerLane<Vec<Clock>> = PerLane::default();
+        let mut clocks = Vec::with_capacity(self.events.len());
+        for (event, noted) in self.events.iter().enumerate() {
+            let after = |fences: &Fences, done: &PerLane<Vec<Clock>>| {
+                let mut clock = Clock::default();
+                for lane in Lane::ALL {
+                    let mark = fences.mark(lane);
+                    if mark > 0 && without != Some(Wait { event, lane }) {
+                        join(&mut clock, &done[lane][mark as usize - 1]);
+                    }
+                }
+                clock
+            };
+            match noted {
+                Event::Submitted {
+                    lane,
+                    after: fences,
+                    ..
+                } => {
+                    let mut clock = after(fences, &of_operation);
+                    join(&mut clock, &host);
+                    join(&mut clock, &newest[*lane]);
+                    clocks.push(clock);
+                    clock[*lane] = of_operation[*lane].len() as u64 + 1;
+                    newest[*lane] = clock;
+                    of_operation[*lane].push(clock);
+                }
+                Event::Waited(fences) => {
+                    join(&mut host, &after(fences, &of_operation));
+                    clocks.push(host);
+                }
+                Event::Looked(_) => clocks.push(host),
+            }
+        }
+        clocks
+    }
+
+    /// Two accesses that are not in order, said in words.
+    pub fn race(&self, without: Option<Wait>) -> Option<String> {
+        let clocks = self.clocks(without);
+        let mut written: Vec<Option<(Lane, u64, usize)>> = vec![None; self.cells];
+        let mut read: Vec<PerLane<u64>> = vec![PerLane::default(); self.cells];
+        let mut counts: PerLane<u64> = PerLane::default();
+        for access in &self.accesses {
+            let clock = &clocks[access.event];
+            let own = access.lane.map(|lane| {
+                counts[lane] += 1;
+                (lane, counts[lane], access.event)
+            });
+            for (cells, writes) in &access.cells {
+                for cell in cells.clone() {
+                    if let Some((lane, number, event)) = written[cell]
+                        && clock[lane] < number
+                    {
+                        return Some(self.both(event, access.event));
+                    }
+                    let late = |lane: &Lane| clock[*lane] < read[cell][*lane];
+                    if *writes && let Some(lane) = Lane::ALL.iter().find(|lane| late(lane)) {
+                        let event = self.event_of(*lane, read[cell][*lane]);
+                        return Some(self.both(event, access.event));
+                    }
+                }
+            }
+            let Some((lane, number, _)) = own else {
+                continue;
+            };
+            for (cells, writes) in &access.cells {
+                for cell in cells.clone() {
+                    match writes {
+                        true => (written[cell], read[cell]) = (own, PerLane::default()),
+                        false => read[cell][lane] = number,
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    fn event_of(&self, lane: Lane, number: u64) -> usize {
+        let on_lane = |event: &(usize, &Event)| matches!(event.1, Event::Submitted { lane: l, .. } if *l == lane);
+        let mut of = self.events.iter().enumerate().filter(on_lane);
+        of.nth(number as usize - 1).expect("it was submitted").0
+    }
+
+    fn both(&self, first: usize, second: usize) -> String {
+        format!("{}\n  and {}", self.said(first), self.said(second))
+    }
+
+    fn said(&self, event: usize) -> String {
+        match &self.events[event] {
+            Event::Submitted { lane, what, .. } => format!("{event} {}: {what}", lane.name()),
+            _ => format!("{event} the host"),
+        }
+    }
+
+    /// The event, and what it waits for.
+    pub fn words(&self, wait: Wait) -> String {
+        let awaited = self.said(self.awaited(wait));
+        format!("{}\n  after {awaited}", self.said(wait.event))
+    }
+
+    /// The same without operands.
+    pub fn kind(&self, wait: Wait) -> String {
+        let name = |event: usize| match &self.events[event] {
+            Event::Submitted { lane, what, .. } => {
+                let what = what.strip_prefix("Compute(").unwrap_or(what);
+                let end = what.find(['(', ' ', '{']).unwrap_or(what.len());
+                format!("{} {}", lane.name(), &what[..end])
+            }
+            _ => "host".to_owned(),
+        };
+        format!("{} > {}", name(wait.event), name(self.awaited(wait)))
+    }
+
+    fn fences(&self, event: usize) -> Fences {
+        match &self.events[event] {
+            Event::Submitted { after, .. } => *after,
+            Event::Waited(fences) => *fences,
+            Event::Looked(_) => Fences::none(),
+        }
+    }
+
+    fn awaited(&self, wait: Wait) -> usize {
+        self.event_of(wait.lane, self.fences(wait.event).mark(wait.lane))
+    }
+
+    /// All waits that no other order makes superfluous.
+    pub fn waits(&self) -> Vec<Wait> {
+        let mut waits = Vec::new();
+        for event in 0..self.events.len() {
+            for lane in Lane::ALL {
+                let (wait, mark) = (Wait { event, lane }, self.fences(event).mark(lane));
+                if mark > 0 && self.clocks(Some(wait))[event][lane] < mark {
+                    waits.push(wait);
+                }
+            }
+        }
+        waits
+    }
+}
