@@ -7,11 +7,12 @@ use super::products::met_again_s;
 use super::samples::Series;
 use super::scale::{DiskStep, Extent};
 use crate::cost::rates::Rates;
+use crate::cost::requests::READ_THREADS;
 use crate::dtype::{Arithmetic, Dtype};
 use crate::machine::cpu::kernels::Isa;
 use crate::machine::disk::{DiskFile, IoPool, IoRequest};
 use crate::tier::Tier;
-use crate::units::MIB;
+use crate::units::{MIB, PAGE_BYTES};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -23,9 +24,14 @@ use std::time::Instant;
 const SHAPES: [(usize, usize); 2] = [(8192, 2048), (1024, 4096)];
 const MANY_ROWS: usize = 64;
 const SAMPLES: usize = 30;
-/// Bytes of one read or write of a burst, and how many there are.
-const READ_BYTES: u64 = 16 * MIB;
-const READS: u64 = 24;
+/// Bytes that a burst reads, as far as its calls are neither fewer nor more than these.
+const READ_BYTES: u64 = 384 * MIB;
+const READ_CALLS: [u64; 2] = [24, 240];
+/// The most that one call reads.
+pub const CALL_BYTES: u64 = 32 * MIB;
+/// A file of this size is written to be read as a job's own spill files are.
+const SPILL_BYTES: u64 = 64 * MIB;
+/// Bytes of one write of a burst, and how many there are.
 const WRITE_BYTES: u64 = 4 * MIB;
 const WRITES: u64 = 8;
 
@@ -68,7 +74,14 @@ pub enum Burst {
         #[serde(default = "once")]
         times: usize,
     },
+    /// A read of 16 MiB: what saved rows of earlier versions have.
     Read,
+    /// Calls of so many requests, from the store, or from what was spilled just before.
+    Reads {
+        spilled: bool,
+        request_bytes: u64,
+        requests: u64,
+    },
     /// Overwriting, as a spill file sees it.
     Write,
 }
@@ -123,7 +136,30 @@ fn slowdown(burst: Burst, bench: &mut Bench, place: &BurstPlace) -> Result<f64, 
             rows,
             times,
         } => product((format, arithmetic, rows), times, (bench, place))?,
-        Burst::Read => read(bench, place)?,
+        Burst::Read => {
+            let calls = Calls {
+                file: &DiskFile::open_read(place.store)?,
+                request_bytes: 16 * MIB,
+                requests: 1,
+            };
+            read(calls, (bench, place))?
+        }
+        Burst::Reads {
+            spilled,
+            request_bytes,
+            requests,
+        } => {
+            let file = match spilled {
+                true => spilled_file(bench, place)?,
+                false => DiskFile::open_read(place.store)?,
+            };
+            let calls = Calls {
+                file: &file,
+                request_bytes,
+                requests,
+            };
+            read(calls, (bench, place))?
+        }
         Burst::Write => write(bench, place)?,
     };
     Ok(took_s / priced_s.max(1e-12))
@@ -149,24 +185,48 @@ fn product(
     Ok((took_s.mean().unwrap_or(priced_s), priced_s))
 }
 
-/// (seconds taken, seconds priced) of reads through the store.
-fn read(bench: &mut Bench, place: &BurstPlace) -> Result<(f64, f64), ProbeError> {
-    let file = DiskFile::open_read(place.store)?;
-    let pool = IoPool::new(4)?;
-    let block = READ_BYTES.min(file.len_bytes()? / MIB * MIB).max(MIB);
-    let last = file.len_bytes()?.saturating_sub(block) / MIB;
+/// Reads that a pool is asked for together.
+struct Calls<'f> {
+    file: &'f DiskFile,
+    request_bytes: u64,
+    requests: u64,
+}
+
+/// (seconds taken, seconds priced) of a call.
+fn read(calls: Calls, (bench, place): (&mut Bench, &BurstPlace)) -> Result<(f64, f64), ProbeError> {
+    let pool = IoPool::new(READ_THREADS)?;
+    let length = calls.file.len_bytes()? / PAGE_BYTES * PAGE_BYTES;
+    let each = calls.request_bytes.min(length).max(PAGE_BYTES);
+    let call_bytes = each * calls.requests;
+    let last = length.saturating_sub(each) / PAGE_BYTES;
+    // Far apart, so that nothing that looks ahead gets it right.
+    let offset = |number: u64| number * 7919 * 4096 % (last + 1) * PAGE_BYTES;
     let mut took_s = Series::default();
-    for number in 0..READS {
-        // Far apart, so that nothing that looks ahead gets it right.
-        let offset = (number * 7919 * 16) % (last + 1) * MIB;
-        let place = bench.rotate_pages(block as usize);
-        let target = &mut bench.arena[place..place + block as usize];
+    let count = (READ_BYTES / call_bytes).clamp(READ_CALLS[0], READ_CALLS[1]);
+    for call in 0..count {
+        let at = bench.rotate_pages(call_bytes as usize);
+        let targets = bench.arena[at..at + call_bytes as usize].chunks_exact_mut(each as usize);
+        let numbered = (call * calls.requests..).zip(targets);
+        let mut requests: Vec<IoRequest> = numbered
+            .map(|(number, target)| IoRequest::read(calls.file, offset(number), target))
+            .collect();
         let begin = Instant::now();
-        pool.run(&mut [IoRequest::read(&file, offset, target)])?;
+        pool.run(&mut requests)?;
         took_s.push(begin.elapsed().as_secs_f64());
     }
-    let priced_s = place.rates.disk_read_s(block as f64, block as f64);
+    let priced_s = place.rates.disk_read_s(call_bytes as f64, each as f64);
     Ok((took_s.mean().unwrap_or(priced_s), priced_s))
+}
+
+/// A file without a name, every byte of it written.
+fn spilled_file(bench: &Bench, place: &BurstPlace) -> Result<DiskFile, ProbeError> {
+    let file = DiskFile::create_unlinked(place.spill, SPILL_BYTES)?;
+    let pool = IoPool::new(READ_THREADS)?;
+    for offset in (0..SPILL_BYTES).step_by(WRITE_BYTES as usize) {
+        let source = &bench.arena[..WRITE_BYTES as usize];
+        pool.run(&mut [IoRequest::write(&file, offset, source)])?;
+    }
+    Ok(file)
 }
 
 fn write(bench: &mut Bench, place: &BurstPlace) -> Result<(f64, f64), ProbeError> {

@@ -15,7 +15,7 @@ mod samples;
 mod saved;
 mod scale;
 
-pub use burst::{Burst, BurstPlace, Bursts, burst_bytes};
+pub use burst::{Burst, BurstPlace, Bursts, CALL_BYTES, burst_bytes};
 pub use gpu::GpuProbe;
 pub use samples::median;
 pub use saved::{ProfileKey, find_profile, profiles_dir, save_profile, timestamp};

@@ -3,16 +3,33 @@
 
 use crate::cost::block::even_chunks;
 use crate::cost::figures::{Figures, LaneFigures};
+use crate::cost::footprint::{HIDDEN_VALUE_BYTES, STREAM_CHUNK_BYTES};
 use crate::cost::rates::Rates;
 use crate::dtype::Dtype;
 use crate::model::{Matrix, MatrixKind, ModelSpec};
 use crate::plan::Plan;
 use crate::policy::Policy;
-use crate::probe::Burst;
+use crate::probe::{Burst, CALL_BYTES};
 use crate::tier::{Lane, PerLane, Phase, Tier};
+use crate::units::{MIB, PAGE_BYTES, round_up};
 
 /// The part of a phase's busy time from which a lane's speed counts.
 const COUNTS: f64 = 0.1;
+
+/// Each of a layer's matrices is read in chunks of its own.
+const MATRICES_OF_LAYER: u64 = 4;
+
+/// What a batch's sequences have on disk in a layer.
+struct Spilled {
+    sequences: u64,
+    each_bytes: u64,
+}
+
+impl Spilled {
+    fn bytes(&self) -> u64 {
+        self.sequences * self.each_bytes
+    }
+}
 
 /// What bursts are chosen by.
 #[derive(Clone, Copy)]
@@ -58,6 +75,52 @@ impl Bound<'_> {
         }
     }
 
+    /// Reads like those that a phase has most bytes of in a layer: chunks of weights, or a batch's cache or hidden
+    /// states, a request for each sequence.
+    fn reads(&self, phase: Phase) -> Burst {
+        let placement = self.plan.placement.as_ref();
+        let of = |share: Option<f64>| share.unwrap_or_default();
+        let weights = placement.map(|p| p.weights.disk_ship + p.weights.disk_compute);
+        let weights_bytes =
+            of(weights) * self.model.layer_bytes(self.policy.compress_weight) as f64;
+        let spilled = |share: Option<f64>, each_bytes: u64| Spilled {
+            sequences: (self.slots() as f64 * of(share)).round() as u64,
+            each_bytes: round_up(each_bytes, PAGE_BYTES),
+        };
+        let w = &self.plan.workload;
+        let prompt = w.prompt_tokens / w.prompts.max(1);
+        let (context, rows) = match phase {
+            Phase::Prefill => (0, prompt),
+            Phase::Decode => (prompt + w.gen_tokens / w.prompts.max(1) / 2, 1),
+        };
+        let record = self.model.kv_record_bytes(self.policy.kv_format());
+        let row_bytes = self.model.hidden as u64 * HIDDEN_VALUE_BYTES;
+        let cache = spilled(placement.map(|p| p.cache.disk), context * record);
+        let hidden = spilled(placement.map(|p| p.activations.disk), rows * row_bytes);
+        let most = if cache.bytes() > hidden.bytes() {
+            cache
+        } else {
+            hidden
+        };
+        let batches = self.policy.num_gpu_batches as u64;
+        if weights_bytes >= (batches * most.bytes()) as f64 {
+            let chunk_bytes = weights_bytes as u64 / MATRICES_OF_LAYER;
+            return Burst::Reads {
+                spilled: false,
+                request_bytes: round_up(chunk_bytes, PAGE_BYTES).clamp(MIB, STREAM_CHUNK_BYTES),
+                requests: 1,
+            };
+        }
+        Burst::Reads {
+            spilled: true,
+            request_bytes: most.each_bytes.min(CALL_BYTES),
+            requests: most
+                .sequences
+                .min(CALL_BYTES / most.each_bytes.max(1))
+                .max(1),
+        }
+    }
+
     /// About what a phase's products take: decoding full batches, prompts without the head.
     fn products_s(&self, phase: Phase) -> f64 {
         let w = &self.plan.workload;
@@ -93,7 +156,7 @@ impl Bound<'_> {
 pub fn burst_of(lane: Lane, phase: Phase, bound: Bound) -> Burst {
     let Bound { model, policy, .. } = bound;
     match lane {
-        Lane::DiskToCpu => Burst::Read,
+        Lane::DiskToCpu => bound.reads(phase),
         Lane::CpuToDisk => Burst::Write,
         _ => {
             let times = match phase {
