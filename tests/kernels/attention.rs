@@ -277,7 +277,7 @@ fn decode_and_prefill_are_right_and_the_same_everywhere() {
 #[test]
 fn long_sequences_cross_chunks() {
     let mut random = Random(23);
-    for format in [Dtype::F16, Dtype::Q4] {
+    for format in [Dtype::F32, Dtype::F16, Dtype::Q4] {
         for shape in [(2, 20), (2, 64), (3, 48)] {
             let bench = Bench::new(&mut random, format, shape, &[530]);
             let items = [(0, 440, 80, false), (0, 529, 1, true)];
@@ -310,16 +310,31 @@ fn no_cut_of_a_prompt_changes_a_bit() {
     }
 }
 
+/// Nor on how many threads there are, of which two share a long sequence that is alone.
 #[test]
 fn decoding_does_not_depend_on_the_other_sequences() {
     let mut random = Random(25);
-    let bench = Bench::new(&mut random, Dtype::F16, (4, 64), &[40, 300, 7]);
-    let all = bench.attend(
-        &Pool::new(3),
-        Isa::detect(),
-        &[(0, 39, 1, true), (1, 299, 1, true), (2, 6, 1, true)],
-    );
-    let alone = bench.attend(&Pool::new(1), Isa::detect(), &[(1, 299, 1, true)]);
-    let row = 339 * (bench.hidden() + 1);
-    assert_eq!(all[row..row + 256], alone[row..row + 256]);
+    for format in [Dtype::F32, Dtype::F16, Dtype::Q4] {
+        let lengths = [40, 600, 7, 511, 512];
+        let bench = Bench::new(&mut random, format, (4, 64), &lengths);
+        let last = |s: usize| (s, lengths[s] - 1, 1, true);
+        let all: Vec<_> = (0..lengths.len()).map(last).collect();
+        let together = bench.attend(&Pool::new(3), Isa::detect(), &all);
+        for threads in 1..=4 {
+            for group in [&[1][..], &[3], &[4], &[1, 4], &[0, 1], &[1, 3, 4]] {
+                let items: Vec<_> = group.iter().map(|&s| last(s)).collect();
+                let found = bench.attend(&Pool::new(threads), Isa::detect(), &items);
+                for &s in group {
+                    let row = lengths[..=s].iter().sum::<usize>() - 1;
+                    let at = row * (bench.hidden() + 1);
+                    let values = at..at + bench.hidden();
+                    assert_eq!(
+                        found[values.clone()],
+                        together[values],
+                        "{group:?}, {threads}"
+                    );
+                }
+            }
+        }
+    }
 }

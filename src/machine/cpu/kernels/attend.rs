@@ -1,10 +1,11 @@
 //! Attention of many sequences at once: what is asked for, checked and cut into parts. The arithmetic is
 //! decode.rs (one query row, streaming the cache) and prefill.rs (tiles of query rows).
 //!
-//! Both take the keys from key 0 on, in chunks of 256 (prompts) or blocks of sixteen (decoding), and fold each
-//! into a running maximum, sum and weighted value, so that results depend neither on how a prompt is cut nor on
-//! the other sequences.
+//! Both take the keys from key 0 on, in chunks of 256 (prompts) or blocks of sixteen (decoding, many keys in two
+//! halves), and fold each into a running maximum, sum and weighted value, so that results depend neither on how a
+//! prompt is cut nor on the other sequences.
 
+use super::halves::{Joining, States, is_halved};
 use super::isa::Isa;
 use super::kv::{KvF16, KvF32, KvQ4, KvView, record_bytes};
 use super::shared::Shared;
@@ -47,7 +48,7 @@ pub struct AttendArgs<'a> {
 /// When a slice is shorter than the shape says, or a head wider than MAX_HEAD_SIZE.
 pub fn attend(pool: &Pool, isa: Isa, args: AttendArgs) {
     check(&args);
-    let heads_together = heads_together(&args, pool.threads());
+    let cut = Cut::new(&args, pool.threads());
     let out = Shared::new(args.out);
     let problem = Problem {
         qkv: args.qkv,
@@ -58,21 +59,52 @@ pub fn attend(pool: &Pool, isa: Isa, args: AttendArgs) {
         out: &out,
         ldo: args.ldo,
     };
-    let parts_of = |item: &AttendItem| match item.decode {
-        true => args.heads.div_ceil(heads_together),
-        false => args.heads * item.q_rows.div_ceil(prefill::TILE_QUERIES),
-    };
-    let parts = args.items.iter().map(parts_of).sum();
+    let shape = (args.heads, args.head_size);
+    let room = cut.halved.then(|| States::room(args.items.len(), shape));
+    let mut kept = vec![0.0; room.unwrap_or_default()];
+    let states = States::new(&mut kept, shape);
+    let parts = args.items.iter().map(|item| cut.parts_of(item)).sum();
     pool.run_with_scratch(parts, &|part, scratch| {
         let mut index = part;
-        for item in args.items {
-            let own = parts_of(item);
+        for (number, item) in args.items.iter().enumerate() {
+            let own = cut.parts_of(item);
             if index < own {
-                let together = if item.decode { heads_together } else { 1 };
-                return isa.call(problem.part(item, index, together, scratch));
+                let mut part = problem.part(item, (index, &cut), scratch);
+                if item.decode && cut.halved {
+                    let half = index / cut.groups;
+                    // SAFETY: parts of an item differ in half or heads.
+                    let state = unsafe { states.of((number, half), part.heads.clone()) };
+                    part.half = Some((half, state));
+                }
+                return isa.call(part);
             }
             index -= own;
         }
+    });
+    if cut.halved {
+        join_all((pool, isa), problem, (args.items, &states));
+    }
+}
+
+/// The results of items of which both halves have been kept.
+fn join_all(
+    (pool, isa): (&Pool, Isa),
+    problem: Problem,
+    (items, states): (&[AttendItem], &States),
+) {
+    pool.run(items.len(), &|number| {
+        let item = items[number];
+        if !item.decode {
+            return;
+        }
+        let all = 0..problem.heads;
+        // SAFETY: the run that wrote them is over.
+        let halves = [0, 1].map(|half| unsafe { &*states.of((number, half), all.clone()) });
+        isa.call(Joining {
+            problem,
+            item,
+            halves,
+        });
     });
 }
 
@@ -123,19 +155,45 @@ fn check_records(item: &AttendItem, record_bytes: usize) {
     assert!(inside, "attention: a record lies outside the cache");
 }
 
-/// Heads that one decode part streams: as long runs of memory as leave every thread the same to do.
-fn heads_together(args: &AttendArgs, threads: usize) -> usize {
-    let items = args.items.iter().filter(|item| item.decode).count().max(1);
-    // Of few sequences, the fewest groups of heads that make whole rounds of all threads.
-    let whole = |groups: &usize| (items * groups).is_multiple_of(threads);
-    let groups = if items < 4 * threads {
-        (1..=threads).find(whole).unwrap_or(1)
-    } else {
-        1
-    };
-    args.heads
-        .div_ceil(groups)
-        .clamp(1, decode::heads_that_fit(args.head_size))
+/// How items are cut into parts.
+struct Cut {
+    /// Of those that decode: heads that one part streams, as long runs of memory as leave every thread the same to
+    /// do; how many such groups there are; and whether halves of the keys are parts, too.
+    heads: usize,
+    groups: usize,
+    halved: bool,
+    /// Of those that do not: each head is a part.
+    all_heads: usize,
+}
+
+impl Cut {
+    fn new(args: &AttendArgs, threads: usize) -> Cut {
+        let decoding = || args.items.iter().filter(|item| item.decode);
+        let items = decoding().count().max(1);
+        // Of few sequences, the fewest parts that make whole rounds of all threads.
+        let whole = |parts: &usize| (items * parts).is_multiple_of(threads);
+        let parts = match items < 4 * threads {
+            true => (1..=threads).find(whole).unwrap_or(1),
+            false => 1,
+        };
+        // Whole rows rather than some heads of each: what lies between is fetched all the same.
+        let halved = parts.is_multiple_of(2) && decoding().all(is_halved);
+        let together = args.heads.div_ceil(if halved { parts / 2 } else { parts });
+        let heads = together.clamp(1, decode::heads_that_fit(args.head_size));
+        Cut {
+            heads,
+            groups: args.heads.div_ceil(heads),
+            halved,
+            all_heads: args.heads,
+        }
+    }
+
+    fn parts_of(&self, item: &AttendItem) -> usize {
+        match item.decode {
+            true => self.groups * if self.halved { 2 } else { 1 },
+            false => self.all_heads * item.q_rows.div_ceil(prefill::TILE_QUERIES),
+        }
+    }
 }
 
 /// What all parts share.
@@ -156,6 +214,8 @@ pub(super) struct Part<'a> {
     pub item: AttendItem<'a>,
     pub heads: Range<usize>,
     pub queries: Range<usize>,
+    /// Where the keys of one half only are read: which, and what is kept of each head.
+    pub half: Option<(usize, &'a mut [f32])>,
     pub scratch: &'a mut [f32],
 }
 
@@ -163,21 +223,29 @@ impl<'a> Problem<'a> {
     fn part(
         &self,
         item: &AttendItem<'a>,
-        index: usize,
-        together: usize,
+        (index, cut): (usize, &Cut),
         scratch: &'a mut [f32],
     ) -> Part<'a> {
-        let groups = self.heads.div_ceil(together);
-        // The last queries see the most keys: start with them, so that the end is even.
-        let tiles = item.q_rows.div_ceil(prefill::TILE_QUERIES);
-        let tile = tiles - 1 - index % tiles;
-        let head = (index / tiles).min(groups) * together;
-        let query = tile * prefill::TILE_QUERIES;
+        let (heads, queries) = match item.decode {
+            true => {
+                let first = index % cut.groups * cut.heads;
+                (first..(first + cut.heads).min(self.heads), 0..1)
+            }
+            false => {
+                // The last queries see the most keys: start with them, so that the end is even.
+                let tiles = item.q_rows.div_ceil(prefill::TILE_QUERIES);
+                let (head, tile) = (index / tiles, tiles - 1 - index % tiles);
+                let query = tile * prefill::TILE_QUERIES;
+                let end = (query + prefill::TILE_QUERIES).min(item.q_rows);
+                (head..head + 1, query..end)
+            }
+        };
         Part {
             problem: *self,
             item: *item,
-            heads: head..(head + together).min(self.heads),
-            queries: query..(query + prefill::TILE_QUERIES).min(item.q_rows),
+            heads,
+            queries,
+            half: None,
             scratch,
         }
     }

@@ -1,15 +1,18 @@
 //! Attention of one query row. The cache streams past all heads of the part in the order in which it lies: of
 //! sixteen tokens the K rows, then their V rows, and meanwhile the next sixteen are asked for. Each sixteen is
 //! folded into a running maximum, sum and weighted value. Bound by memory, so the products wait for the rows
-//! and not the other way round.
+//! and not the other way round. Halves of many keys are summed up apart (halves.rs): two threads can share a
+//! sequence and read whole rows.
 
-use super::attend::Part;
+use super::attend::{MAX_HEAD_SIZE, Part};
 use super::decode_q4::{self, Span, coded};
+use super::halves::{halves, is_halved, join, state_floats};
 use super::kv::{KvFormat, extent};
 use super::math::exp;
 use super::panel::Element;
 use super::simd::{LANES, Simd, store_first};
 use crate::machine::cpu::pool::SCRATCH_FLOATS;
+use std::ops::Range;
 
 /// Tokens folded together: one for each lane of a head's scores.
 pub(super) const BLOCK: usize = LANES;
@@ -22,7 +25,11 @@ const LINE_BYTES: usize = 64;
 /// Heads for which queries, sums, scores and widened rows fit the scratch.
 pub(super) fn heads_that_fit(head_size: usize) -> usize {
     let width = head_size.next_multiple_of(LANES);
-    let own = query_room(head_size) + (1 + ROWS_TOGETHER) * width + 2 * BLOCK + 1;
+    let own = query_room(head_size)
+        + (1 + ROWS_TOGETHER) * width
+        + 2 * BLOCK
+        + 1
+        + state_floats(head_size);
     (SCRATCH_FLOATS - ROWS_TOGETHER * BUFFER_SLACK) / own
 }
 
@@ -41,6 +48,8 @@ pub(super) struct Carved<'a> {
     pub(super) scores: &'a mut [f32],
     totals: &'a mut [f32],
     maxima: &'a mut [f32],
+    /// The first half's, while the second is read.
+    first: &'a mut [f32],
     pub(super) buffer: &'a mut [f32],
     pub(super) query_room: usize,
     pub(super) width: usize,
@@ -55,21 +64,50 @@ impl<'a> Carved<'a> {
         let (sums, rest) = rest.split_at_mut(heads * width);
         let (scores, rest) = rest.split_at_mut(heads * BLOCK);
         let (totals, rest) = rest.split_at_mut(heads * BLOCK);
-        let (maxima, buffer) = rest.split_at_mut(heads);
+        let (maxima, rest) = rest.split_at_mut(heads);
+        let (first, buffer) = rest.split_at_mut(heads * state_floats(head_size));
         queries.fill(0.0);
-        sums.fill(0.0);
-        totals.fill(0.0);
-        maxima.fill(f32::NEG_INFINITY);
         Carved {
             queries,
             sums,
             scores,
             totals,
             maxima,
+            first,
             buffer,
             query_room,
             width,
         }
+    }
+
+    /// Nothing has been summed up.
+    #[inline(always)]
+    fn begin(&mut self) {
+        self.sums.fill(0.0);
+        self.totals.fill(0.0);
+        self.maxima.fill(f32::NEG_INFINITY);
+    }
+
+    #[inline(always)]
+    fn keep<V: Simd>(&self, to: &mut [f32]) {
+        for (head, to) in to.chunks_exact_mut(self.width + LANES).enumerate() {
+            self.keep_head::<V>(head, to);
+        }
+    }
+
+    /// A head's sums, total and maximum.
+    #[inline(always)]
+    fn keep_head<V: Simd>(&self, head: usize, to: &mut [f32]) {
+        let (sums, rest) = to.split_at_mut(self.width);
+        sums.copy_from_slice(&self.sums[head * self.width..][..self.width]);
+        (rest[0], rest[1]) = (self.total::<V>(head), self.maxima[head]);
+    }
+
+    #[inline(always)]
+    fn total<V: Simd>(&self, head: usize) -> f32 {
+        let totals = &self.totals[head * BLOCK..][..BLOCK];
+        // SAFETY: sixteen parts of the total.
+        V::sum(unsafe { V::load(totals.as_ptr()) })
     }
 
     /// What `weigh` left of a head's scores of four keys.
@@ -84,25 +122,55 @@ impl<'a> Carved<'a> {
     }
 }
 
+/// A part's heads over all keys, or over one half of them, which is then kept.
 #[inline(always)]
 pub(super) fn run<V: Simd, K: KvFormat>(mut part: Part) {
     let scratch = std::mem::take(&mut part.scratch);
     let size = part.problem.head_size;
     let mut carved = Carved::new(scratch, part.heads.len(), size);
     write_queries::<V, K>(&part, &mut carved);
-    let mut block = Block::new(&part);
-    let keys = part.item.past + 1;
-    for first in (0..keys).step_by(BLOCK) {
-        let count = BLOCK.min(keys - first);
-        let mut ahead = Ahead::new();
-        score::<V, K>(&part, &mut carved, (&block, &mut ahead), count);
-        for head in 0..part.heads.len() {
-            weigh::<V>(&mut carved, head, count);
+    let (halved, halves) = (is_halved(&part.item), halves(&part.item));
+    let chosen = match &part.half {
+        Some((half, _)) => *half..*half + 1,
+        None => 0..1 + usize::from(halved),
+    };
+    // What the part reads to its end is asked for across the middle.
+    let end = halves[chosen.end - 1].end;
+    // One loop, so that its body is compiled once.
+    for half in chosen {
+        if half == 1 && part.half.is_none() {
+            let first = std::mem::take(&mut carved.first);
+            carved.keep::<V>(first);
+            carved.first = first;
         }
-        add::<V, K>(&part, &mut carved, (&block, &mut ahead), count);
-        block.turn(&part, first + BLOCK);
+        stream::<V, K>(&part, &mut carved, (halves[half].clone(), end));
     }
-    finish::<V>(&part, &carved);
+    match part.half.take() {
+        Some((_, states)) => carved.keep::<V>(states),
+        None if halved => finish_halves::<V>(&part, &carved),
+        None => finish::<V>(&part, &carved),
+    }
+}
+
+/// Sums up some of the keys, and asks for what comes then up to `end`.
+#[inline(always)]
+fn stream<V: Simd, K: KvFormat>(
+    part: &Part,
+    carved: &mut Carved,
+    (keys, end): (Range<usize>, usize),
+) {
+    carved.begin();
+    let mut block = Block::new(part, keys.start..end);
+    for first in keys.clone().step_by(BLOCK) {
+        let count = BLOCK.min(keys.end - first);
+        let mut ahead = Ahead::new();
+        score::<V, K>(part, carved, (&block, &mut ahead), count);
+        for head in 0..part.heads.len() {
+            weigh::<V>(carved, head, count);
+        }
+        add::<V, K>(part, carved, (&block, &mut ahead), count);
+        block.turn(part, first + BLOCK);
+    }
 }
 
 /// Each head's query ÷ √size.
@@ -128,6 +196,8 @@ pub(super) struct Block {
     next: [*const u8; BLOCK],
     /// Of `next`, those that are there.
     coming: usize,
+    /// One past the last key that the part reads.
+    end: usize,
     /// From a record's K row to its V row.
     row_bytes: usize,
     /// Bytes of each that the part's heads cover, from `first_byte` on.
@@ -137,17 +207,18 @@ pub(super) struct Block {
 
 impl Block {
     #[inline(always)]
-    fn new(part: &Part) -> Block {
+    fn new(part: &Part, keys: Range<usize>) -> Block {
         let (first_byte, bytes) = extent(part.problem.format, &part.elements());
         let mut block = Block {
             own: [std::ptr::null(); BLOCK],
-            next: records(part, 0),
+            next: records(part, keys.start),
             coming: 0,
+            end: keys.end,
             row_bytes: part.row_bytes(),
             bytes,
             first_byte,
         };
-        block.turn(part, 0);
+        block.turn(part, keys.start);
         block
     }
 
@@ -156,9 +227,7 @@ impl Block {
     fn turn(&mut self, part: &Part, first: usize) {
         self.own = self.next;
         self.next = records(part, first + BLOCK);
-        self.coming = (part.item.past + 1)
-            .saturating_sub(first + BLOCK)
-            .min(BLOCK);
+        self.coming = self.end.saturating_sub(first + BLOCK).min(BLOCK);
     }
 
     /// Where row `at` of the K rows (side 0) or V rows (side 1) in use begins.
@@ -402,9 +471,7 @@ fn add_rows<V: Simd, K: KvFormat>(
 fn finish<V: Simd>(part: &Part, carved: &Carved) {
     let size = part.problem.head_size;
     for (head, out) in part.out(0).chunks_exact_mut(size).enumerate() {
-        let totals = &carved.totals[head * BLOCK..][..BLOCK];
-        // SAFETY: sixteen parts of the total.
-        let total = V::sum(unsafe { V::load(totals.as_ptr()) });
+        let total = carved.total::<V>(head);
         let sums = &carved.sums[head * carved.width..][..carved.width];
         for d in (0..size).step_by(LANES) {
             // SAFETY: sums are padded to whole vectors, out is written up to its end.
@@ -413,5 +480,18 @@ fn finish<V: Simd>(part: &Part, carved: &Carved) {
                 store_first::<V>(out.as_mut_ptr().add(d), value, size - d);
             }
         }
+    }
+}
+
+/// The same where the first half has been kept.
+#[inline(always)]
+fn finish_halves<V: Simd>(part: &Part, carved: &Carved) {
+    let size = part.problem.head_size;
+    let each = state_floats(size);
+    let mut second = [0.0; MAX_HEAD_SIZE + LANES];
+    for (head, out) in part.out(0).chunks_exact_mut(size).enumerate() {
+        let first = &carved.first[head * each..][..each];
+        carved.keep_head::<V>(head, &mut second[..each]);
+        join::<V>([first, &second[..each]], out);
     }
 }

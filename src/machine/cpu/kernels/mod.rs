@@ -13,6 +13,7 @@ mod cut;
 mod decode;
 mod decode_q4;
 pub mod gemm;
+mod halves;
 mod isa;
 pub mod kv;
 mod math;
