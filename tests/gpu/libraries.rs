@@ -78,6 +78,25 @@ fn libraries_of_cuda_12_serve_both_drivers() {
     }
 }
 
+/// The stand-in compiler knows 9.0 at most, and its machine code runs on the same major version alone.
+#[test]
+fn a_gpu_newer_than_the_compiler_is_served_by_its_driver() {
+    let Some(gpu) = Gpu::new() else { return };
+    let on_host = gpu.tokens(HOST, SPLIT);
+    let kept = |extension: &str| {
+        let files = std::fs::read_dir(gpu.home.path("kernels")).expect("kept images");
+        let names = files.map(|f| f.expect("an entry").file_name().into_string());
+        let of = |name: &String| name.ends_with(extension);
+        names.filter(|n| n.as_ref().is_ok_and(of)).count()
+    };
+    let newer = gpu.with(&[("FAKE_CUDA_CAPABILITY", "120")]);
+    // The second time from what was kept.
+    for _ in 0..2 {
+        assert_eq!(newer.tokens("cuda:0", SPLIT), on_host);
+        assert_eq!((kept(".ptx") > 0, kept(".cubin")), (true, 0));
+    }
+}
+
 const FOR_13: &str = "pip install nvidia-cublas nvidia-cuda-nvrtc (or apt install libcublas-13-0";
 const FOR_12: &str =
     "pip install nvidia-cublas-cu12 nvidia-cuda-nvrtc-cu12 (or apt install libcublas-12-0";

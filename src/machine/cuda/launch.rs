@@ -28,7 +28,7 @@ unsafe impl Send for Kernel {}
 unsafe impl Sync for Kernel {}
 
 impl Module {
-    /// Loads a cubin.
+    /// Loads a cubin, or PTX with a zero at its end.
     pub fn load(context: &Arc<Context>, image: &[u8]) -> Result<Module, CudaError> {
         context.use_here()?;
         let mut raw = std::ptr::null_mut();

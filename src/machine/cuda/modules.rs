@@ -1,5 +1,6 @@
-//! The kernels' sources, compiled for one GPU and kept as cubins under the offload directory: found
-//! again while source, architecture, compiler and driver stay. Launching them is not done here.
+//! The kernels' sources, compiled for one GPU and kept under the offload directory: found again while source,
+//! architecture, compiler and driver stay. A GPU newer than the compiler gets code that its driver translates.
+//! Launching them is not done here.
 
 use super::api::{Context, CudaError};
 use super::launch::{Kernel, Module};
@@ -97,6 +98,47 @@ pub fn compiler_version() -> Option<(u32, u32)> {
     (result == nvrtc::nvrtcResult::NVRTC_SUCCESS).then_some((major as u32, minor as u32))
 }
 
+/// GPUs that the compiler knows, 80 for sm_80; none where it does not say.
+fn known_to_compiler() -> Vec<u32> {
+    let mut count = 0;
+    // SAFETY: written to a live integer.
+    let counted = unsafe { nvrtc::nvrtcGetNumSupportedArchs(&mut count) };
+    let mut known = vec![0; count.max(0) as usize];
+    // SAFETY: there is room for as many as it has just said.
+    let listed = unsafe { nvrtc::nvrtcGetSupportedArchs(known.as_mut_ptr()) };
+    let good = nvrtc::nvrtcResult::NVRTC_SUCCESS;
+    match counted == good && listed == good {
+        true => known.into_iter().map(|arch| arch as u32).collect(),
+        false => Vec::new(),
+    }
+}
+
+/// What the compiler makes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Code {
+    /// Machine code of this very GPU.
+    Cubin(u32),
+    /// Of the newest GPU before it that the compiler knows: the driver translates it.
+    Ptx(u32),
+}
+
+impl Code {
+    fn of(capability: u32, known: &[u32]) -> Code {
+        let before = known.iter().copied().filter(|&arch| arch < capability);
+        match before.max() {
+            Some(newest) if !known.contains(&capability) => Code::Ptx(newest),
+            _ => Code::Cubin(capability),
+        }
+    }
+
+    fn architecture(self) -> String {
+        match self {
+            Code::Cubin(arch) => format!("sm_{arch}"),
+            Code::Ptx(arch) => format!("compute_{arch}"),
+        }
+    }
+}
+
 /// Every kernel by name.
 pub struct Kernels {
     kernels: HashMap<String, Kernel>,
@@ -118,8 +160,9 @@ impl Kernels {
     pub fn load(context: &Arc<Context>, target: &Target) -> Result<Kernels, String> {
         let mut kernels = HashMap::new();
         let mut modules = Vec::new();
+        let code = Code::of(target.capability, &known_to_compiler());
         for source in &SOURCES {
-            let module = load_or_compile(context, source, target)?;
+            let module = load_or_compile(context, source, (target, code))?;
             for (_, patterns, words) in ENTRIES.iter().filter(|(file, ..)| *file == source.name) {
                 for name in names(patterns, words) {
                     let kernel = module
@@ -148,20 +191,20 @@ fn names<'a>(patterns: &'a [&str], words: &'a [&str]) -> impl Iterator<Item = St
     patterns.iter().flat_map(of_pattern)
 }
 
-/// A kept cubin that the driver takes, else a fresh one. A damaged file is made anew.
+/// A kept image that the driver takes, else a fresh one. A damaged file is made anew.
 fn load_or_compile(
     context: &Arc<Context>,
     source: &Source,
-    target: &Target,
+    (target, code): (&Target, Code),
 ) -> Result<Module, String> {
     let text = source.text.replace(INCLUDE, HEADER);
-    let path = cubin_path(source, &text, target);
+    let path = image_path((source, &text), target, code);
     let load = |image: &[u8]| -> Result<Module, CudaError> { Module::load(context, image) };
     let kept = std::fs::read(&path).ok().and_then(|file| whole(&file));
     if let Some(module) = kept.and_then(|image| load(&image).ok()) {
         return Ok(module);
     }
-    let image = compile(source.name, &text, target.capability)?;
+    let image = compile(source.name, &text, code)?;
     let module = load(&image).map_err(|e| format!("{}: {e}", source.name))?;
     // A full or read-only disk costs a second next time, nothing else.
     let _ = std::fs::create_dir_all(target.cache);
@@ -169,16 +212,18 @@ fn load_or_compile(
     Ok(module)
 }
 
-fn cubin_path(source: &Source, text: &str, target: &Target) -> PathBuf {
+fn image_path((source, text): (&Source, &str), target: &Target, code: Code) -> PathBuf {
     let compiler = compiler_version().unwrap_or_default();
     let key = format!("{text}|{compiler:?}|{}|{:?}", target.driver, OPTIONS);
     let stem = source.name.trim_end_matches(".cu");
-    let name = format!(
-        "{stem}-sm{}-{}.cubin",
-        target.capability,
-        hex(key.as_bytes())
-    );
-    target.cache.join(name)
+    let extension = match code {
+        Code::Cubin(_) => "cubin",
+        Code::Ptx(_) => "ptx",
+    };
+    let (made_for, digest) = (code.architecture().replace('_', ""), hex(key.as_bytes()));
+    target
+        .cache
+        .join(format!("{stem}-{made_for}-{digest}.{extension}"))
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -186,7 +231,7 @@ fn hex(bytes: &[u8]) -> String {
     digest.iter().take(8).map(|b| format!("{b:02x}")).collect()
 }
 
-/// A cubin with its digest behind it, so that a torn file is not handed to the driver.
+/// An image with its digest behind it, so that a torn file is not handed to the driver.
 fn sealed(image: &[u8]) -> Vec<u8> {
     let mut file = image.to_vec();
     file.extend_from_slice(&Sha256::digest(image));
@@ -201,10 +246,11 @@ fn whole(file: &[u8]) -> Option<Vec<u8>> {
 /// The kernels write their contractions out: without this they would round differently from their twins.
 const OPTIONS: [&str; 2] = ["--std=c++17", "--fmad=false"];
 
-fn compile(name: &str, text: &str, capability: u32) -> Result<Vec<u8>, String> {
+fn compile(name: &str, text: &str, code: Code) -> Result<Vec<u8>, String> {
     let c_string = |text: &str| CString::new(text).map_err(|e| format!("{name}: {e}"));
     let (text, file) = (c_string(text)?, c_string(name)?);
-    let mut options = vec![c_string(&format!("--gpu-architecture=sm_{capability}"))?];
+    let architecture = code.architecture();
+    let mut options = vec![c_string(&format!("--gpu-architecture={architecture}"))?];
     for option in OPTIONS {
         options.push(c_string(option)?);
     }
@@ -215,13 +261,15 @@ fn compile(name: &str, text: &str, capability: u32) -> Result<Vec<u8>, String> {
         unsafe { nvrtc::nvrtcCompileProgram(program.0, options.len() as i32, options.as_ptr()) };
     if result != nvrtc::nvrtcResult::NVRTC_SUCCESS {
         return Err(format!(
-            "kernels/{name} cannot be compiled for sm_{capability}: {}",
+            "kernels/{name} cannot be compiled for {architecture}: {}",
             program.log()
         ));
     }
-    program
-        .cubin()
-        .ok_or_else(|| format!("kernels/{name}: the compiler gave no cubin"))
+    let image = match code {
+        Code::Cubin(_) => program.cubin(),
+        Code::Ptx(_) => program.ptx(),
+    };
+    image.ok_or_else(|| format!("kernels/{name}: the compiler gave no code for {architecture}"))
 }
 
 /// A program of the compiler, destroyed on drop.
@@ -270,10 +318,26 @@ impl Program {
             let sized = nvrtc::nvrtcGetCUBINSize(self.0, &mut bytes);
             let mut image = vec![0u8; bytes];
             let taken = nvrtc::nvrtcGetCUBIN(self.0, image.as_mut_ptr().cast());
-            let good = nvrtc::nvrtcResult::NVRTC_SUCCESS;
-            (bytes > 0 && sized == good && taken == good).then_some(image)
+            taken_whole(image, [sized, taken])
         }
     }
+
+    /// Text with a zero at its end, as the driver wants it.
+    fn ptx(&self) -> Option<Vec<u8>> {
+        let mut bytes = 0;
+        // SAFETY: as above.
+        unsafe {
+            let sized = nvrtc::nvrtcGetPTXSize(self.0, &mut bytes);
+            let mut image = vec![0u8; bytes];
+            let taken = nvrtc::nvrtcGetPTX(self.0, image.as_mut_ptr().cast());
+            taken_whole(image, [sized, taken])
+        }
+    }
+}
+
+fn taken_whole(image: Vec<u8>, results: [nvrtc::nvrtcResult; 2]) -> Option<Vec<u8>> {
+    let good = results.map(|result| result == nvrtc::nvrtcResult::NVRTC_SUCCESS);
+    (!image.is_empty() && good == [true, true]).then_some(image)
 }
 
 impl Drop for Program {
@@ -297,7 +361,19 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_cubin_is_not_taken() {
+    fn a_gpu_newer_than_the_compiler_gets_code_to_translate() {
+        let known = [75, 80, 86, 89, 90];
+        assert_eq!(Code::of(86, &known), Code::Cubin(86));
+        assert_eq!(Code::of(120, &known), Code::Ptx(90));
+        assert_eq!(Code::of(87, &known), Code::Ptx(86));
+        // Nothing that it knows would run there: the compiler says so.
+        assert_eq!(Code::of(70, &known), Code::Cubin(70));
+        assert_eq!(Code::of(90, &[]), Code::Cubin(90));
+        assert_eq!(Code::Ptx(90).architecture(), "compute_90");
+    }
+
+    #[test]
+    fn a_torn_image_is_not_taken() {
         let file = sealed(b"an image");
         assert_eq!(whole(&file), Some(b"an image".to_vec()));
         assert_eq!(whole(&file[..file.len() - 1]), None);

@@ -95,6 +95,10 @@ const NVRTC: Library = Library {
         "nvrtcGetProgramLog",
         "nvrtcGetCUBINSize",
         "nvrtcGetCUBIN",
+        "nvrtcGetPTXSize",
+        "nvrtcGetPTX",
+        "nvrtcGetNumSupportedArchs",
+        "nvrtcGetSupportedArchs",
     ],
 };
 
