@@ -136,30 +136,12 @@ fn slowdown(burst: Burst, bench: &mut Bench, place: &BurstPlace) -> Result<f64, 
             rows,
             times,
         } => product((format, arithmetic, rows), times, (bench, place))?,
-        Burst::Read => {
-            let calls = Calls {
-                file: &DiskFile::open_read(place.store)?,
-                request_bytes: 16 * MIB,
-                requests: 1,
-            };
-            read(calls, (bench, place))?
-        }
+        Burst::Read => read((false, 16 * MIB, 1), (bench, place))?,
         Burst::Reads {
             spilled,
             request_bytes,
             requests,
-        } => {
-            let file = match spilled {
-                true => spilled_file(bench, place)?,
-                false => DiskFile::open_read(place.store)?,
-            };
-            let calls = Calls {
-                file: &file,
-                request_bytes,
-                requests,
-            };
-            read(calls, (bench, place))?
-        }
+        } => read((spilled, request_bytes, requests), (bench, place))?,
         Burst::Write => write(bench, place)?,
     };
     Ok(took_s / priced_s.max(1e-12))
@@ -185,33 +167,33 @@ fn product(
     Ok((took_s.mean().unwrap_or(priced_s), priced_s))
 }
 
-/// Reads that a pool is asked for together.
-struct Calls<'f> {
-    file: &'f DiskFile,
-    request_bytes: u64,
-    requests: u64,
-}
-
-/// (seconds taken, seconds priced) of a call.
-fn read(calls: Calls, (bench, place): (&mut Bench, &BurstPlace)) -> Result<(f64, f64), ProbeError> {
+/// (seconds taken, seconds priced) of a call of so many requests.
+fn read(
+    (spilled, request_bytes, requests): (bool, u64, u64),
+    (bench, place): (&mut Bench, &BurstPlace),
+) -> Result<(f64, f64), ProbeError> {
+    let file = match spilled {
+        true => spilled_file(bench, place)?,
+        false => DiskFile::open_read(place.store)?,
+    };
     let pool = IoPool::new(READ_THREADS)?;
-    let length = calls.file.len_bytes()? / PAGE_BYTES * PAGE_BYTES;
-    let each = calls.request_bytes.min(length).max(PAGE_BYTES);
-    let call_bytes = each * calls.requests;
+    let length = file.len_bytes()? / PAGE_BYTES * PAGE_BYTES;
+    let each = request_bytes.min(length).max(PAGE_BYTES);
+    let call_bytes = each * requests;
     let last = length.saturating_sub(each) / PAGE_BYTES;
     // Far apart, so that nothing that looks ahead gets it right.
-    let offset = |number: u64| number * 7919 * 4096 % (last + 1) * PAGE_BYTES;
+    let offset = |number: u64| number * 7919 % (last + 1) * PAGE_BYTES;
     let mut took_s = Series::default();
     let count = (READ_BYTES / call_bytes).clamp(READ_CALLS[0], READ_CALLS[1]);
     for call in 0..count {
         let at = bench.rotate_pages(call_bytes as usize);
         let targets = bench.arena[at..at + call_bytes as usize].chunks_exact_mut(each as usize);
-        let numbered = (call * calls.requests..).zip(targets);
-        let mut requests: Vec<IoRequest> = numbered
-            .map(|(number, target)| IoRequest::read(calls.file, offset(number), target))
+        let numbered = (call * requests..).zip(targets);
+        let mut asked: Vec<IoRequest> = numbered
+            .map(|(number, target)| IoRequest::read(&file, offset(number), target))
             .collect();
         let begin = Instant::now();
-        pool.run(&mut requests)?;
+        pool.run(&mut asked)?;
         took_s.push(begin.elapsed().as_secs_f64());
     }
     let priced_s = place.rates.disk_read_s(call_bytes as f64, each as f64);

@@ -31,6 +31,29 @@ impl Spilled {
     }
 }
 
+/// Reads like those that have most bytes of a layer: chunks of so many bytes of the weights, or a request for each
+/// sequence.
+fn most_of((weights_bytes, chunk_bytes): (u64, u64), spilled: [Spilled; 2]) -> Burst {
+    let [cache, hidden] = spilled;
+    let most = match cache.bytes() > hidden.bytes() {
+        true => cache,
+        false => hidden,
+    };
+    if weights_bytes >= most.bytes() {
+        return Burst::Reads {
+            spilled: false,
+            request_bytes: round_up(chunk_bytes, PAGE_BYTES).clamp(MIB, STREAM_CHUNK_BYTES),
+            requests: 1,
+        };
+    }
+    let request_bytes = most.each_bytes.min(CALL_BYTES);
+    Burst::Reads {
+        spilled: true,
+        request_bytes,
+        requests: most.sequences.clamp(1, CALL_BYTES / request_bytes),
+    }
+}
+
 /// What bursts are chosen by.
 #[derive(Clone, Copy)]
 pub struct Bound<'a> {
@@ -75,50 +98,32 @@ impl Bound<'_> {
         }
     }
 
-    /// Reads like those that a phase has most bytes of in a layer: chunks of weights, or a batch's cache or hidden
-    /// states, a request for each sequence.
+    /// Reads like those of a phase.
     fn reads(&self, phase: Phase) -> Burst {
-        let placement = self.plan.placement.as_ref();
-        let of = |share: Option<f64>| share.unwrap_or_default();
-        let weights = placement.map(|p| p.weights.disk_ship + p.weights.disk_compute);
-        let weights_bytes =
-            of(weights) * self.model.layer_bytes(self.policy.compress_weight) as f64;
-        let spilled = |share: Option<f64>, each_bytes: u64| Spilled {
-            sequences: (self.slots() as f64 * of(share)).round() as u64,
-            each_bytes: round_up(each_bytes, PAGE_BYTES),
+        let Some(placement) = &self.plan.placement else {
+            return Burst::Read;
         };
         let w = &self.plan.workload;
-        let prompt = w.prompt_tokens / w.prompts.max(1);
-        let (context, rows) = match phase {
-            Phase::Prefill => (0, prompt),
-            Phase::Decode => (prompt + w.gen_tokens / w.prompts.max(1) / 2, 1),
+        let each = |tokens: u64| tokens / w.prompts.max(1);
+        let (cached, rows) = match phase {
+            Phase::Prefill => (0, each(w.prompt_tokens)),
+            Phase::Decode => (each(w.prompt_tokens + w.gen_tokens / 2), 1),
+        };
+        let spilled = |share: f64, bytes: u64| Spilled {
+            sequences: (self.slots() as f64 * share).round() as u64,
+            each_bytes: round_up(bytes, PAGE_BYTES),
         };
         let record = self.model.kv_record_bytes(self.policy.kv_format());
         let row_bytes = self.model.hidden as u64 * HIDDEN_VALUE_BYTES;
-        let cache = spilled(placement.map(|p| p.cache.disk), context * record);
-        let hidden = spilled(placement.map(|p| p.activations.disk), rows * row_bytes);
-        let most = if cache.bytes() > hidden.bytes() {
-            cache
-        } else {
-            hidden
-        };
-        let batches = self.policy.num_gpu_batches as u64;
-        if weights_bytes >= (batches * most.bytes()) as f64 {
-            let chunk_bytes = weights_bytes as u64 / MATRICES_OF_LAYER;
-            return Burst::Reads {
-                spilled: false,
-                request_bytes: round_up(chunk_bytes, PAGE_BYTES).clamp(MIB, STREAM_CHUNK_BYTES),
-                requests: 1,
-            };
-        }
-        Burst::Reads {
-            spilled: true,
-            request_bytes: most.each_bytes.min(CALL_BYTES),
-            requests: most
-                .sequences
-                .min(CALL_BYTES / most.each_bytes.max(1))
-                .max(1),
-        }
+        let shares = &placement.weights;
+        let streamed = shares.disk_ship + shares.disk_compute;
+        let layer_bytes = self.model.layer_bytes(self.policy.compress_weight);
+        // A batch's part of what is read once for all of them.
+        let weights = streamed * layer_bytes as f64 / self.policy.num_gpu_batches as f64;
+        let chunk_bytes = (streamed * layer_bytes as f64) as u64 / MATRICES_OF_LAYER;
+        let cache = spilled(placement.cache.disk, cached * record);
+        let hidden = spilled(placement.activations.disk, rows * row_bytes);
+        most_of((weights as u64, chunk_bytes), [cache, hidden])
     }
 
     /// About what a phase's products take: decoding full batches, prompts without the head.
@@ -265,6 +270,32 @@ mod tests {
         assert_eq!((with.cpu_compute, with.disk_to_cpu), (0.5, 0.0));
         let without = lane_weights(&waits, Phase::Prefill, false);
         assert_eq!((without.cpu_compute, without.disk_to_cpu), (0.5, 1.0 / 6.0));
+    }
+
+    #[test]
+    fn bursts_read_what_a_layer_has_most_of() {
+        let reads = |spilled, request_bytes, requests| Burst::Reads {
+            spilled,
+            request_bytes,
+            requests,
+        };
+        let of = |sequences, each_bytes| Spilled {
+            sequences,
+            each_bytes,
+        };
+        let (page, none) = (PAGE_BYTES, of(0, 0));
+        let weights = most_of((40 * MIB, 10 * MIB + 1), [none, of(8, page)]);
+        assert_eq!(weights, reads(false, 10 * MIB + page, 1));
+        let large = most_of((400 * MIB, 100 * MIB), [of(0, 0), of(0, 0)]);
+        assert_eq!(large, reads(false, 16 * MIB, 1));
+        let cache = most_of((MIB, MIB), [of(15, 44 * page), of(16, page)]);
+        assert_eq!(cache, reads(true, 44 * page, 15));
+        let hidden = most_of((0, 0), [of(0, 0), of(3, page)]);
+        assert_eq!(hidden, reads(true, page, 3));
+        let many = most_of((0, 0), [of(64, 3 * MIB), of(0, 0)]);
+        assert_eq!(many, reads(true, 3 * MIB, 10));
+        let long = most_of((0, 0), [of(2, 50 * MIB), of(0, 0)]);
+        assert_eq!(long, reads(true, 32 * MIB, 1));
     }
 
     #[test]

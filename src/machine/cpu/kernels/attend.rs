@@ -60,6 +60,7 @@ pub fn attend(pool: &Pool, isa: Isa, args: AttendArgs) {
         ldo: args.ldo,
     };
     let shape = (args.heads, args.head_size);
+    // Of fewer than four sequences a thread, so less than a mebibyte: no buffer of the footprint.
     let room = cut.halved.then(|| States::room(args.items.len(), shape));
     let mut kept = vec![0.0; room.unwrap_or_default()];
     let states = States::new(&mut kept, shape);
@@ -169,7 +170,8 @@ struct Cut {
 impl Cut {
     fn new(args: &AttendArgs, threads: usize) -> Cut {
         let decoding = || args.items.iter().filter(|item| item.decode);
-        let items = decoding().count().max(1);
+        let count = decoding().count();
+        let items = count.max(1);
         // Of few sequences, the fewest parts that make whole rounds of all threads.
         let whole = |parts: &usize| (items * parts).is_multiple_of(threads);
         let parts = match items < 4 * threads {
@@ -177,7 +179,7 @@ impl Cut {
             false => 1,
         };
         // Whole rows rather than some heads of each: what lies between is fetched all the same.
-        let halved = parts.is_multiple_of(2) && decoding().all(is_halved);
+        let halved = count > 0 && parts.is_multiple_of(2) && decoding().all(is_halved);
         let together = args.heads.div_ceil(if halved { parts / 2 } else { parts });
         let heads = together.clamp(1, decode::heads_that_fit(args.head_size));
         Cut {
