@@ -17,33 +17,39 @@ use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 
 /// What happened at the machine, in the order in which the host asked for it.
-enum Event {
-    Submitted {
-        lane: Lane,
-        after: Fences,
-        touched: Vec<Touch>,
-        what: String,
-    },
+pub enum Event {
+    Submitted(Submitted),
     Waited(Fences),
     Looked(Touch),
+}
+
+/// An operation as it was submitted.
+pub struct Submitted {
+    pub lane: Lane,
+    pub number: u64,
+    pub phase: Phase,
+    pub op: Op,
+    pub after: Fences,
 }
 
 /// A clock that notes what it is asked.
 struct Noting {
     machine: VirtualMachine,
+    phase: Phase,
     events: RefCell<Vec<Event>>,
 }
 
 impl Machine for Noting {
     fn submit(&mut self, lane: Lane, op: Op, after: &Fences) -> Fence {
-        let what = describe(&op);
-        self.events.get_mut().push(Event::Submitted {
+        let fence = self.machine.submit(lane, op.clone(), after);
+        self.events.get_mut().push(Event::Submitted(Submitted {
             lane,
+            number: fence.number,
+            phase: self.phase,
+            op,
             after: *after,
-            touched: touched(lane, &op),
-            what,
-        });
-        self.machine.submit(lane, op, after)
+        }));
+        fence
     }
     fn wait(&mut self, fences: &Fences) -> Result<(), MachineError> {
         self.events.get_mut().push(Event::Waited(*fences));
@@ -64,6 +70,7 @@ impl Machine for Noting {
         self.machine.values(tier, offset, count)
     }
     fn set_phase(&mut self, phase: Phase) {
+        self.phase = phase;
         self.machine.set_phase(phase);
     }
     fn lane_figures(&self) -> PerLane<LaneFigures> {
@@ -74,15 +81,11 @@ impl Machine for Noting {
     }
 }
 
-/// The operation's name, and of what it does to memory the beginning.
-fn describe(op: &Op) -> String {
-    format!("{op:?}").chars().take(160).collect()
-}
-
 /// Everything that a run of these lengths (prompt, generated) asks for.
-pub fn noted(facts: RunFacts, pricer: Pricer, lengths: &[(usize, usize)]) -> Noted {
+pub fn events(facts: RunFacts, pricer: Pricer, lengths: &[(usize, usize)]) -> Vec<Event> {
     let mut machine = Noting {
         machine: VirtualMachine::new(pricer),
+        phase: Phase::Prefill,
         events: RefCell::default(),
     };
     let lines = requests(&facts.model, lengths);
@@ -90,7 +93,7 @@ pub fn noted(facts: RunFacts, pricer: Pricer, lengths: &[(usize, usize)]) -> Not
     engine
         .run(lines, &mut Collected::default(), &AtomicBool::new(false))
         .expect("the schedule ends");
-    Noted::new(machine.events.into_inner())
+    machine.events.into_inner()
 }
 
 /// Numbers of finished operations that are certain.
@@ -125,10 +128,10 @@ pub struct Noted {
 }
 
 impl Noted {
-    fn new(events: Vec<Event>) -> Noted {
+    pub fn new(events: Vec<Event>) -> Noted {
         let mut borders: HashMap<Space, Vec<u64>> = HashMap::new();
         let touches = |event: &Event| match event {
-            Event::Submitted { touched, lane, .. } => (Some(*lane), touched.clone()),
+            Event::Submitted(s) => (Some(s.lane), touched(s.lane, &s.op)),
             Event::Looked(touch) => (None, vec![touch.clone()]),
             Event::Waited(_) => (None, Vec::new()),
         };
@@ -179,11 +182,11 @@ impl Noted {
                 clock
             };
             match noted {
-                Event::Submitted {
+                Event::Submitted(Submitted {
                     lane,
                     after: fences,
                     ..
-                } => {
+                }) => {
                     let mut clock = after(fences, &of_operation);
                     join(&mut clock, &host);
                     join(&mut clock, &newest[*lane]);
@@ -244,7 +247,8 @@ impl Noted {
     }
 
     fn event_of(&self, lane: Lane, number: u64) -> usize {
-        let on_lane = |event: &(usize, &Event)| matches!(event.1, Event::Submitted { lane: l, .. } if *l == lane);
+        let on_lane =
+            |event: &(usize, &Event)| matches!(event.1, Event::Submitted(s) if s.lane == lane);
         let mut of = self.events.iter().enumerate().filter(on_lane);
         of.nth(number as usize - 1).expect("it was submitted").0
     }
@@ -255,7 +259,10 @@ impl Noted {
 
     fn said(&self, event: usize) -> String {
         match &self.events[event] {
-            Event::Submitted { lane, what, .. } => format!("{event} {}: {what}", lane.name()),
+            Event::Submitted(s) => {
+                let what: String = format!("{:?}", s.op).chars().take(160).collect();
+                format!("{event} {}: {what}", s.lane.name())
+            }
             _ => format!("{event} the host"),
         }
     }
@@ -269,10 +276,11 @@ impl Noted {
     /// The same without operands.
     pub fn kind(&self, wait: Wait) -> String {
         let name = |event: usize| match &self.events[event] {
-            Event::Submitted { lane, what, .. } => {
-                let what = what.strip_prefix("Compute(").unwrap_or(what);
+            Event::Submitted(s) => {
+                let what = format!("{:?}", s.op);
+                let what = what.strip_prefix("Compute(").unwrap_or(&what);
                 let end = what.find(['(', ' ', '{']).unwrap_or(what.len());
-                format!("{} {}", lane.name(), &what[..end])
+                format!("{} {}", s.lane.name(), &what[..end])
             }
             _ => "host".to_owned(),
         };
@@ -281,7 +289,7 @@ impl Noted {
 
     fn fences(&self, event: usize) -> Fences {
         match &self.events[event] {
-            Event::Submitted { after, .. } => *after,
+            Event::Submitted(s) => s.after,
             Event::Waited(fences) => *fences,
             Event::Looked(_) => Fences::none(),
         }

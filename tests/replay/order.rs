@@ -2,75 +2,20 @@
 //! on a clock.
 
 use crate::common::t4;
+use crate::noted::{Event, Submitted, events};
 use crate::running::policy::policy;
-use crate::running::{Collected, requests};
 use loadmaster::cost::estimate::EstimateInput;
-use loadmaster::cost::figures::LaneFigures;
 use loadmaster::cost::footprint::HostBytes;
 use loadmaster::cost::rates::Rates;
 use loadmaster::dtype::Dtype;
 use loadmaster::engine::replay::run_facts;
-use loadmaster::engine::{Engine, RunOptions};
 use loadmaster::machine::ops::{Compute, Op};
 use loadmaster::machine::price::Pricer;
-use loadmaster::machine::virtual_time::VirtualMachine;
-use loadmaster::machine::{Fence, Fences, Machine, MachineError};
+use loadmaster::machine::{Fence, Fences};
 use loadmaster::model::families::named_size;
 use loadmaster::policy::{DeviceKind, Policy};
-use loadmaster::tier::{Lane, PerLane, PerTier, Phase, Tier};
+use loadmaster::tier::{Lane, PerTier, Phase};
 use loadmaster::workload::Workload;
-use std::sync::atomic::AtomicBool;
-
-/// An operation as it was submitted.
-struct Noted {
-    lane: Lane,
-    number: u64,
-    phase: Phase,
-    op: Op,
-    after: Fences,
-}
-
-struct Noting {
-    machine: VirtualMachine,
-    phase: Phase,
-    noted: Vec<Noted>,
-}
-
-impl Machine for Noting {
-    fn submit(&mut self, lane: Lane, op: Op, after: &Fences) -> Fence {
-        let fence = self.machine.submit(lane, op.clone(), after);
-        self.noted.push(Noted {
-            lane,
-            number: fence.number,
-            phase: self.phase,
-            op,
-            after: *after,
-        });
-        fence
-    }
-    fn wait(&mut self, fences: &Fences) -> Result<(), MachineError> {
-        self.machine.wait(fences)
-    }
-    fn submitted(&self) -> Fences {
-        self.machine.submitted()
-    }
-    fn put(&mut self, tier: Tier, offset: u64, bytes: &[u8]) -> Result<(), MachineError> {
-        self.machine.put(tier, offset, bytes)
-    }
-    fn values(&self, tier: Tier, offset: u64, count: usize) -> Option<&[f32]> {
-        self.machine.values(tier, offset, count)
-    }
-    fn set_phase(&mut self, phase: Phase) {
-        self.phase = phase;
-        self.machine.set_phase(phase);
-    }
-    fn lane_figures(&self) -> PerLane<LaneFigures> {
-        self.machine.lane_figures()
-    }
-    fn now_s(&self) -> f64 {
-        self.machine.now_s()
-    }
-}
 
 const SIZE: &str = "opt-1.3b";
 const PROMPT: usize = 100;
@@ -100,25 +45,16 @@ fn with_input<T>(policy: &Policy, then: impl FnOnce(&EstimateInput) -> T) -> T {
 }
 
 /// Everything that a job of one block submits.
-fn noted(policy: &Policy) -> Vec<Noted> {
+fn noted(policy: &Policy) -> Vec<Submitted> {
     with_input(policy, |input| {
-        let mut machine = Noting {
-            machine: VirtualMachine::new(Pricer::new(input.rates.clone())),
-            phase: Phase::Prefill,
-            noted: Vec::new(),
-        };
-        let lines = requests(
-            input.model,
-            &vec![(PROMPT, TOKENS as usize); policy.slots()],
-        );
-        let engine = Engine::new(
-            &mut machine,
-            run_facts(input),
-            RunOptions { ignore_eos: true },
-        );
-        let ran = engine.run(lines, &mut Collected::default(), &AtomicBool::new(false));
-        ran.expect("the schedule ends");
-        machine.noted
+        let lengths = vec![(PROMPT, TOKENS as usize); policy.slots()];
+        let pricer = Pricer::new(input.rates.clone());
+        let all = events(run_facts(input), pricer, &lengths);
+        let submitted = all.into_iter().filter_map(|event| match event {
+            Event::Submitted(submitted) => Some(submitted),
+            _ => None,
+        });
+        submitted.collect()
     })
 }
 
@@ -184,7 +120,7 @@ fn without_overlap_tasks_follow_each_other() {
     assert!(ordered < all / 2, "{ordered} of {all}");
 }
 
-fn is_attention(noted: &Noted) -> bool {
+fn is_attention(noted: &Submitted) -> bool {
     matches!(noted.op, Op::Compute(Compute::Attend(_)))
 }
 
@@ -209,7 +145,7 @@ fn a_batch_is_attended_by_both_at_once() {
 }
 
 /// A batch's queries, keys and values, or a piece of them.
-fn makes_queries(noted: &Noted) -> bool {
+fn makes_queries(noted: &Submitted) -> bool {
     let hidden = named_size(SIZE).expect("a known size").hidden;
     matches!(&noted.op, Op::Compute(Compute::Gemm(g)) if g.out_stride == 3 * hidden)
 }
@@ -220,17 +156,17 @@ fn computed_meanwhile(percent: [f64; 6], batches: usize) -> Vec<usize> {
         num_gpu_batches: batches,
         ..with(percent, true)
     });
-    let decode: Vec<&Noted> = all.iter().filter(|n| n.phase == Phase::Decode).collect();
+    let decode: Vec<&Submitted> = all.iter().filter(|n| n.phase == Phase::Decode).collect();
     let on = |lane: Lane| decode.iter().copied().filter(move |n| n.lane == lane);
     let copy = |lane: Lane, number: u64| on(lane).find(|n| n.number == number).expect("a copy");
     let attended = on(Lane::CpuCompute).filter(|n| is_attention(n));
-    let meanwhile = |attention: &Noted| {
+    let meanwhile = |attention: &Submitted| {
         let append = on(Lane::CpuCompute).find(|n| n.number + 1 == attention.number);
         let down = append.expect("before attending").after.mark(Lane::GpuToCpu);
         let queries = copy(Lane::GpuToCpu, down).after.mark(Lane::GpuCompute);
         let up = on(Lane::CpuToGpu).find(|n| n.after.mark(Lane::CpuCompute) == attention.number);
         let up = up.expect("attended rows come up").number;
-        let waits = |n: &&Noted| n.number > queries && n.after.mark(Lane::CpuToGpu) >= up;
+        let waits = |n: &&Submitted| n.number > queries && n.after.mark(Lane::CpuToGpu) >= up;
         let end = on(Lane::GpuCompute)
             .find(waits)
             .expect("somebody waits")

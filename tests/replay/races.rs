@@ -4,7 +4,7 @@
 use crate::common::planning::random;
 use crate::common::{t4, two_cores};
 use crate::drawn::{drawn_shares, pick};
-use crate::noted::{Noted, noted};
+use crate::noted::{Noted, events};
 use crate::running::{requests, small_model, workload};
 use loadmaster::cost::estimate::EstimateInput;
 use loadmaster::cost::footprint::HostBytes;
@@ -91,7 +91,7 @@ impl Job {
                 budget: PerTier::default(),
             })
         };
-        noted(facts, Pricer::new(rates), &self.lengths)
+        Noted::new(events(facts, Pricer::new(rates), &self.lengths))
     }
 
     fn words(&self) -> String {
