@@ -260,6 +260,7 @@ impl Core<'_> {
         let panel = self.facts.placement.panel_bytes[index];
         let half_offset = half as u64 * embedding_piece_bytes(panel);
         let bytes = run.len() as u64 * panel;
+        let mut sent = None;
         let (mut at, mut ready) = match self.dram_panel(index, run.start) {
             Some(at) => (at, Fences::none()),
             None => {
@@ -276,16 +277,14 @@ impl Core<'_> {
                 pieces: vec![Copy2d::flat(at, to, bytes)],
             };
             let free = self.embedding_done[half];
-            let sent = self.machine.submit(Lane::CpuToGpu, up, &ready.join(&free));
-            self.embedding_sent[half] = sent.into();
-            ready = sent.into();
+            let up = self.machine.submit(Lane::CpuToGpu, up, &ready.join(&free));
+            sent = Some(up);
+            ready = up.into();
             at = to;
         }
         self.join = self.join.join(&ready);
         self.embed_from((index, run, at), ids, to);
-        if self.compute == Tier::Cpu {
-            self.embedding_sent[half] = self.last.into();
-        }
+        self.embedding_sent[half] = sent.unwrap_or(self.last).into();
         self.embedding_done[half] = self.last.into();
     }
 

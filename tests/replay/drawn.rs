@@ -134,20 +134,7 @@ fn one(next: &mut impl FnMut() -> f64) -> Drawn {
         &[1, 1, 1, 2, 4]
     };
     let num_gpu_batches = pick(next, counts);
-    let mut policy = Policy {
-        shares: drawn_shares(next, gpu, gpu_batch_size),
-        gpu_batch_size,
-        num_gpu_batches,
-        pin_weight: next() < 0.7,
-        compress_weight: next() < 0.3,
-        compress_cache: next() < 0.2,
-        cpu_cache_compute: gpu && next() < 0.5,
-        double_buffer: false,
-        overlap: next() < 0.7,
-        compute: Compute::Exact,
-        kv: Dtype::F16,
-        threads: if gpu { 16 } else { 2 },
-    };
+    let mut policy = drawn_policy(next, gpu, (gpu_batch_size, num_gpu_batches));
     let lengths = (
         pick(next, &[16, 32, 64, 100, 128, 256, 512, 777, 1024]),
         pick(next, &[1, 2, 4, 8, 16, 32, 64]),
@@ -177,7 +164,29 @@ fn one(next: &mut impl FnMut() -> f64) -> Drawn {
     }
 }
 
-pub fn drawn_shares(next: &mut impl FnMut() -> f64, gpu: bool, batch: usize) -> Shares {
+/// Everything about a policy but its batches; fp16 caches, no double buffer.
+pub fn drawn_policy(
+    next: &mut impl FnMut() -> f64,
+    gpu: bool,
+    (gpu_batch_size, num_gpu_batches): (usize, usize),
+) -> Policy {
+    Policy {
+        shares: drawn_shares(next, gpu, gpu_batch_size),
+        gpu_batch_size,
+        num_gpu_batches,
+        pin_weight: next() < 0.7,
+        compress_weight: next() < 0.3,
+        compress_cache: next() < 0.2,
+        cpu_cache_compute: gpu && next() < 0.5,
+        double_buffer: false,
+        overlap: next() < 0.7,
+        compute: Compute::Exact,
+        kv: Dtype::F16,
+        threads: if gpu { 16 } else { 2 },
+    }
+}
+
+fn drawn_shares(next: &mut impl FnMut() -> f64, gpu: bool, batch: usize) -> Shares {
     let beside = gpu && next() < 0.2;
     let weights = match gpu {
         true => shares(next, &[true, true, beside, true, false], 10),

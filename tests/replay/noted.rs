@@ -116,8 +116,50 @@ pub struct Wait {
 struct Access {
     event: usize,
     /// None for the host.
-    lane: Option<Lane>,
-    cells: Vec<(Range<usize>, bool)>,
+    by: Option<Fence>,
+    touched: Vec<(Range<usize>, bool)>,
+}
+
+impl Access {
+    /// Each cell, and whether it is written.
+    fn cells(&self) -> impl Iterator<Item = (usize, bool)> {
+        let each = |(cells, writes): &(Range<usize>, bool)| {
+            let writes = *writes;
+            cells.clone().map(move |cell| (cell, writes))
+        };
+        self.touched.iter().flat_map(each)
+    }
+}
+
+/// Who has touched a cell: the newest number of each lane, of reads since the newest write.
+#[derive(Clone, Default)]
+struct Cell {
+    written: Clock,
+    read: Clock,
+}
+
+impl Cell {
+    /// An earlier access that the next one does not come after.
+    fn unordered(&self, writes: bool, after: &Clock) -> Option<Fence> {
+        let late = |marks: &Clock| {
+            let lane = Lane::ALL.into_iter().find(|&l| after[l] < marks[l])?;
+            let number = marks[lane];
+            Some(Fence { lane, number })
+        };
+        late(&self.written).or_else(|| late(&self.read).filter(|_| writes))
+    }
+
+    fn note(&mut self, by: Fence, writes: bool) {
+        if writes {
+            *self = Cell::default();
+        }
+        let marks = if writes {
+            &mut self.written
+        } else {
+            &mut self.read
+        };
+        marks[by.lane] = by.number;
+    }
 }
 
 /// A run's events, and its bytes cut into cells that operations touch whole.
@@ -131,11 +173,12 @@ impl Noted {
     pub fn new(events: Vec<Event>) -> Noted {
         let mut borders: HashMap<Space, Vec<u64>> = HashMap::new();
         let touches = |event: &Event| match event {
-            Event::Submitted(s) => (Some(s.lane), touched(s.lane, &s.op)),
-            Event::Looked(touch) => (None, vec![touch.clone()]),
-            Event::Waited(_) => (None, Vec::new()),
+            Event::Submitted(s) => touched(s.lane, &s.op),
+            Event::Looked(touch) => vec![touch.clone()],
+            Event::Waited(_) => Vec::new(),
         };
-        for touch in events.iter().flat_map(|event| touches(event).1) {
+        let touches: Vec<Vec<Touch>> = events.iter().map(touches).collect();
+        for touch in touches.iter().flatten() {
             let of = borders.entry(touch.space).or_default();
             of.extend([touch.bytes.start, touch.bytes.end]);
         }
@@ -151,12 +194,19 @@ impl Noted {
             first_cell[&space] + borders[&space].partition_point(|&border| border < at)
         };
         let range = |t: &Touch| cell(t.space, t.bytes.start)..cell(t.space, t.bytes.end);
-        let accesses = events.iter().enumerate().map(|(event, noted)| {
-            let (lane, touched) = touches(noted);
-            let cells = touched.iter().map(|t| (range(t), t.writes)).collect();
-            Access { event, lane, cells }
-        });
-        let accesses = accesses.collect();
+        let by = |event: &Event| match event {
+            Event::Submitted(Submitted { lane, number, .. }) => Some(Fence {
+                lane: *lane,
+                number: *number,
+            }),
+            _ => None,
+        };
+        let access = |(event, touches): (usize, &Vec<Touch>)| Access {
+            event,
+            by: by(&events[event]),
+            touched: touches.iter().map(|t| (range(t), t.writes)).collect(),
+        };
+        let accesses = touches.iter().enumerate().map(access).collect();
         Noted {
             events,
             accesses,
@@ -208,49 +258,24 @@ impl Noted {
     /// Two accesses that are not in order, said in words.
     pub fn race(&self, without: Option<Wait>) -> Option<String> {
         let clocks = self.clocks(without);
-        let mut written: Vec<Option<(Lane, u64, usize)>> = vec![None; self.cells];
-        let mut read: Vec<PerLane<u64>> = vec![PerLane::default(); self.cells];
-        let mut counts: PerLane<u64> = PerLane::default();
+        let mut cells = vec![Cell::default(); self.cells];
         for access in &self.accesses {
             let clock = &clocks[access.event];
-            let own = access.lane.map(|lane| {
-                counts[lane] += 1;
-                (lane, counts[lane], access.event)
-            });
-            for (cells, writes) in &access.cells {
-                for cell in cells.clone() {
-                    if let Some((lane, number, event)) = written[cell]
-                        && clock[lane] < number
-                    {
-                        return Some(self.both(event, access.event));
-                    }
-                    let late = |lane: &Lane| clock[*lane] < read[cell][*lane];
-                    if *writes && let Some(lane) = Lane::ALL.iter().find(|lane| late(lane)) {
-                        let event = self.event_of(*lane, read[cell][*lane]);
-                        return Some(self.both(event, access.event));
-                    }
-                }
+            let first = |(cell, writes): (usize, bool)| cells[cell].unordered(writes, clock);
+            if let Some(first) = access.cells().find_map(first) {
+                return Some(self.both(self.event_of(first), access.event));
             }
-            let Some((lane, number, _)) = own else {
-                continue;
-            };
-            for (cells, writes) in &access.cells {
-                for cell in cells.clone() {
-                    match writes {
-                        true => (written[cell], read[cell]) = (own, PerLane::default()),
-                        false => read[cell][lane] = number,
-                    }
-                }
+            if let Some(by) = access.by {
+                let each = access.cells();
+                each.for_each(|(cell, writes)| cells[cell].note(by, writes));
             }
         }
         None
     }
 
-    fn event_of(&self, lane: Lane, number: u64) -> usize {
-        let on_lane =
-            |event: &(usize, &Event)| matches!(event.1, Event::Submitted(s) if s.lane == lane);
-        let mut of = self.events.iter().enumerate().filter(on_lane);
-        of.nth(number as usize - 1).expect("it was submitted").0
+    fn event_of(&self, by: Fence) -> usize {
+        let found = self.accesses.iter().find(|access| access.by == Some(by));
+        found.expect("it was submitted").event
     }
 
     fn both(&self, first: usize, second: usize) -> String {
@@ -296,7 +321,8 @@ impl Noted {
     }
 
     fn awaited(&self, wait: Wait) -> usize {
-        self.event_of(wait.lane, self.fences(wait.event).mark(wait.lane))
+        let (lane, number) = (wait.lane, self.fences(wait.event).mark(wait.lane));
+        self.event_of(Fence { lane, number })
     }
 
     /// All waits that no other order makes superfluous.

@@ -3,13 +3,13 @@
 
 use crate::common::planning::random;
 use crate::common::{t4, two_cores};
-use crate::drawn::{drawn_shares, pick};
+use crate::drawn::{drawn_policy, pick};
 use crate::noted::{Noted, events};
 use crate::running::{requests, small_model, workload};
 use loadmaster::cost::estimate::EstimateInput;
 use loadmaster::cost::footprint::HostBytes;
 use loadmaster::cost::rates::Rates;
-use loadmaster::dtype::{Compute, Dtype};
+use loadmaster::dtype::Dtype;
 use loadmaster::engine::RunFacts;
 use loadmaster::engine::replay::run_facts;
 use loadmaster::machine::price::Pricer;
@@ -31,18 +31,10 @@ fn drawn(next: &mut impl FnMut() -> f64, overlap: bool) -> Job {
     let gpu_batch_size = pick(next, &[1, 2, 3, 4]);
     let num_gpu_batches = pick(next, &[1, 2, 2, 3, 4]);
     let policy = Policy {
-        shares: drawn_shares(next, gpu, gpu_batch_size),
-        gpu_batch_size,
-        num_gpu_batches,
-        pin_weight: next() < 0.7,
-        compress_weight: next() < 0.3,
-        compress_cache: next() < 0.3,
-        cpu_cache_compute: gpu && next() < 0.5,
         double_buffer: gpu && num_gpu_batches > 1 && next() < 0.5,
         overlap,
-        compute: Compute::Exact,
         kv: pick(next, &[Dtype::F16, Dtype::F32]),
-        threads: 2,
+        ..drawn_policy(next, gpu, (gpu_batch_size, num_gpu_batches))
     };
     let blocks = pick(next, &[0.7, 1.0, 1.7]);
     let lines = (policy.slots() as f64 * blocks).ceil() as usize;

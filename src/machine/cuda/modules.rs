@@ -265,10 +265,7 @@ fn compile(name: &str, text: &str, code: Code) -> Result<Vec<u8>, String> {
             program.log()
         ));
     }
-    let image = match code {
-        Code::Cubin(_) => program.cubin(),
-        Code::Ptx(_) => program.ptx(),
-    };
+    let image = program.image(code);
     image.ok_or_else(|| format!("kernels/{name}: the compiler gave no code for {architecture}"))
 }
 
@@ -311,33 +308,25 @@ impl Program {
         }
     }
 
-    fn cubin(&self) -> Option<Vec<u8>> {
+    /// What was compiled; PTX with a zero at its end, as the driver wants it.
+    fn image(&self, code: Code) -> Option<Vec<u8>> {
         let mut bytes = 0;
         // SAFETY: the program is alive and compiled; the image is as long as the compiler says.
         unsafe {
-            let sized = nvrtc::nvrtcGetCUBINSize(self.0, &mut bytes);
+            let sized = match code {
+                Code::Cubin(_) => nvrtc::nvrtcGetCUBINSize(self.0, &mut bytes),
+                Code::Ptx(_) => nvrtc::nvrtcGetPTXSize(self.0, &mut bytes),
+            };
             let mut image = vec![0u8; bytes];
-            let taken = nvrtc::nvrtcGetCUBIN(self.0, image.as_mut_ptr().cast());
-            taken_whole(image, [sized, taken])
+            let to = image.as_mut_ptr().cast();
+            let taken = match code {
+                Code::Cubin(_) => nvrtc::nvrtcGetCUBIN(self.0, to),
+                Code::Ptx(_) => nvrtc::nvrtcGetPTX(self.0, to),
+            };
+            let good = nvrtc::nvrtcResult::NVRTC_SUCCESS;
+            (bytes > 0 && sized == good && taken == good).then_some(image)
         }
     }
-
-    /// Text with a zero at its end, as the driver wants it.
-    fn ptx(&self) -> Option<Vec<u8>> {
-        let mut bytes = 0;
-        // SAFETY: as above.
-        unsafe {
-            let sized = nvrtc::nvrtcGetPTXSize(self.0, &mut bytes);
-            let mut image = vec![0u8; bytes];
-            let taken = nvrtc::nvrtcGetPTX(self.0, image.as_mut_ptr().cast());
-            taken_whole(image, [sized, taken])
-        }
-    }
-}
-
-fn taken_whole(image: Vec<u8>, results: [nvrtc::nvrtcResult; 2]) -> Option<Vec<u8>> {
-    let good = results.map(|result| result == nvrtc::nvrtcResult::NVRTC_SUCCESS);
-    (!image.is_empty() && good == [true, true]).then_some(image)
 }
 
 impl Drop for Program {

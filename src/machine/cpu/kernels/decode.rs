@@ -4,7 +4,7 @@
 //! and not the other way round. Halves of many keys are summed up apart (halves.rs): two threads can share a
 //! sequence and read whole rows.
 
-use super::attend::{MAX_HEAD_SIZE, Part};
+use super::attend::Part;
 use super::decode_q4::{self, Span, coded};
 use super::halves::{halves, is_halved, join, state_floats};
 use super::kv::{KvFormat, extent};
@@ -29,7 +29,7 @@ pub(super) fn heads_that_fit(head_size: usize) -> usize {
         + (1 + ROWS_TOGETHER) * width
         + 2 * BLOCK
         + 1
-        + state_floats(head_size);
+        + 2 * state_floats(head_size);
     (SCRATCH_FLOATS - ROWS_TOGETHER * BUFFER_SLACK) / own
 }
 
@@ -48,8 +48,8 @@ pub(super) struct Carved<'a> {
     pub(super) scores: &'a mut [f32],
     totals: &'a mut [f32],
     maxima: &'a mut [f32],
-    /// The first half's, while the second is read.
-    first: &'a mut [f32],
+    /// Of each half, where the keys are summed up in halves.
+    kept: [&'a mut [f32]; 2],
     pub(super) buffer: &'a mut [f32],
     pub(super) query_room: usize,
     pub(super) width: usize,
@@ -65,7 +65,8 @@ impl<'a> Carved<'a> {
         let (scores, rest) = rest.split_at_mut(heads * BLOCK);
         let (totals, rest) = rest.split_at_mut(heads * BLOCK);
         let (maxima, rest) = rest.split_at_mut(heads);
-        let (first, buffer) = rest.split_at_mut(heads * state_floats(head_size));
+        let (first, rest) = rest.split_at_mut(heads * state_floats(head_size));
+        let (second, buffer) = rest.split_at_mut(heads * state_floats(head_size));
         queries.fill(0.0);
         Carved {
             queries,
@@ -73,7 +74,7 @@ impl<'a> Carved<'a> {
             scores,
             totals,
             maxima,
-            first,
+            kept: [first, second],
             buffer,
             query_room,
             width,
@@ -88,19 +89,14 @@ impl<'a> Carved<'a> {
         self.maxima.fill(f32::NEG_INFINITY);
     }
 
+    /// Each head's sums, total and maximum.
     #[inline(always)]
     fn keep<V: Simd>(&self, to: &mut [f32]) {
         for (head, to) in to.chunks_exact_mut(self.width + LANES).enumerate() {
-            self.keep_head::<V>(head, to);
+            let (sums, rest) = to.split_at_mut(self.width);
+            sums.copy_from_slice(&self.sums[head * self.width..][..self.width]);
+            (rest[0], rest[1]) = (self.total::<V>(head), self.maxima[head]);
         }
-    }
-
-    /// A head's sums, total and maximum.
-    #[inline(always)]
-    fn keep_head<V: Simd>(&self, head: usize, to: &mut [f32]) {
-        let (sums, rest) = to.split_at_mut(self.width);
-        sums.copy_from_slice(&self.sums[head * self.width..][..self.width]);
-        (rest[0], rest[1]) = (self.total::<V>(head), self.maxima[head]);
     }
 
     #[inline(always)]
@@ -130,25 +126,29 @@ pub(super) fn run<V: Simd, K: KvFormat>(mut part: Part) {
     let mut carved = Carved::new(scratch, part.heads.len(), size);
     write_queries::<V, K>(&part, &mut carved);
     let (halved, halves) = (is_halved(&part.item), halves(&part.item));
-    let chosen = match &part.half {
-        Some((half, _)) => *half..*half + 1,
+    let mut kept = std::mem::take(&mut carved.kept);
+    let shared = part.half.take();
+    let alone = shared.is_none();
+    let chosen = match shared {
+        Some((half, states)) => {
+            kept[half] = states;
+            half..half + 1
+        }
         None => 0..1 + usize::from(halved),
     };
     // What the part reads to its end is asked for across the middle.
     let end = halves[chosen.end - 1].end;
     // One loop, so that its body is compiled once.
     for half in chosen {
-        if half == 1 && part.half.is_none() {
-            let first = std::mem::take(&mut carved.first);
-            carved.keep::<V>(first);
-            carved.first = first;
-        }
         stream::<V, K>(&part, &mut carved, (halves[half].clone(), end));
+        if halved {
+            carved.keep::<V>(kept[half]);
+        }
     }
-    match part.half.take() {
-        Some((_, states)) => carved.keep::<V>(states),
-        None if halved => finish_halves::<V>(&part, &carved),
-        None => finish::<V>(&part, &carved),
+    match (halved, alone) {
+        (false, _) => finish::<V>(&part, &carved),
+        (true, true) => join::<V>(kept.map(|half| &*half), (part.out(0), size)),
+        (true, false) => {}
     }
 }
 
@@ -480,18 +480,5 @@ fn finish<V: Simd>(part: &Part, carved: &Carved) {
                 store_first::<V>(out.as_mut_ptr().add(d), value, size - d);
             }
         }
-    }
-}
-
-/// The same where the first half has been kept.
-#[inline(always)]
-fn finish_halves<V: Simd>(part: &Part, carved: &Carved) {
-    let size = part.problem.head_size;
-    let each = state_floats(size);
-    let mut second = [0.0; MAX_HEAD_SIZE + LANES];
-    for (head, out) in part.out(0).chunks_exact_mut(size).enumerate() {
-        let first = &carved.first[head * each..][..each];
-        carved.keep_head::<V>(head, &mut second[..each]);
-        join::<V>([first, &second[..each]], out);
     }
 }

@@ -89,18 +89,25 @@ impl Body for Joining<'_> {
             ldo,
             ..
         } = self.problem;
-        let each = state_floats(head_size);
         // SAFETY: items do not share rows.
         let row = unsafe { out.piece(self.item.first_row * ldo, heads * head_size) };
-        for (head, out) in row.chunks_exact_mut(head_size).enumerate() {
-            join::<V>(self.halves.map(|half| &half[head * each..][..each]), out);
-        }
+        join::<V>(self.halves, (row, head_size));
     }
 }
 
-/// The result of a head from what was kept of its halves. (Closures over vectors would be calls.)
+/// The results of heads from what was kept of their halves.
 #[inline(always)]
-pub(super) fn join<V: Simd>([first, second]: [&[f32]; 2], out: &mut [f32]) {
+pub(super) fn join<V: Simd>([first, second]: [&[f32]; 2], (out, head_size): (&mut [f32], usize)) {
+    let each = state_floats(head_size);
+    for (head, out) in out.chunks_exact_mut(head_size).enumerate() {
+        let at = head * each..(head + 1) * each;
+        join_head::<V>([&first[at.clone()], &second[at]], out);
+    }
+}
+
+/// (Closures over vectors would be calls.)
+#[inline(always)]
+fn join_head<V: Simd>([first, second]: [&[f32]; 2], out: &mut [f32]) {
     let size = out.len();
     let width = size.next_multiple_of(LANES);
     let maximum = f32::max(first[width + 1], second[width + 1]);
