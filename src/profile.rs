@@ -202,6 +202,10 @@ pub struct CpuFacts {
     /// Bytes of the last cache, which all threads share. 0 = not known.
     #[serde(default)]
     pub cache_bytes: u64,
+    /// (bytes that pass ÷ that cache, part of them that is still there when they come again). Empty: as other
+    /// caches have it (cost/near.rs).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cache_keeps: Vec<(f64, f64)>,
     pub gemm: BTreeMap<String, GemmCurve>,
     /// (rows M, part of its seconds) of a product whose weights are still in that cache, by table as `gemm`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -310,10 +314,7 @@ impl HardwareProfile {
             rates.extend(points.iter().map(|p| (key.to_owned(), p.2)));
         }
         collect_compute("cpu", &self.cpu.gemm, &self.cpu.attention, &mut rates)?;
-        for (table, points) in &self.cpu.gemm_cached {
-            let key = format!("cpu.gemm_cached.{table}");
-            rates.extend(points.iter().map(|p| (key.clone(), p.1)));
-        }
+        self.check_cache(&mut rates)?;
         let append = self.cpu.append_bytes_per_s;
         rates.extend(append.map(|rate| ("cpu.append_bytes_per_s".to_owned(), rate)));
         if let Some(gpu) = &self.gpu {
@@ -349,6 +350,23 @@ impl HardwareProfile {
         rates
             .into_iter()
             .try_for_each(|(key, value)| need_positive(key, value))
+    }
+
+    fn check_cache(&self, rates: &mut Rates) -> Result<(), ProfileError> {
+        for (table, points) in &self.cpu.gemm_cached {
+            let key = format!("cpu.gemm_cached.{table}");
+            rates.extend(points.iter().map(|p| (key.clone(), p.1)));
+        }
+        for &(passed, kept) in &self.cpu.cache_keeps {
+            let key = "cpu.cache_keeps".to_owned();
+            rates.push((key.clone(), passed));
+            need(
+                (0.0..=1.0).contains(&kept),
+                "a part from 0 to 1",
+                (key, kept),
+            )?;
+        }
+        Ok(())
     }
 
     /// Seconds that are added to others: they may be zero.

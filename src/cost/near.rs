@@ -6,7 +6,8 @@ use crate::dtype::{Arithmetic, Dtype};
 use crate::profile::CpuFacts;
 
 /// Part of some bytes that is still in the cache when they are read again and again, by all that passes from one
-/// time to the next ÷ the cache: seen of a cache of 32 MiB (docs/measurements.md, "What a cache keeps").
+/// time to the next ÷ the cache, where a profile does not say: seen of a cache of 32 MiB (docs/measurements.md,
+/// "What a cache keeps").
 const KEPT: [(f64, f64); 9] = [
     (0.5, 1.0),
     (0.625, 0.94),
@@ -25,6 +26,8 @@ const MANY_ROWS: f64 = 64.0;
 #[derive(Clone, Debug)]
 pub struct Near {
     bytes: f64,
+    /// (what passes ÷ the cache, part that is kept), rising.
+    keeps: Vec<(f64, f64)>,
     /// By arithmetic and format: (rows, part of the seconds that a product from DRAM takes), rising rows.
     parts: [[Vec<(f64, f64)>; 4]; 3],
 }
@@ -44,8 +47,16 @@ impl Near {
             points
         };
         let ways = [Arithmetic::Fp32, Arithmetic::Bf16, Arithmetic::Int8];
+        let mut keeps = match cpu.cache_keeps.as_slice() {
+            [] => KEPT.to_vec(),
+            measured => measured.to_vec(),
+        };
+        keeps.sort_by(|a, b| a.0.total_cmp(&b.0));
+        // Twice the most that was measured leaves nothing.
+        keeps.extend(keeps.last().copied().map(|(passed, _)| (2.0 * passed, 0.0)));
         Near {
             bytes: cpu.cache_bytes as f64,
+            keeps,
             parts: ways.map(|way| Dtype::ALL.map(|format| points(way, format))),
         }
     }
@@ -53,7 +64,10 @@ impl Near {
     /// The part of weights that is still there after so many bytes, their own among them.
     pub fn kept(&self, passed_bytes: f64) -> f64 {
         match self.bytes > 0.0 {
-            true => rate_at(&KEPT, (passed_bytes / self.bytes).max(KEPT[0].0)),
+            true => rate_at(
+                &self.keeps,
+                (passed_bytes / self.bytes).max(self.keeps[0].0),
+            ),
             false => 0.0,
         }
     }
@@ -95,6 +109,11 @@ mod tests {
                 (near.kept(passed_bytes) - kept).abs() < 1e-12,
                 "{passed_mib}"
             );
+        }
+        cpu.cache_keeps = vec![(2.0, 0.1), (1.0, 0.5), (0.5, 0.9)];
+        let measured = Near::new(&cpu);
+        for (passed_mib, kept) in [(1, 0.9), (32, 0.5), (64, 0.1), (128, 0.0), (999, 0.0)] {
+            assert!((measured.kept((passed_mib << 20) as f64) - kept).abs() < 1e-12);
         }
         for (rows, part) in [
             (1.0, 0.4),

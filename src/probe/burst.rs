@@ -1,18 +1,19 @@
-//! Short bursts of one lane's work: what the machine gives at this moment, beside what its profile
-//! says. They bracket measured runs, so that a neighbour's noise can be told from a wrong prediction.
+//! Short bursts of one lane's work, alone or beside another's: what the machine gives at this moment, beside what its
+//! profile says. They bracket measured runs, so that a neighbour's noise can be told from a wrong prediction.
 
 use super::ProbeError;
 use super::bench::Bench;
-use super::products::met_again_s;
+use super::calls::{CallSize, Calls, Reads, WRITE_CALL_BYTES};
+use super::contention::{Turn, Window};
+use super::products::{Meeting, matrix_bytes, meeting_s, product_step};
 use super::samples::Series;
-use super::scale::{DiskStep, Extent};
+use super::scale::Extent;
+use crate::cost::load::Load;
 use crate::cost::rates::Rates;
-use crate::cost::requests::READ_THREADS;
 use crate::dtype::{Arithmetic, Dtype};
 use crate::machine::cpu::kernels::Isa;
-use crate::machine::disk::{DiskFile, IoPool, IoRequest};
-use crate::tier::Tier;
-use crate::units::{MIB, PAGE_BYTES};
+use crate::tier::{Lane, Tier};
+use crate::units::MIB;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -24,16 +25,10 @@ use std::time::Instant;
 const SHAPES: [(usize, usize); 2] = [(8192, 2048), (1024, 4096)];
 const MANY_ROWS: usize = 64;
 const SAMPLES: usize = 30;
-/// Bytes that a burst reads, as far as its calls are neither fewer nor more than these.
+/// Bytes that a burst reads or writes, as far as its calls are neither fewer nor more than these.
 const READ_BYTES: u64 = 384 * MIB;
-const READ_CALLS: [u64; 2] = [24, 240];
-/// The most that one call reads.
-pub const CALL_BYTES: u64 = 32 * MIB;
-/// A file of this size is written to be read as a job's own spill files are.
-const SPILL_BYTES: u64 = 64 * MIB;
-/// Bytes of one write of a burst, and how many there are.
-const WRITE_BYTES: u64 = 4 * MIB;
-const WRITES: u64 = 8;
+const WRITE_BYTES: u64 = 96 * MIB;
+const CALLS: [u64; 2] = [24, 240];
 
 static EXTENT: Extent = Extent {
     rounds: 1,
@@ -47,14 +42,11 @@ static EXTENT: Extent = Extent {
     near_shape: SHAPES[0],
     sample_s: 0.008,
     reads: &[],
-    writes: &[DiskStep {
-        block_bytes: WRITE_BYTES,
-        depth: 1,
-        repeats: WRITES,
-    }],
+    writes: &[],
     race_shape: SHAPES[1],
     race_rows: [1, 1],
-    window_s: 0.0,
+    race_repeats: 0,
+    window_s: 0.25,
     window_write_bytes: 0,
     small_write_bytes: 0,
     decode_tokens: &[],
@@ -66,24 +58,29 @@ static EXTENT: Extent = Extent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Burst {
-    /// A product of `rows` rows with weights in DRAM, and as many more with the same as make it `times`.
-    Product {
-        format: Dtype,
-        arithmetic: Arithmetic,
-        rows: usize,
-        #[serde(default = "once")]
-        times: usize,
-    },
+    Product(Products),
     /// A read of 16 MiB: what saved rows of earlier versions have.
     Read,
-    /// Calls of so many requests, from the store, or from what was spilled just before.
-    Reads {
-        spilled: bool,
-        request_bytes: u64,
-        requests: u64,
-    },
-    /// Overwriting, as a spill file sees it.
+    Reads(Reads),
+    /// Overwriting 4 MiB: what saved rows of earlier versions have.
     Write,
+    Writes(CallSize),
+    /// Products while the disk reads, and reads while the CPU multiplies.
+    ProductBeside(Products, Reads),
+    ReadsBeside(Reads, Products),
+}
+
+/// Products of `rows` rows with weights in DRAM, and as many more with the same as make it `times`; from one
+/// time to the next so many bytes pass (0: one product's alone).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Products {
+    pub format: Dtype,
+    pub arithmetic: Arithmetic,
+    pub rows: usize,
+    #[serde(default = "once")]
+    pub times: usize,
+    #[serde(default)]
+    pub passed_bytes: u64,
 }
 
 fn once() -> usize {
@@ -128,104 +125,167 @@ impl<'a> Bursts<'a> {
     }
 }
 
+fn one(request_bytes: u64) -> CallSize {
+    CallSize {
+        request_bytes,
+        requests: 1,
+    }
+}
+
 fn slowdown(burst: Burst, bench: &mut Bench, place: &BurstPlace) -> Result<f64, ProbeError> {
+    let old_read = Reads {
+        spilled: false,
+        size: one(16 * MIB),
+    };
     let (took_s, priced_s) = match burst {
-        Burst::Product {
-            format,
-            arithmetic,
-            rows,
-            times,
-        } => product((format, arithmetic, rows), times, (bench, place))?,
-        Burst::Read => read((false, 16 * MIB, 1), (bench, place))?,
-        Burst::Reads {
-            spilled,
-            request_bytes,
-            requests,
-        } => read((spilled, request_bytes, requests), (bench, place))?,
-        Burst::Write => write(bench, place)?,
+        Burst::Product(products) => multiplied(products, (bench, place))?,
+        Burst::Read => read(old_read, (bench, place))?,
+        Burst::Reads(reads) => read(reads, (bench, place))?,
+        Burst::Write => written(one(WRITE_CALL_BYTES), (bench, place))?,
+        Burst::Writes(size) => written(size, (bench, place))?,
+        Burst::ProductBeside(products, reads) => both((products, reads), (bench, place))?[0],
+        Burst::ReadsBeside(reads, products) => both((products, reads), (bench, place))?[1],
     };
     Ok(took_s / priced_s.max(1e-12))
 }
 
-/// (seconds taken, seconds priced) of a product as the probe measures it.
-fn product(
-    product: (Dtype, Arithmetic, usize),
-    times: usize,
-    (bench, place): (&mut Bench, &BurstPlace),
-) -> Result<(f64, f64), ProbeError> {
-    let (format, arithmetic, rows) = product;
-    // What is met again must fit in a cache.
-    let (inputs, outputs) = SHAPES[usize::from(rows >= MANY_ROWS || times > 1)];
-    let mut took_s = Series::default();
-    for _ in 0..SAMPLES {
-        took_s.push(met_again_s(bench, product, (inputs, outputs), times)?);
+impl Products {
+    fn product(&self) -> (Dtype, Arithmetic, usize) {
+        (self.format, self.arithmetic, self.rows)
     }
-    let stored = (format, arithmetic);
-    let one_s = place.rates.gemm_s(Tier::Cpu, stored, rows, inputs, outputs);
-    let again = place.rates.near_part(Tier::Cpu, stored, (rows as f64, 0.0));
-    let priced_s = one_s * (1.0 + (times - 1) as f64 * again);
-    Ok((took_s.mean().unwrap_or(priced_s), priced_s))
-}
 
-/// (seconds taken, seconds priced) of a call of so many requests.
-fn read(
-    (spilled, request_bytes, requests): (bool, u64, u64),
-    (bench, place): (&mut Bench, &BurstPlace),
-) -> Result<(f64, f64), ProbeError> {
-    let file = match spilled {
-        true => spilled_file(bench, place)?,
-        false => DiskFile::open_read(place.store)?,
-    };
-    let pool = IoPool::new(READ_THREADS)?;
-    let length = file.len_bytes()? / PAGE_BYTES * PAGE_BYTES;
-    let each = request_bytes.min(length).max(PAGE_BYTES);
-    let call_bytes = each * requests;
-    let last = length.saturating_sub(each) / PAGE_BYTES;
-    // Far apart, so that nothing that looks ahead gets it right.
-    let offset = |number: u64| number * 7919 % (last + 1) * PAGE_BYTES;
-    let mut took_s = Series::default();
-    let count = (READ_BYTES / call_bytes).clamp(READ_CALLS[0], READ_CALLS[1]);
-    for call in 0..count {
-        let at = bench.rotate_pages(call_bytes as usize);
-        let targets = bench.arena[at..at + call_bytes as usize].chunks_exact_mut(each as usize);
-        let numbered = (call * requests..).zip(targets);
-        let mut asked: Vec<IoRequest> = numbered
-            .map(|(number, target)| IoRequest::read(&file, offset(number), target))
-            .collect();
-        let begin = Instant::now();
-        pool.run(&mut asked)?;
-        took_s.push(begin.elapsed().as_secs_f64());
+    fn shape(&self) -> (usize, usize) {
+        // What is met again must fit in a cache.
+        SHAPES[usize::from(self.rows >= MANY_ROWS || self.times > 1)]
     }
-    let priced_s = place.rates.disk_read_s(call_bytes as f64, each as f64);
-    Ok((took_s.mean().unwrap_or(priced_s), priced_s))
-}
 
-/// A file without a name, every byte of it written.
-fn spilled_file(bench: &Bench, place: &BurstPlace) -> Result<DiskFile, ProbeError> {
-    let file = DiskFile::create_unlinked(place.spill, SPILL_BYTES)?;
-    let pool = IoPool::new(READ_THREADS)?;
-    for offset in (0..SPILL_BYTES).step_by(WRITE_BYTES as usize) {
-        let source = &bench.arena[..WRITE_BYTES as usize];
-        pool.run(&mut [IoRequest::write(&file, offset, source)])?;
-    }
-    Ok(file)
-}
-
-fn write(bench: &mut Bench, place: &BurstPlace) -> Result<(f64, f64), ProbeError> {
-    let file = DiskFile::create_unlinked(place.spill, WRITES * WRITE_BYTES)?;
-    let pool = IoPool::new(4)?;
-    let mut took_s = Series::default();
-    // The first pass makes the file's blocks.
-    for number in 0..4 * WRITES {
-        let source = &bench.arena[..WRITE_BYTES as usize];
-        let offset = number % WRITES * WRITE_BYTES;
-        let begin = Instant::now();
-        pool.run(&mut [IoRequest::write(&file, offset, source)])?;
-        if number >= WRITES {
-            took_s.push(begin.elapsed().as_secs_f64());
+    /// As many matrices as make the bytes that pass, at most a part of `room_bytes`.
+    fn meeting(&self, room_bytes: usize) -> Meeting {
+        let each_bytes = matrix_bytes(self.format, self.shape());
+        let most = (room_bytes / 2 / each_bytes).max(1);
+        Meeting {
+            matrices: (self.passed_bytes as usize / each_bytes).clamp(1, most),
+            times: self.times,
         }
     }
-    let each = WRITE_BYTES as f64;
-    let priced_s = place.rates.disk_write_s(each, each, false);
+
+    /// (bytes that are read from DRAM, seconds) of one product.
+    pub fn priced_once(&self, rates: &Rates) -> (f64, f64) {
+        self.priced(Meeting::ONCE, rates)
+    }
+
+    /// (bytes that are read from DRAM, seconds) of a meeting.
+    fn priced(&self, meeting: Meeting, rates: &Rates) -> (f64, f64) {
+        let (stored, shape) = ((self.format, self.arithmetic), self.shape());
+        let bytes = (meeting.matrices * matrix_bytes(self.format, shape)) as f64;
+        let one_s = rates.gemm_s(Tier::Cpu, stored, self.rows, shape.0, shape.1);
+        let met = (self.rows as f64, bytes);
+        let part = rates.met_part(Tier::Cpu, stored, met, meeting.times as f64);
+        (
+            bytes,
+            (meeting.matrices * meeting.times) as f64 * part * one_s,
+        )
+    }
+}
+
+/// (seconds taken, seconds priced) of products as the probe measures them.
+fn multiplied(
+    products: Products,
+    (bench, place): (&mut Bench, &BurstPlace),
+) -> Result<(f64, f64), ProbeError> {
+    let meeting = products.meeting(bench.arena.len());
+    let mut took_s = Series::default();
+    for _ in 0..SAMPLES {
+        let product = (products.product(), products.shape());
+        took_s.push(meeting_s(bench, product, meeting, None)?);
+    }
+    let (_, priced_s) = products.priced(meeting, place.rates);
     Ok((took_s.mean().unwrap_or(priced_s), priced_s))
+}
+
+/// (seconds taken, seconds priced) of a call that reads.
+fn read(reads: Reads, (bench, place): (&mut Bench, &BurstPlace)) -> Result<(f64, f64), ProbeError> {
+    let calls = Calls::reading(reads, bench, (place.store, place.spill))?;
+    let priced_s = read_s(&calls, place.rates);
+    Ok((calls_s(bench, calls, READ_BYTES)?, priced_s))
+}
+
+fn read_s(calls: &Calls, rates: &Rates) -> f64 {
+    let size = calls.size;
+    rates.disk_read_s(size.bytes() as f64, size.request_bytes as f64)
+}
+
+/// (seconds taken, seconds priced) of a call that writes to what is there already.
+fn written(
+    size: CallSize,
+    (bench, place): (&mut Bench, &BurstPlace),
+) -> Result<(f64, f64), ProbeError> {
+    let calls = Calls::writing(size, bench, place.spill)?;
+    let (bytes, each) = (calls.size.bytes() as f64, calls.size.request_bytes as f64);
+    let priced_s = place.rates.disk_write_s(bytes, each, false);
+    Ok((calls_s(bench, calls, WRITE_BYTES)?, priced_s))
+}
+
+/// Mean seconds of a call.
+fn calls_s(bench: &mut Bench, mut calls: Calls, all_bytes: u64) -> Result<f64, ProbeError> {
+    let call_bytes = calls.size.bytes();
+    let mut took_s = Series::default();
+    for _ in 0..(all_bytes / call_bytes).clamp(CALLS[0], CALLS[1]) {
+        bench.check_stop()?;
+        let at = bench.rotate_pages(call_bytes as usize);
+        let begin = Instant::now();
+        calls.call(&mut bench.arena[at..at + call_bytes as usize])?;
+        took_s.push(begin.elapsed().as_secs_f64());
+    }
+    Ok(took_s.mean().unwrap_or(0.0))
+}
+
+/// (seconds taken, seconds priced) of products and of a call that reads, while both go on.
+fn both(
+    (products, reads): (Products, Reads),
+    (bench, place): (&mut Bench, &BurstPlace),
+) -> Result<[(f64, f64); 2], ProbeError> {
+    bench.check_stop()?;
+    let mut calls = Calls::reading(reads, bench, (place.store, place.spill))?;
+    let half = bench.arena.len() / 2 / MIB as usize * MIB as usize;
+    let meeting = products.meeting(half);
+    let priced_s = both_priced_s((products, meeting), &calls, place.rates);
+    let (window, mut turn) = (Window::new(bench), Turn::default());
+    let (weights, targets) = bench.arena.split_at_mut(half);
+    let (task, product) = (
+        (&bench.pool, bench.isa),
+        (products.product(), products.shape()),
+    );
+    let mut multiply = product_step(task, weights, &mut bench.outputs, product, meeting);
+    let per_s = window.run_both(
+        Box::new(move || multiply().map(Some)),
+        Box::new(move || {
+            let place = turn.next(calls.size.bytes() as usize, targets.len());
+            calls.call(&mut targets[place]).map(Some)
+        }),
+    )?;
+    Ok([(1.0 / per_s.0, priced_s[0]), (1.0 / per_s.1, priced_s[1])])
+}
+
+/// Seconds of a meeting and of a call, each beside the other.
+fn both_priced_s(
+    (products, meeting): (Products, Meeting),
+    calls: &Calls,
+    rates: &Rates,
+) -> [f64; 2] {
+    let (bytes, product_s) = products.priced(meeting, rates);
+    let call_s = read_s(calls, rates);
+    let size = (calls.size.bytes() as f64, calls.size.request_bytes as f64);
+    let computing = Load::computing(rates.memory_part(bytes, product_s));
+    let lanes = [
+        (Lane::CpuCompute, computing),
+        (
+            Lane::DiskToCpu,
+            Load::of_disk(Lane::DiskToCpu, call_s, size),
+        ),
+    ];
+    [
+        product_s / rates.keep(lanes[0], &lanes),
+        call_s / rates.keep(lanes[1], &lanes),
+    ]
 }

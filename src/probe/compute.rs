@@ -3,7 +3,8 @@
 
 use super::ProbeError;
 use super::bench::Bench;
-use super::products::{matrix_bytes, near_product_s, product_s};
+use super::cached::CacheArea;
+use super::products::product_s;
 use super::samples::{Series, median, tidy};
 use super::scale::Extent;
 use crate::dtype::{Arithmetic, Dtype, panels};
@@ -14,7 +15,6 @@ use crate::machine::cpu::kernels::{
     attend, copy_bytes, layer_norm, memory_read_sum, pack_panels,
 };
 use crate::machine::cpu::pool::Pool;
-use crate::machine::os;
 use crate::profile::{AttentionRates, CpuFacts, GemmCurve, QuantiseRates};
 use std::collections::BTreeMap;
 
@@ -51,12 +51,6 @@ struct GemmPoint {
     seconds: Series,
 }
 
-/// A product whose weights are still in the last cache, beside the same one from DRAM.
-struct NearPoint {
-    product: (Dtype, Arithmetic, usize),
-    part: Series,
-}
-
 /// Attention over one format and so many tokens of so many values.
 struct KvPoint {
     format: Dtype,
@@ -80,7 +74,7 @@ enum KvKind {
 /// The CPU's measurements.
 pub struct ComputeArea {
     gemm: Vec<GemmPoint>,
-    near: Vec<NearPoint>,
+    cache: CacheArea,
     attention: Vec<KvPoint>,
     read_bytes_per_s: Series,
     copy_bytes_per_s: Series,
@@ -109,7 +103,7 @@ impl ComputeArea {
         }
         ComputeArea {
             gemm: grid,
-            near: near_points(extent),
+            cache: CacheArea::new(extent),
             attention: kv_points(extent),
             read_bytes_per_s: Series::default(),
             copy_bytes_per_s: Series::default(),
@@ -122,16 +116,47 @@ impl ComputeArea {
         }
     }
 
-    /// One sample of everything.
-    pub fn round(&mut self, bench: &mut Bench) -> Result<(), ProbeError> {
-        self.memory(bench)?;
+    /// One sample of everything. Returns the bytes per second that DRAM gave before it and after it.
+    pub fn round(&mut self, bench: &mut Bench) -> Result<[f64; 2], ProbeError> {
+        let before = read_bytes_per_s(bench)?;
+        self.copy_bytes_per_s.push(copy_bytes_per_s(bench)?);
         self.products(bench)?;
-        for point in &mut self.near {
-            let shape = bench.extent.near_shape;
-            let far_s = product_s(bench, point.product, shape)?;
-            let near_s = near_product_s(bench, point.product, shape)?;
-            point.part.push(near_s / far_s);
+        self.cache.round(bench)?;
+        self.attention(bench)?;
+        self.small_work(bench)?;
+        let after = read_bytes_per_s(bench)?;
+        self.read_bytes_per_s.push((before + after) / 2.0);
+        Ok([before, after])
+    }
+
+    /// Takes over what another round has measured of the same extent.
+    pub fn join(&mut self, mut other: ComputeArea) {
+        for (mine, others) in self.series().zip(other.series()) {
+            mine.append(others);
         }
+    }
+
+    /// Every figure's samples, always in the same order.
+    fn series(&mut self) -> impl Iterator<Item = &mut Series> {
+        let gemm = self.gemm.iter_mut().map(|point| &mut point.seconds);
+        let attention = self.attention.iter_mut();
+        let attention = attention.flat_map(|point| [&mut point.rate, &mut point.call_s]);
+        let single = [
+            &mut self.read_bytes_per_s,
+            &mut self.copy_bytes_per_s,
+            &mut self.rowwise_bytes_per_s,
+            &mut self.pack_bytes_per_s,
+            &mut self.append_q4_bytes_per_s,
+            &mut self.append_bytes_per_s,
+            &mut self.append_call_s,
+            &mut self.sampling_bytes_per_s,
+        ];
+        gemm.chain(self.cache.series())
+            .chain(attention)
+            .chain(single)
+    }
+
+    fn attention(&mut self, bench: &mut Bench) -> Result<(), ProbeError> {
         for point in &mut self.attention {
             match point.kind {
                 KvKind::Prefill => point.rate.push(prefill(bench, point.format, point.tokens)?),
@@ -148,20 +173,6 @@ impl ComputeArea {
                 }
             }
         }
-        self.small_work(bench)
-    }
-
-    fn memory(&mut self, bench: &mut Bench) -> Result<(), ProbeError> {
-        let bytes = bench.arena.len();
-        let seconds = bench.time(|b| {
-            std::hint::black_box(memory_read_sum(&b.pool, b.isa, &b.arena));
-        })?;
-        self.read_bytes_per_s.push(bytes as f64 / seconds);
-        let seconds = bench.time(|b| {
-            let (source, target) = b.arena.split_at_mut(bytes / 2);
-            copy_bytes(&b.pool, &source[..bytes / 2], &mut target[..bytes / 2]);
-        })?;
-        self.copy_bytes_per_s.push((bytes / 2) as f64 / seconds);
         Ok(())
     }
 
@@ -215,9 +226,10 @@ impl ComputeArea {
             rowwise_bytes_per_s: self.rowwise_bytes_per_s.median().map(tidy),
             append_bytes_per_s: self.append_bytes_per_s.median().map(tidy),
             append_call_s: median(&self.append_call_s),
-            cache_bytes: os::last_level_cache_bytes().unwrap_or(0),
+            cache_bytes: self.cache.cache_bytes(),
+            cache_keeps: self.cache.keeps(),
             gemm: self.curves(),
-            gemm_cached: self.near_parts(),
+            gemm_cached: self.cache.near_parts(),
             attention: attention.into(),
             quantise: Some(QuantiseRates {
                 pack_bytes_per_s: median(&self.pack_bytes_per_s),
@@ -248,18 +260,6 @@ impl ComputeArea {
         }
     }
 
-    fn near_parts(&self) -> BTreeMap<String, Vec<(usize, f64)>> {
-        let mut parts = BTreeMap::<String, Vec<(usize, f64)>>::new();
-        for point in &self.near {
-            let (format, arithmetic, rows) = point.product;
-            if let Some(part) = point.part.median() {
-                let table = parts.entry(arithmetic.table_name(format)).or_default();
-                table.push((rows, tidy(part.min(1.0))));
-            }
-        }
-        parts
-    }
-
     fn curves(&self) -> BTreeMap<String, GemmCurve> {
         let mut curves: BTreeMap<String, GemmCurve> = BTreeMap::new();
         for point in &self.gemm {
@@ -273,22 +273,26 @@ impl ComputeArea {
     }
 }
 
+/// What all threads read together.
+fn read_bytes_per_s(bench: &mut Bench) -> Result<f64, ProbeError> {
+    let seconds = bench.time(|b| {
+        std::hint::black_box(memory_read_sum(&b.pool, b.isa, &b.arena));
+    })?;
+    Ok(bench.arena.len() as f64 / seconds)
+}
+
+fn copy_bytes_per_s(bench: &mut Bench) -> Result<f64, ProbeError> {
+    let half = bench.arena.len() / 2;
+    let seconds = bench.time(|b| {
+        let (source, target) = b.arena.split_at_mut(half);
+        copy_bytes(&b.pool, source, &mut target[..half]);
+    })?;
+    Ok(half as f64 / seconds)
+}
+
 fn product(bench: &mut Bench, point: &GemmPoint) -> Result<f64, ProbeError> {
     let shape = (point.inputs, point.outputs);
     product_s(bench, (point.format, point.arithmetic, point.rows), shape)
-}
-
-/// Of formats of which half the cache holds the matrix.
-fn near_points(extent: &Extent) -> Vec<NearPoint> {
-    let cache_bytes = os::last_level_cache_bytes().unwrap_or(0);
-    let fits = |format| 2 * matrix_bytes(format, extent.near_shape) as u64 <= cache_bytes;
-    let of = |(format, arithmetic)| {
-        extent.near_rows.iter().map(move |&rows| NearPoint {
-            product: (format, arithmetic, rows),
-            part: Series::default(),
-        })
-    };
-    products().filter(|p| fits(p.0)).flat_map(of).collect()
 }
 
 /// Tokens at the usual width, other widths at the same tokens.

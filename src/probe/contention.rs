@@ -4,15 +4,17 @@
 use super::ProbeError;
 use super::bench::Bench;
 use super::disk::DiskArea;
-use super::products::product_step;
+use super::products::{Meeting, product_step};
 use super::samples::Series;
+use crate::dtype::{Arithmetic, Dtype};
 use crate::machine::disk::{DiskError, IoRequest};
 use crate::profile::{
     LARGE_REQUEST_BYTES, MEMORY_SUFFIX, SMALL_REQUEST_BYTES, SMALL_REQUESTS, SMALL_SUFFIX,
 };
 use crate::tier::Lane;
-use crate::units::MIB;
+use crate::units::{MIB, PAGE_BYTES};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -44,8 +46,8 @@ const PAIRS: [(Kind, Kind); 11] = [
     (MEMORY, SMALL_WRITE),
 ];
 
-/// What is done in one step; returns the work done (bytes or FLOP), `None` when its quota is used up.
-type Step<'a> = Box<dyn FnMut() -> Result<Option<f64>, DiskError> + Send + 'a>;
+/// What is done in one step; `None` when its quota is used up.
+pub type Step<'a> = Box<dyn FnMut() -> Result<Option<()>, DiskError> + Send + 'a>;
 
 /// What the lanes of each pair kept of the rates that they had alone in the same round: seconds ago, since memory
 /// of shared machines is twice as fast in some minutes as in others.
@@ -55,14 +57,41 @@ pub struct ContentionArea {
 }
 
 impl ContentionArea {
-    /// Every lane alone once and every pair once.
-    pub fn round(&mut self, bench: &mut Bench, disk: &DiskArea) -> Result<(), ProbeError> {
-        let lanes: BTreeSet<Kind> = PAIRS.iter().flat_map(|&(a, b)| [a, b]).collect();
+    /// Every lane alone once and every pair once; those that write nothing again and again, since what they keep
+    /// decides most, and a disk's rate differs from moment to moment. Where no more is to be written, those alone.
+    pub fn round(
+        &mut self,
+        bench: &mut Bench,
+        disk: &DiskArea,
+        writes: bool,
+    ) -> Result<(), ProbeError> {
+        for _ in 0..bench.extent.race_repeats {
+            self.races(bench, disk, |pair| !is_writing(pair))?;
+        }
+        match writes {
+            true => self.races(bench, disk, is_writing),
+            false => Ok(()),
+        }
+    }
+
+    fn races(
+        &mut self,
+        bench: &mut Bench,
+        disk: &DiskArea,
+        chosen: fn(&(Kind, Kind)) -> bool,
+    ) -> Result<(), ProbeError> {
+        let pairs = || {
+            PAIRS
+                .into_iter()
+                .enumerate()
+                .filter(|(_, pair)| chosen(pair))
+        };
+        let lanes: BTreeSet<Kind> = pairs().flat_map(|(_, (a, b))| [a, b]).collect();
         let mut alone = BTreeMap::new();
         for lane in lanes {
             alone.insert(lane, run_alone(bench, disk, lane)?);
         }
-        for (place, pair) in PAIRS.into_iter().enumerate() {
+        for (place, pair) in pairs() {
             let together = run_together(bench, disk, pair)?;
             self.enter(place, [alone[&pair.0], alone[&pair.1]], together.into());
         }
@@ -88,6 +117,12 @@ impl ContentionArea {
         }
         shares
     }
+}
+
+fn is_writing(pair: &(Kind, Kind)) -> bool {
+    [pair.0, pair.1]
+        .iter()
+        .any(|kind| kind.0 == Lane::CpuToDisk)
 }
 
 fn part(kept: &Series) -> Option<f64> {
@@ -124,12 +159,7 @@ fn run_together(
     let [Some(first), Some(second)] = steps(bench, disk, [Some(pair.0), Some(pair.1)]) else {
         return Ok((0.0, 0.0));
     };
-    let (a, b) = std::thread::scope(|scope| {
-        let beside = scope.spawn(|| window.run(second));
-        (window.run(first), beside.join())
-    });
-    let b = b.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-    Ok((a?, b?))
+    Ok(window.run_both(first, second)?)
 }
 
 /// The steps of up to two lanes over disjoint halves of the arena.
@@ -140,8 +170,7 @@ fn steps<'a>(
 ) -> [Option<Step<'a>>; 2] {
     let half = bench.arena.len() / 2 / MIB as usize * MIB as usize;
     let (left, right) = bench.arena.split_at_mut(half);
-    let (inputs, outputs) = (&bench.inputs, &mut bench.outputs);
-    let mut outputs = Some(outputs);
+    let mut outputs = Some(&mut bench.outputs);
     let mut halves = [Some(left), Some(right)];
     let mut place = 0;
     lanes.map(|lane| {
@@ -151,8 +180,12 @@ fn steps<'a>(
             ((Lane::CpuCompute, memory_bound), memory) => {
                 let task = (&bench.pool, bench.isa);
                 let rows = bench.extent.race_rows[usize::from(!memory_bound)];
-                let product = (rows, bench.extent.race_shape);
-                let step = product_step(task, memory, (inputs, outputs.take()?), product);
+                let product = (
+                    (Dtype::F16, Arithmetic::Fp32, rows),
+                    bench.extent.race_shape,
+                );
+                let mut step = product_step(task, memory, outputs.take()?, product, Meeting::ONCE);
+                let step: Step = Box::new(move || step().map(Some));
                 Some(step)
             }
             ((Lane::DiskToCpu, small), memory) => Some(read_step(disk, memory, small)),
@@ -168,6 +201,23 @@ fn steps<'a>(
     })
 }
 
+/// Memory in turn: what a disk brings, or is given, lies in no cache. What always went to the same place would,
+/// until products beside it take the cache.
+#[derive(Default)]
+pub struct Turn(usize);
+
+impl Turn {
+    /// The next so many bytes, from a page on, of a memory of so many.
+    pub fn next(&mut self, bytes: usize, of_bytes: usize) -> Range<usize> {
+        let begin = match self.0 + bytes <= of_bytes {
+            true => self.0,
+            false => 0,
+        };
+        self.0 = (begin + bytes).next_multiple_of(PAGE_BYTES as usize);
+        begin..begin + bytes
+    }
+}
+
 /// Bytes of one call, and of each of its requests.
 fn call(disk: &DiskArea, memory: &[u8], small: bool) -> (u64, usize) {
     let room = disk.filled_bytes().min(memory.len() as u64);
@@ -180,17 +230,18 @@ fn call(disk: &DiskArea, memory: &[u8], small: bool) -> (u64, usize) {
 
 fn read_step<'a>(disk: &'a DiskArea, memory: &'a mut [u8], small: bool) -> Step<'a> {
     let (bytes, each) = call(disk, memory, small);
-    let mut offset = 0;
+    let (mut offset, mut turn) = (0, Turn::default());
     Box::new(move || {
         if offset + bytes > disk.filled_bytes() {
             offset = 0;
         }
-        let parts = memory[..bytes as usize].chunks_mut(each).enumerate();
+        let place = turn.next(bytes as usize, memory.len());
+        let parts = memory[place].chunks_mut(each).enumerate();
         let request = |(n, part)| IoRequest::read(&disk.file, offset + (n * each) as u64, part);
         disk.read_pool()
             .run(&mut parts.map(request).collect::<Vec<_>>())?;
         offset += bytes;
-        Ok(Some(bytes as f64))
+        Ok(Some(()))
     })
 }
 
@@ -202,7 +253,7 @@ fn write_step<'a>(
 ) -> Step<'a> {
     let (bytes, each) = call(disk, memory, small);
     let bytes = bytes.min(quota_bytes);
-    let (mut offset, mut written) = (0, 0);
+    let (mut offset, mut written, mut turn) = (0, 0, Turn::default());
     Box::new(move || {
         if written + bytes > quota_bytes {
             return Ok(None);
@@ -210,25 +261,26 @@ fn write_step<'a>(
         if offset + bytes > disk.filled_bytes() {
             offset = 0;
         }
-        let parts = memory[..bytes as usize].chunks(each).enumerate();
+        let place = turn.next(bytes as usize, memory.len());
+        let parts = memory[place].chunks(each).enumerate();
         let request = |(n, part)| IoRequest::write(&disk.file, offset + (n * each) as u64, part);
         disk.write_pool()
             .run(&mut parts.map(request).collect::<Vec<_>>())?;
         (offset, written) = (offset + bytes, written + bytes);
-        Ok(Some(bytes as f64))
+        Ok(Some(()))
     })
 }
 
-/// A stretch of time that lanes share: it ends for all when it is over, when one has used up its
+/// A stretch of time that lanes share, of steps that are alike: it ends for all when it is over, when one has used up its
 /// quota, or when the probe is stopped.
-struct Window<'a> {
+pub struct Window<'a> {
     length: Duration,
     over: AtomicBool,
     stop: &'a AtomicBool,
 }
 
 impl<'a> Window<'a> {
-    fn new(bench: &Bench<'a>) -> Window<'a> {
+    pub fn new(bench: &Bench<'a>) -> Window<'a> {
         Window {
             length: Duration::from_secs_f64(bench.extent.window_s),
             over: AtomicBool::new(false),
@@ -236,12 +288,22 @@ impl<'a> Window<'a> {
         }
     }
 
-    /// Work per second of a lane within the window; at least one step is done.
+    /// Steps per second of two lanes at once.
+    pub fn run_both(&self, first: Step, second: Step) -> Result<(f64, f64), DiskError> {
+        let (a, b) = std::thread::scope(|scope| {
+            let beside = scope.spawn(|| self.run(second));
+            (self.run(first), beside.join())
+        });
+        let b = b.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok((a?, b?))
+    }
+
+    /// Steps per second of a lane within the window; at least one step is done.
     fn run(&self, mut step: Step) -> Result<f64, DiskError> {
         let (begin, mut work) = (Instant::now(), 0.0);
         let result = loop {
             match step() {
-                Ok(Some(done)) => work += done,
+                Ok(Some(())) => work += 1.0,
                 Ok(None) => break Ok(()),
                 Err(error) => break Err(error),
             }
@@ -286,19 +348,19 @@ mod tests {
             stop: &stop,
         };
         let short = window(Duration::from_millis(5));
-        let rate = short.run(Box::new(|| Ok(Some(1.0)))).unwrap();
+        let rate = short.run(Box::new(|| Ok(Some(())))).unwrap();
         assert!(rate > 0.0 && short.over.load(Ordering::Relaxed));
         let mut left = 3;
         let quota = Box::new(|| {
             left -= 1;
-            Ok((left >= 0).then_some(7.0))
+            Ok((left >= 0).then_some(()))
         });
         let long = window(Duration::from_secs(3600));
         assert!(long.run(quota).unwrap() > 0.0);
         let mut steps = 0;
         let other = Box::new(|| {
             steps += 1;
-            Ok(Some(1.0))
+            Ok(Some(()))
         });
         long.run(other).unwrap();
         assert_eq!(steps, 1, "one lane's end ends the others after their step");

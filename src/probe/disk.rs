@@ -22,8 +22,9 @@ struct Point {
     bytes_per_s: Series,
 }
 
+/// Which way bytes go.
 #[derive(Clone, Copy)]
-enum Way {
+pub enum Way {
     Read,
     Write,
 }
@@ -160,7 +161,8 @@ impl DiskArea {
         for repeat in 0..step.repeats {
             let parts = memory.chunks_mut(each).enumerate();
             let request = |(n, part)| {
-                let at = offset + repeat * call + (n * each) as u64;
+                // Each goes on where it was, as sequences do in a spill file.
+                let at = offset + (n as u64 * step.repeats + repeat) * step.block_bytes;
                 match way {
                     Way::Read => IoRequest::read(&self.file, at, part),
                     Way::Write => IoRequest::write(&self.file, at, part),

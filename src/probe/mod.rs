@@ -4,6 +4,8 @@
 
 mod bench;
 mod burst;
+mod cached;
+mod calls;
 mod compute;
 mod contention;
 mod disk;
@@ -11,11 +13,13 @@ mod gpu;
 mod gpu_work;
 mod launch;
 mod products;
+mod rounds;
 mod samples;
 mod saved;
 mod scale;
 
-pub use burst::{Burst, BurstPlace, Bursts, CALL_BYTES, burst_bytes};
+pub use burst::{Burst, BurstPlace, Bursts, Products, burst_bytes};
+pub use calls::{CALL_BYTES, CallSize, Reads, WRITE_CALL_BYTES};
 pub use gpu::GpuProbe;
 pub use samples::median;
 pub use saved::{ProfileKey, find_profile, profiles_dir, save_profile, timestamp};
@@ -36,6 +40,7 @@ use compute::ComputeArea;
 use contention::ContentionArea;
 use disk::DiskArea;
 use launch::LaunchBench;
+use rounds::Rounds;
 use scale::Extent;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -46,6 +51,8 @@ use thiserror::Error;
 const HELD_BYTES: u64 = 100 * MIB;
 /// What a probe needs beside its buffers and what the process already holds.
 const SLACK_BYTES: u64 = 16 * MIB;
+/// A probe takes so many times its time where DRAM changes its speed meanwhile.
+const MORE_TIME: f64 = 2.0;
 /// What a compute thread touches of its stack, generously.
 const STACK_BYTES: u64 = 64 * 1024;
 
@@ -119,7 +126,7 @@ pub fn probe(options: ProbeOptions) -> Result<HardwareProfile, ProbeError> {
     let mut areas = Areas {
         provenance: provenance(os::busy_cores(), options.threads),
         disk: DiskArea::new(options.offload_dir, &bench)?,
-        compute: ComputeArea::new(extent),
+        compute: Rounds::default(),
         contention: ContentionArea::default(),
     };
     areas.tell_what_is_there(&bench, options.gpu.is_some(), options.progress);
@@ -129,7 +136,7 @@ pub fn probe(options: ProbeOptions) -> Result<HardwareProfile, ProbeError> {
         .with_gpu(gpu.map(|gpu| gpu.facts.name.as_str()));
     let mut profile = areas.profile(key, options.command)?;
     // Arenas and buffers of the measurements are gone before another machine is opened.
-    drop((bench, areas));
+    drop(bench);
     let mut launches = LaunchBench::new(&profile, options.threads, options.offload_dir)?;
     launches.measure(&mut profile.cpu)?;
     drop(launches);
@@ -176,7 +183,8 @@ fn provenance(busy: Option<f64>, threads: usize) -> String {
 struct Areas {
     provenance: String,
     disk: DiskArea,
-    compute: ComputeArea,
+    /// Each round for itself.
+    compute: Rounds,
     contention: ContentionArea,
 }
 
@@ -215,36 +223,54 @@ impl Areas {
         }
     }
 
-    /// Rounds over all areas, until there are enough or the time is up; at least one.
+    /// Rounds over all areas, until there are enough while DRAM has one speed or the time is up; at least one.
     fn measure(
         &mut self,
         bench: &mut Bench,
         progress: &mut dyn FnMut(&str),
     ) -> Result<(), ProbeError> {
         let begin = Instant::now();
-        let rounds = bench.extent.rounds;
-        for round in 1..=rounds {
+        let extent = bench.extent;
+        for round in 1.. {
             let so_far = begin.elapsed().as_secs_f64();
-            let each = so_far / (round - 1).max(1) as f64;
-            if so_far + each > bench.extent.limit_s {
+            let done_s = so_far + so_far / (round - 1).max(1) as f64;
+            if self
+                .compute
+                .are_enough(extent.rounds, done_s > extent.limit_s)
+            {
+                break;
+            }
+            if round > 1 && done_s > MORE_TIME * extent.limit_s {
                 progress("this machine is slow: fewer rounds are measured");
                 break;
             }
-            progress(&format!(
-                "round {round} of {rounds} ({} so far)",
-                show_seconds(so_far)
-            ));
+            progress(&self.about(round, extent.rounds, so_far));
             self.disk.round(bench)?;
-            self.compute.round(bench)?;
-            if round <= bench.extent.write_rounds {
-                self.contention.round(bench, &self.disk)?;
-            }
+            let mut area = ComputeArea::new(extent);
+            let reads = area.round(bench)?;
+            self.compute.push(reads, area);
+            let writes = round <= extent.write_rounds;
+            self.contention.round(bench, &self.disk, writes)?;
+        }
+        if let Some(left_out) = self.compute.left_out() {
+            progress(&left_out);
+            self.provenance += &format!("; {left_out}");
         }
         Ok(())
     }
 
-    fn profile(&self, key: ProfileKey, command: &str) -> Result<HardwareProfile, ProbeError> {
+    fn about(&self, round: usize, rounds: usize, so_far_s: f64) -> String {
+        let so_far = show_seconds(so_far_s);
+        match round > rounds {
+            false => format!("round {round} of {rounds} ({so_far} so far)"),
+            true => format!("round {round}, because DRAM changed its speed ({so_far} so far)"),
+        }
+    }
+
+    fn profile(self, key: ProfileKey, command: &str) -> Result<HardwareProfile, ProbeError> {
         let memory = os::memory_now()?;
+        let compute = self.compute.joined();
+        let compute = compute.expect("at least one round is measured");
         Ok(HardwareProfile {
             schema: 1,
             machine: MachineKey {
@@ -270,7 +296,7 @@ impl Areas {
                 disk_to_cpu: self.disk.read_link(),
                 cpu_to_disk: self.disk.write_link(),
             },
-            cpu: self.compute.facts(),
+            cpu: compute.facts(),
             contention: self.contention.shares(),
             calibration: Default::default(),
         })

@@ -9,6 +9,20 @@ use crate::machine::cpu::kernels::{Activation, GemmArgs, Isa, gemm};
 use crate::machine::cpu::pool::Pool;
 use crate::machine::disk::DiskError;
 
+/// So many matrices, met one after the other so many times.
+#[derive(Clone, Copy)]
+pub struct Meeting {
+    pub matrices: usize,
+    pub times: usize,
+}
+
+impl Meeting {
+    pub const ONCE: Meeting = Meeting {
+        matrices: 1,
+        times: 1,
+    };
+}
+
 /// Seconds of one product of so many rows with a weight matrix (inputs, outputs). Neither the weights nor
 /// the rows are in a cache: in a layer, other products and their weights come between.
 pub fn product_s(
@@ -16,22 +30,7 @@ pub fn product_s(
     product: (Dtype, Arithmetic, usize),
     shape: (usize, usize),
 ) -> Result<f64, ProbeError> {
-    met_again_s(bench, product, shape, 1)
-}
-
-/// Seconds of so many products with the same weights, one after the other: only the first does not find them in a
-/// cache.
-pub fn met_again_s(
-    bench: &mut Bench,
-    product: (Dtype, Arithmetic, usize),
-    shape: (usize, usize),
-    times: usize,
-) -> Result<f64, ProbeError> {
-    let bytes = matrix_bytes(product.0, shape);
-    bench.time(|b| {
-        let weights = b.rotate(bytes);
-        (0..times).for_each(|_| once(b, (product, shape), weights));
-    })
+    meeting_s(bench, (product, shape), Meeting::ONCE, None)
 }
 
 /// The same where the weights are still in the last cache from the product before.
@@ -41,10 +40,28 @@ pub fn near_product_s(
     shape: (usize, usize),
 ) -> Result<f64, ProbeError> {
     let begin = bench.rotate(matrix_bytes(product.0, shape));
-    let again = |bench: &mut Bench| bench.time(|b| once(b, (product, shape), begin));
     // The first time brings them.
-    again(bench)?;
-    again(bench)
+    meeting_s(bench, (product, shape), Meeting::ONCE, Some(begin))?;
+    meeting_s(bench, (product, shape), Meeting::ONCE, Some(begin))
+}
+
+/// Seconds of products with all matrices, all of them so many times. They begin there in the arena, or each
+/// time where nothing is in a cache.
+pub fn meeting_s(
+    bench: &mut Bench,
+    (product, shape): ((Dtype, Arithmetic, usize), (usize, usize)),
+    meeting: Meeting,
+    begin: Option<usize>,
+) -> Result<f64, ProbeError> {
+    let bytes = matrix_bytes(product.0, shape);
+    bench.time(|b| {
+        let first = begin.unwrap_or_else(|| b.rotate(meeting.matrices * bytes));
+        for _ in 0..meeting.times {
+            for place in 0..meeting.matrices {
+                once(b, (product, shape), first + place * bytes);
+            }
+        }
+    })
 }
 
 /// Bytes of a packed matrix (inputs, outputs).
@@ -89,24 +106,35 @@ fn multiply(
     gemm(pool, isa, args);
 }
 
-/// A step of the compute lane for races with the disk: fp16 weights times so many rows. Returns FLOP.
+/// A step of the compute lane for races with the disk: one meeting, each time with other weights.
 pub fn product_step<'a>(
-    (pool, isa): (&'a Pool, Isa),
+    task: (&'a Pool, Isa),
     memory: &'a [u8],
-    (inputs, outputs): (&'a AlignedBuffer, &'a mut AlignedBuffer),
-    (rows, shape): (usize, (usize, usize)),
-) -> Box<dyn FnMut() -> Result<Option<f64>, DiskError> + Send + 'a> {
-    let bytes = panels(shape.1) * Dtype::F16.panel_bytes(shape.0) as usize;
+    outputs: &'a mut AlignedBuffer,
+    (product, shape): ((Dtype, Arithmetic, usize), (usize, usize)),
+    meeting: Meeting,
+) -> Box<dyn FnMut() -> Result<(), DiskError> + Send + 'a> {
+    let x_bytes = 4 * product.2 * shape.0;
+    let (x, memory) = memory.split_at(x_bytes.next_multiple_of(64));
+    let x: &[f32] = bytemuck::cast_slice(&x[..x_bytes]);
+    let each = matrix_bytes(product.0, shape);
+    let bytes = meeting.matrices * each;
     let mut begin = 0;
     Box::new(move || {
         if begin + bytes > memory.len() {
             begin = 0;
         }
-        let weights = &memory[begin..begin + bytes];
-        let operands = (inputs.as_slice_of(), weights, outputs.as_mut_slice_of());
-        let product = (Dtype::F16, Arithmetic::Fp32, rows);
-        multiply((pool, isa), operands, product, shape);
+        for _ in 0..meeting.times {
+            for weights in memory[begin..begin + bytes].chunks_exact(each) {
+                multiply(
+                    task,
+                    (x, weights, outputs.as_mut_slice_of()),
+                    product,
+                    shape,
+                );
+            }
+        }
         begin += bytes;
-        Ok(Some(2.0 * (rows * shape.0 * shape.1) as f64))
+        Ok(())
     })
 }

@@ -10,6 +10,11 @@ impl Series {
         self.0.push(value);
     }
 
+    /// Takes over another's values.
+    pub fn append(&mut self, other: &mut Series) {
+        self.0.append(&mut other.0);
+    }
+
     /// The middle value (of an even number the mean of the middle two); `None` before the first.
     pub fn median(&self) -> Option<f64> {
         median(&self.0)

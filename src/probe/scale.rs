@@ -37,7 +37,8 @@ pub struct Extent {
     pub rounds: usize,
     /// The first so many rounds write, too: what is written is bounded.
     pub write_rounds: usize,
-    /// No further round begins that would end after this.
+    /// No further round begins that would end after this, but where fewer than three had DRAM at one speed: then
+    /// twice the time.
     pub limit_s: f64,
     /// Memory that weights, KV and I/O buffers rotate through: far larger than any cache.
     pub arena_bytes: u64,
@@ -57,6 +58,8 @@ pub struct Extent {
     /// that arithmetic does.
     pub race_shape: (usize, usize),
     pub race_rows: [usize; 2],
+    /// How often a round has them with reads.
+    pub race_repeats: usize,
     /// How long two lanes run together, and the most that is written meanwhile.
     pub window_s: f64,
     pub window_write_bytes: u64,
@@ -107,7 +110,7 @@ const KIB_64: u64 = MIB / 16;
 static FULL: Extent = Extent {
     rounds: 6,
     write_rounds: 4,
-    limit_s: 45.0,
+    limit_s: 50.0,
     arena_bytes: 192 * MIB,
     cache_multiple: 24,
     gemm_rows: &[1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
@@ -155,7 +158,8 @@ static FULL: Extent = Extent {
     ],
     race_shape: (1024, 4096),
     race_rows: [4, 256],
-    window_s: 0.15,
+    race_repeats: 1,
+    window_s: 0.1,
     window_write_bytes: 48 * MIB,
     small_write_bytes: 9 * MIB,
     decode_tokens: &[16, 64, 256, 1024],
@@ -193,6 +197,7 @@ static QUICK: Extent = Extent {
     writes: &[step(4 * MIB, 1, 1), step(MIB, 4, 1)],
     race_shape: (512, 1024),
     race_rows: [1, 8],
+    race_repeats: 1,
     window_s: 0.01,
     window_write_bytes: 4 * MIB,
     small_write_bytes: MIB,

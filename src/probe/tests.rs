@@ -1,6 +1,9 @@
 //! Tests of the probe: a quick one of this machine, its file, its limits, its reuse.
 
 use super::*;
+use crate::cost::rates::Rates;
+use crate::dtype::{Arithmetic, Dtype};
+use crate::policy::DeviceKind;
 use std::sync::atomic::Ordering;
 
 /// Room for the whole test process, other tests included.
@@ -57,6 +60,58 @@ fn a_quick_probe_is_a_valid_profile_that_is_found_again() {
     assert_eq!(find_profile(&offload, &other), None);
     std::fs::write(profiles_dir(&offload).join("broken.toml"), "schema = 9").unwrap();
     assert_eq!(find_profile(&offload, &key), Some(profile));
+}
+
+#[test]
+fn every_burst_of_a_machine_just_probed_is_told_beside_its_price() {
+    let dir = tempfile::tempdir().unwrap();
+    let profile = quick(dir.path(), &AtomicBool::new(false), ROOMY_BYTES).unwrap();
+    let rates = Rates::new(&profile, DeviceKind::Cpu, 2).unwrap();
+    let (store, stop) = (dir.path().join("store"), AtomicBool::new(false));
+    std::fs::write(&store, vec![7; 3 << 20]).unwrap();
+    let place = BurstPlace {
+        threads: 2,
+        store: &store,
+        spill: dir.path(),
+        rates: &rates,
+        stop: &stop,
+    };
+    let size = CallSize {
+        request_bytes: 8192,
+        requests: 3,
+    };
+    let reads = |spilled| Reads { spilled, size };
+    let products = |times, passed_bytes| Products {
+        format: Dtype::Q4,
+        arithmetic: Arithmetic::Int8,
+        rows: 2,
+        times,
+        passed_bytes,
+    };
+    let bursts = [
+        Burst::Product(products(1, 0)),
+        Burst::Product(products(3, 12 << 20)),
+        Burst::Reads(reads(false)),
+        Burst::Reads(reads(true)),
+        Burst::Writes(size),
+        Burst::ProductBeside(products(2, 12 << 20), reads(false)),
+        Burst::ReadsBeside(reads(true), products(1, 0)),
+    ];
+    let slowdowns = Bursts::new(&place).unwrap().slowdowns(&bursts).unwrap();
+    // A quick probe is rough; what is asked for is the scale.
+    let plausible = |slow: &f64| (0.02..50.0).contains(slow);
+    assert!(
+        slowdowns.len() == bursts.len() && slowdowns.iter().all(plausible),
+        "{slowdowns:?}"
+    );
+    assert_eq!(
+        std::fs::read_dir(dir.path()).unwrap().count(),
+        1,
+        "the store alone stays"
+    );
+    stop.store(true, Ordering::Relaxed);
+    let stopped = Bursts::new(&place).unwrap().slowdowns(&bursts[2..]);
+    assert!(matches!(stopped, Err(ProbeError::Stopped)));
 }
 
 #[test]

@@ -163,11 +163,23 @@ fn first_tokens(figures: &Figures) -> u64 {
 }
 
 fn slowdown(brackets: &[Bracket], burst: Burst) -> Option<f64> {
-    // Rows of earlier versions have one kind of read.
-    let older = |b: &&Bracket| b.burst == Burst::Read && matches!(burst, Burst::Reads { .. });
     let same = brackets.iter().find(|b| b.burst == burst);
+    let older = |b: &&Bracket| stands_for(b.burst, burst);
     let found = same.or_else(|| brackets.iter().find(older))?;
     Some((found.before + found.after) / 2.0)
+}
+
+/// Rows of earlier versions have each lane alone, one kind of reads and of writes, and no bytes that pass.
+fn stands_for(older: Burst, burst: Burst) -> bool {
+    match (older, burst) {
+        (Burst::Product(old), Burst::Product(new) | Burst::ProductBeside(new, _)) => {
+            (old.format, old.arithmetic, old.rows) == (new.format, new.arithmetic, new.rows)
+        }
+        (Burst::Reads(old), Burst::ReadsBeside(new, _)) => old == new,
+        (Burst::Read, Burst::Reads(_) | Burst::ReadsBeside(..)) => true,
+        (Burst::Write, Burst::Writes(_)) => true,
+        _ => false,
+    }
 }
 
 fn spread_pct(runs: &[Figures]) -> f64 {
