@@ -4,12 +4,16 @@
 //!   overlap   disk and CPU at once where they take about equally long, with overlap and without
 //!   roofline  five regimes: measured seconds against perfect overlap at this run's ceilings
 //!   ceilings  the machine alone: FMA peak, DRAM reads, direct disk reads and overwrites
+//!   cores     how far two cores are from each other, and what DRAM gives both at that time
+//!   beside    reads and products beside each other, and what a profile says of it
 //!   queue     a few writes beside a stream of reads, by their sizes
 //!   scaling   tokens x parameters per second over sizes, batches and threads
 //! Options: model=opt-1.3b (packing, overlap, roofline), sizes=opt-1.3b,opt-2.7b (scaling), rounds=3,
 //! home=DIR (default target/streaming: packed stores are kept there and reused).
 
+mod beside;
 mod ceilings;
+mod cores;
 mod overlap;
 mod packing;
 mod program;
@@ -19,7 +23,7 @@ mod scaling;
 
 use std::path::PathBuf;
 
-const SECTIONS: &str = "packing, overlap, roofline, ceilings, queue, scaling";
+const SECTIONS: &str = "packing, overlap, roofline, beside, ceilings, cores, queue, scaling";
 
 /// What the command line says.
 pub struct Options {
@@ -27,29 +31,29 @@ pub struct Options {
 }
 
 impl Options {
-    fn value(&self, name: &str) -> Option<&str> {
+    pub fn text(&self, name: &str) -> Option<&str> {
         let mut pairs = self.words.iter().filter_map(|word| word.split_once('='));
         pairs.find(|(key, _)| *key == name).map(|(_, value)| value)
     }
 
     pub fn model(&self) -> &str {
-        self.value("model").unwrap_or("opt-1.3b")
+        self.text("model").unwrap_or("opt-1.3b")
     }
 
     pub fn rounds(&self) -> usize {
-        self.value("rounds")
+        self.text("rounds")
             .and_then(|n| n.parse().ok())
             .unwrap_or(3)
     }
 
     /// A list of words or numbers, or the default.
     pub fn list<'a>(&'a self, name: &str, default: &'a str) -> Vec<&'a str> {
-        self.value(name).unwrap_or(default).split(',').collect()
+        self.text(name).unwrap_or(default).split(',').collect()
     }
 
     pub fn home(&self) -> PathBuf {
         let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("target/streaming");
-        let home = self.value("home").map_or(here, PathBuf::from);
+        let home = self.text("home").map_or(here, PathBuf::from);
         std::fs::create_dir_all(&home).expect("home can be made");
         home
     }
@@ -70,6 +74,8 @@ fn main() {
             "packing" => packing::run(&options),
             "overlap" => overlap::run(&options),
             "roofline" => roofline::run(&options),
+            "beside" => beside::run(&options),
+            "cores" => cores::run(&options),
             "queue" => queue::run(&options),
             "scaling" => scaling::run(&options),
             "ceilings" => {
