@@ -18,6 +18,7 @@ LOADMASTER = pathlib.Path(os.environ["LOADMASTER"]).absolute()
 STREAMING = pathlib.Path(os.environ["STREAMING"]).absolute()
 KERNELS = pathlib.Path(os.environ["KERNELS"]).absolute()
 MIB = 1 << 20
+WHOLE_CGROUP = "bf16-in-all-of-cgroup"
 CGROUP = pathlib.Path("/sys/fs/cgroup/memory/loadmaster-peers")
 
 # row: (engine, its precision there, precision class that ratios compare within)
@@ -31,9 +32,25 @@ ROWS = {
     "loadmaster-4bit": ("loadmaster", "--compress-weight 1", "int8"),
 }
 
+# Options that not every table knows: the resident rows', Accelerate's offload, single products.
+ONLY = {
+    "--model": {"resident", "--offload"},
+    "--batch": {"resident", "--offload"},
+    "--prompt-len": {"resident", "--offload"},
+    "--gen-len": {"resident", "--offload"},
+    "--rows": {"resident"},
+    "--repeat-under": {"resident"},
+    "--threads": {"resident", "--products"},
+    "--weights-memory": {"--offload"},
+    "--shapes": {"--products"},
+    "--product-rows": {"--products"},
+}
+
 
 def arguments():
-    parser = argparse.ArgumentParser(prog="benches/peers/run.sh", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="benches/peers/run.sh", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--model", default="opt-1.3b")
     parser.add_argument("--batch", default="1,8,32")
     parser.add_argument("--prompt-len", type=int, default=128)
@@ -57,6 +74,11 @@ def arguments():
     parser.add_argument("--shapes", default="2048x8192,8192x2048,7168x7168")
     parser.add_argument("--product-rows", default="1,8,64,512")
     args = parser.parse_args()
+    table = "--offload" if args.offload else "--products" if args.products else "resident"
+    for name in (word.split("=")[0] for word in sys.argv[1:]):
+        if table not in ONLY.get(name, {table}):
+            parser.error(f"{name} means nothing with {table}" if args.offload or args.products
+                         else f"{name} goes with {' or '.join(sorted(ONLY[name]))}")  # fmt: skip
     args.batches = [int(b) for b in args.batch.split(",")]
     cores = os.cpu_count()
     threads = args.threads or f"{cores},{max(cores // 2, 1)}"
@@ -312,7 +334,7 @@ def offload(args):
         ROWS[name] = ("loadmaster", flags, "bf16")  # these weights are bf16, whoever multiplies them
     table = Table(args.gen_len)
     folder = WORK / "offload"
-    for batch in args.batches:
+    for batch in args.batches * args.rounds:
         words = ["run", "accelerate", "bfloat16", os.cpu_count(), batch, args.gen_len, file, source,
                  "--memory", memory, "--folder", folder]  # fmt: skip
         start = time.time()
@@ -321,9 +343,10 @@ def offload(args):
               f"{run['away']}", file=sys.stderr)  # fmt: skip
         table.add("accelerate", batch, os.cpu_count(), run)
         peak = run["peak_bytes"] // MIB
-        shape = f"--gpu-batch-size {batch} --num-gpu-batches 1 --cpu-mem {peak}MiB"
         loadmaster(source, file, 1, 1, "")  # packed by now, or packed here
         for name, flags in ours:
+            budget = limit // MIB if name == WHOLE_CGROUP else peak
+            shape = f"--gpu-batch-size {batch} --num-gpu-batches 1 --cpu-mem {budget}MiB"
             run = loadmaster(source, file, batch, args.gen_len, f"{shape} {flags}", inside)
             table.add(name, batch, os.cpu_count(), run)
     limits.append(ceilings())
@@ -336,13 +359,15 @@ def offload(args):
 
 
 def offload_rows(percent):
-    """With the peer's peak RSS as the budget, and besides with no more of the weights in DRAM than it has (a
-    little less, so that the buffers fit beside them). Never in 4 bits, which the peer has not."""
+    """With the peer's peak RSS as the budget; besides with no more of the weights in DRAM than it has (a little
+    less, so that the buffers fit beside them); and with all memory that the peer and its page cache may take. Never
+    in 4 bits, which the peer has not."""
     same = f"--percent 0 {0.95 * percent:.1f} 0 100 0 100"
     rows = [("loadmaster-exact", ""), ("same-weights-in-DRAM", same)]
     have = call([LOADMASTER, "run", "--help"])
     if "bf16" in have:
         rows.append(("loadmaster-bf16", "--compute bf16"))
+        rows.append((WHOLE_CGROUP, "--compute bf16"))
     return [(name, f"{flags} --compress never") for name, flags in rows]
 
 
