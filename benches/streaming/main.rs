@@ -6,6 +6,7 @@
 //!   ceilings  the machine alone: FMA peak, DRAM reads, direct disk reads and overwrites
 //!   cores     how far two cores are from each other, and what DRAM gives both at that time
 //!   beside    reads and products beside each other, and what a profile says of it
+//!   pauses    calls to a disk right after each other, and after pauses
 //!   queue     a few writes beside a stream of reads, by their sizes
 //!   scaling   tokens x parameters per second over sizes, batches and threads
 //! Options: model=opt-1.3b (packing, overlap, roofline), sizes=opt-1.3b,opt-2.7b (scaling), rounds=3,
@@ -16,6 +17,7 @@ mod ceilings;
 mod cores;
 mod overlap;
 mod packing;
+mod pauses;
 mod program;
 mod queue;
 mod roofline;
@@ -23,7 +25,8 @@ mod scaling;
 
 use std::path::PathBuf;
 
-const SECTIONS: &str = "packing, overlap, roofline, beside, ceilings, cores, queue, scaling";
+const SECTIONS: &str =
+    "packing, overlap, roofline, beside, ceilings, cores, pauses, queue, scaling";
 
 /// What the command line says.
 pub struct Options {
@@ -76,6 +79,7 @@ fn main() {
             "roofline" => roofline::run(&options),
             "beside" => beside::run(&options),
             "cores" => cores::run(&options),
+            "pauses" => pauses::run(&options),
             "queue" => queue::run(&options),
             "scaling" => scaling::run(&options),
             "ceilings" => {

@@ -68,7 +68,8 @@ fn show((read, write): (Call, Call), [read_s, alone_s, beside_s, keep]: [f64; 4]
     );
 }
 
-fn filled(dir: &std::path::Path) -> DiskFile {
+/// A file of 1 GiB, every byte of it written.
+pub fn filled(dir: &std::path::Path) -> DiskFile {
     let file = DiskFile::create_unlinked(dir, FILE_BYTES).expect("room for 1 GiB");
     let mut block = AlignedBuffer::new(16 << 20).expect("memory");
     block.fill(7);
