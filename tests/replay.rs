@@ -8,8 +8,6 @@ mod drawn;
 mod noted;
 #[path = "replay/order.rs"]
 mod order;
-#[path = "replay/pages.rs"]
-mod pages;
 #[path = "replay/races.rs"]
 mod races;
 mod running;

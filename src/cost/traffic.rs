@@ -88,8 +88,8 @@ impl LayerBuilder<'_> {
         let (read, write) = (pages_of(past, record), self.written(step, record));
         let disk = CACHE + Tier::Disk as usize;
         for &(n, count) in &step.batches {
-            self.disk_pieces(work, (Lane::DiskToCpu, disk), (n, count), (read, 1.0));
-            self.disk_pieces(work, (Lane::CpuToDisk, disk), (n, count), write);
+            self.disk_pieces(work, (Lane::DiskToCpu, disk), (n, count, read));
+            self.disk_pieces(work, (Lane::CpuToDisk, disk), (n, count, write));
         }
         work.cache.disk_to_cpu = share(disk, work.lanes.disk_to_cpu.coef[disk]);
         work.cache.cpu_to_disk = share(disk, work.lanes.cpu_to_disk.coef[disk]);
@@ -114,38 +114,31 @@ impl LayerBuilder<'_> {
         }
     }
 
-    /// Bytes that a sequence's new records take in whole pages of the spill file, and in how many requests: the page
-    /// that has older ones, too, is written for itself.
-    fn written(&self, step: &Step, record: u64) -> (f64, f64) {
+    /// Bytes that a sequence's new records take in whole pages of the spill file.
+    fn written(&self, step: &Step, record: u64) -> f64 {
         let fresh = step.rows * record as f64;
         match step.phase {
             // The first records begin at a page.
-            Phase::Prefill => (whole_pages(fresh), 1.0),
-            Phase::Decode => {
-                let bytes = spanned_bytes(fresh, record);
-                let within = 1.0 - common_divisor(record) as f64 / PAGE_BYTES as f64;
-                (bytes, 1.0 + within.min(bytes / PAGE_BYTES as f64 - 1.0))
-            }
+            Phase::Prefill => whole_pages(fresh),
+            Phase::Decode => spanned_bytes(fresh, record),
         }
     }
 
-    /// Items of one home on disk: `n` a batch at equal shares, `count` batches, so many bytes each in so many requests.
+    /// Items of one home on disk: `n` a batch at equal shares, `count` batches, so many bytes each.
     fn disk_pieces(
         &self,
         work: &mut Work,
         (lane, home): (Lane, usize),
-        (n, count): (f64, f64),
-        (bytes, requests): (f64, f64),
+        (n, count, bytes): (f64, f64, f64),
     ) {
         let part = whole(self.part(&[home]), n);
         let batch = part * n * bytes;
-        let fresh = home == CACHE + Tier::Disk as usize;
         let one_s = match lane {
-            Lane::DiskToCpu => self.rates.disk_read_s(batch, bytes / requests),
-            _ => self.rates.disk_write_s(batch, bytes / requests, fresh),
+            Lane::DiskToCpu => self.rates.disk_read_s(batch, bytes),
+            _ => self.rates.disk_write_s(batch, bytes, false),
         };
         let seconds = count * one_s / part;
-        let load = Load::of_disk(lane, one_s, (batch, bytes / requests));
+        let load = Load::of_disk(lane, one_s, (batch, bytes));
         work.moves((lane, home), seconds, load);
         work.bytes[lane].coef[home] += count * n * bytes;
         work.dram_bytes.coef[home] += count * n * bytes;
@@ -162,7 +155,7 @@ impl LayerBuilder<'_> {
         let before = (work.lanes.disk_to_cpu, work.lanes.cpu_to_disk);
         for &(n, count) in &step.batches {
             for lane in [Lane::DiskToCpu, Lane::CpuToDisk] {
-                self.disk_pieces(work, (lane, disk), (n, visits * count), (block, 1.0));
+                self.disk_pieces(work, (lane, disk), (n, visits * count, block));
             }
         }
         work.hidden.disk_to_cpu = work.lanes.disk_to_cpu.minus(&before.0);

@@ -219,9 +219,12 @@ fn open_files(job: &RunJob, facts: &RunFacts) -> Result<Vec<Arc<DiskFile>>, Mach
     let block = &facts.block;
     let cache = bytes.cache * u64::from(block.kv_tokens.disk > 0);
     let hidden = bytes.hidden * u64::from(block.hidden_rows.disk > 0);
+    let cache_file = spill(cache)?;
+    // New tokens are few bytes in many places.
+    cache_file.write_out(cache).map_err(failed)?;
     Ok(vec![
         store.clone(),
-        spill(cache)?,
+        cache_file,
         spill(hidden)?,
         spill(bytes.rows)?,
     ])

@@ -265,23 +265,6 @@ impl Core<'_> {
         (to > from).then_some(span)
     }
 
-    /// The same of new records, as the page that holds older ones, too, and the pages that nothing was written to
-    /// yet. In one request they would keep all others waiting: ext4 writes to both kinds of pages at once while
-    /// nobody else reads or writes the file.
-    fn new_spans(
-        &self,
-        item: &StepItem,
-        stage: usize,
-        (from, to, staged): (u64, u64, u64),
-    ) -> impl Iterator<Item = FileSpan> {
-        let begun = round_up(from, PAGE_BYTES).min(to);
-        let spans = [(from, begun, staged), (begun, to, staged)];
-        spans
-            .map(|part| self.spill_span(item, stage, part))
-            .into_iter()
-            .flatten()
-    }
-
     /// Records so far, from DRAM (at home, or just read from disk) to their visit on the GPU.
     fn records_up(
         &self,
@@ -345,7 +328,7 @@ impl Core<'_> {
                 if on_gpu {
                     downs.push(Copy2d::flat(place.base + from, at + from, to - from));
                 }
-                writes.extend(self.new_spans(item, task.stage, (from, to, at)));
+                writes.extend(self.spill_span(item, task.stage, (from, to, at)));
             } else if on_gpu {
                 let runs = self.home_runs(item, task.stage, item.past..item.past + item.rows);
                 downs.extend(runs.map(|(home, first, bytes)| {

@@ -1,7 +1,7 @@
 //! Seconds of single operations, from the same rates that price whole plans (cost/rates). The
 //! virtual-time machine runs on these prices, and real machines log them as each lane's work.
 
-use super::ops::{Attention, Compute, FileId, KvItem, Op, tier_of};
+use super::ops::{Attention, Compute, KvItem, Op, tier_of};
 use crate::cost::load::Load;
 use crate::cost::rates::{AttentionWork, Rates};
 use crate::tier::{Lane, Tier};
@@ -66,9 +66,8 @@ impl Pricer {
             }
             Op::Write(spans) => {
                 let block = bytes / spans.len().max(1) as f64;
-                // Cached tokens go to new pages, hidden rows to the same ones in every layer.
-                let fresh = spans.first().is_some_and(|s| s.file == FileId::CACHE);
-                self.rates.disk_write_s(bytes, block, fresh)
+                // What a run writes to was written once when it was opened, or in the layer before.
+                self.rates.disk_write_s(bytes, block, false)
             }
             Op::Load(_) => self.rates.disk_read_s(bytes, bytes),
             Op::Copy { pinned, .. } => self.rates.link_s(lane, bytes, *pinned),

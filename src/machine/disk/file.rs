@@ -11,6 +11,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// One write of `write_out`.
+const WRITE_OUT_BYTES: u64 = 1 << 20;
+
 /// A file for direct I/O. Reads and writes are positioned, so that threads may share it.
 #[derive(Debug)]
 pub struct DiskFile {
@@ -143,6 +146,19 @@ impl DiskFile {
             }
             _ => Err(failed("reserve space for", &self.path, error)),
         }
+    }
+
+    /// Writes zeros to all of `[0, bytes)`, whole pages. Pages that are reserved and not yet written become so one by
+    /// one, with whatever is written to each first: small writes and all reads of such a file take longer, and ext4
+    /// lets nobody else use it while a request has pages of both kinds.
+    pub fn write_out(&self, bytes: u64) -> Result<(), DiskError> {
+        let zeros = AlignedBuffer::new(WRITE_OUT_BYTES);
+        let zeros = zeros.map_err(|e| failed("write", &self.path, io::Error::other(e)))?;
+        for offset in (0..bytes).step_by(WRITE_OUT_BYTES as usize) {
+            let part = WRITE_OUT_BYTES.min(bytes - offset);
+            self.write_at(&zeros[..part as usize], offset)?;
+        }
+        Ok(())
     }
 
     fn check_space(&self, needed_bytes: u64) -> Result<(), DiskError> {

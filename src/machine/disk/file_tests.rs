@@ -146,6 +146,31 @@ fn spill_files_have_no_name_an_owner_and_their_space() {
     round_trip(&spill);
 }
 
+/// Where the first hole begins at or after `from`: what is reserved only is one.
+#[cfg(target_os = "linux")]
+fn first_hole(file: &DiskFile, from: u64) -> u64 {
+    use std::os::fd::AsRawFd;
+    // SAFETY: an open descriptor and two numbers.
+    let hole = unsafe { libc::lseek(file.file.as_raw_fd(), from as i64, libc::SEEK_HOLE) };
+    hole as u64
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn what_is_written_out_is_reserved_no_more_but_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = 3 * MIB + PAGE_BYTES;
+    let spill = DiskFile::create_unlinked(dir.path(), bytes + MIB).unwrap();
+    let before = first_hole(&spill, 0);
+    spill.write_out(bytes).unwrap();
+    let after = first_hole(&spill, 0);
+    assert!(before < bytes && after >= bytes, "{before} {after}");
+    let mut read = AlignedBuffer::new(bytes).unwrap();
+    read.fill(1);
+    spill.read_at(&mut read, 0).unwrap();
+    assert!(read.iter().all(|&byte| byte == 0));
+}
+
 #[test]
 fn a_full_disk_is_an_error_at_the_start() {
     let dir = tempfile::tempdir().unwrap();
