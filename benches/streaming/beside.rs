@@ -2,13 +2,11 @@
 //! `profile=FILE` is one that was probed just before.
 
 use super::{Options, median};
-use loadmaster::cost::load::Load;
 use loadmaster::cost::rates::Rates;
 use loadmaster::dtype::{Arithmetic, Dtype};
 use loadmaster::policy::DeviceKind;
-use loadmaster::probe::{Burst, BurstPlace, Bursts, CallSize, Products, Reads};
+use loadmaster::probe::{Burst, BurstPlace, Bursts, CallSize, Products, Reads, said_to_keep};
 use loadmaster::profile::HardwareProfile;
-use loadmaster::tier::Lane;
 use std::sync::atomic::AtomicBool;
 
 const CALLS: [(u64, u64); 9] = [
@@ -86,37 +84,17 @@ fn one(
         Burst::Product(products),
         Burst::ProductBeside(products, reads),
     ];
-    let said = said(&products, &reads, rates);
+    let [products_said, reads_said] = said_to_keep(products, reads.size, rates);
     let mut kept: [Vec<f64>; 2] = Default::default();
     for _ in 0..rounds {
         let slow = bursts.slowdowns(&all).expect("bursts");
-        kept[0].push(slow[0] / slow[1] * said[0]);
-        kept[1].push(slow[2] / slow[3] * said[1]);
+        kept[0].push(slow[0] / slow[1] * reads_said);
+        kept[1].push(slow[2] / slow[3] * products_said);
     }
     let [read, multiplied] = kept.map(median);
     println!(
-        "{:>14} {:>14} {read:>15.2} {:>6.2} {multiplied:>15.2} {:>6.2}",
+        "{:>14} {:>14} {read:>15.2} {reads_said:>6.2} {multiplied:>15.2} {products_said:>6.2}",
         format!("{} x {rows}", format.name()),
-        format!("{requests} x {} KiB", request_bytes >> 10),
-        said[0],
-        said[1]
+        format!("{requests} x {} KiB", request_bytes >> 10)
     );
-}
-
-/// What the profile says that reads and products keep.
-fn said(products: &Products, reads: &Reads, rates: &Rates) -> [f64; 2] {
-    let (bytes, seconds) = products.priced_once(rates);
-    let (call, each) = (reads.size.bytes() as f64, reads.size.request_bytes as f64);
-    let call_s = rates.disk_read_s(call, each);
-    let lanes = [
-        (
-            Lane::DiskToCpu,
-            Load::of_disk(Lane::DiskToCpu, call_s, (call, each)),
-        ),
-        (
-            Lane::CpuCompute,
-            Load::computing(rates.memory_part(bytes, seconds)),
-        ),
-    ];
-    lanes.map(|lane| rates.keep(lane, &lanes))
 }

@@ -45,7 +45,6 @@ static EXTENT: Extent = Extent {
     writes: &[],
     race_shape: SHAPES[1],
     race_rows: [1, 1],
-    race_repeats: 0,
     window_s: 0.25,
     window_write_bytes: 0,
     small_write_bytes: 0,
@@ -169,11 +168,6 @@ impl Products {
         }
     }
 
-    /// (bytes that are read from DRAM, seconds) of one product.
-    pub fn priced_once(&self, rates: &Rates) -> (f64, f64) {
-        self.priced(Meeting::ONCE, rates)
-    }
-
     /// (bytes that are read from DRAM, seconds) of a meeting.
     fn priced(&self, meeting: Meeting, rates: &Rates) -> (f64, f64) {
         let (stored, shape) = ((self.format, self.arithmetic), self.shape());
@@ -206,12 +200,11 @@ fn multiplied(
 /// (seconds taken, seconds priced) of a call that reads.
 fn read(reads: Reads, (bench, place): (&mut Bench, &BurstPlace)) -> Result<(f64, f64), ProbeError> {
     let calls = Calls::reading(reads, bench, (place.store, place.spill))?;
-    let priced_s = read_s(&calls, place.rates);
+    let priced_s = read_s(calls.size, place.rates);
     Ok((calls_s(bench, calls, READ_BYTES)?, priced_s))
 }
 
-fn read_s(calls: &Calls, rates: &Rates) -> f64 {
-    let size = calls.size;
+fn read_s(size: CallSize, rates: &Rates) -> f64 {
     rates.disk_read_s(size.bytes() as f64, size.request_bytes as f64)
 }
 
@@ -273,19 +266,24 @@ fn both_priced_s(
     calls: &Calls,
     rates: &Rates,
 ) -> [f64; 2] {
-    let (bytes, product_s) = products.priced(meeting, rates);
-    let call_s = read_s(calls, rates);
-    let size = (calls.size.bytes() as f64, calls.size.request_bytes as f64);
-    let computing = Load::computing(rates.memory_part(bytes, product_s));
-    let lanes = [
-        (Lane::CpuCompute, computing),
-        (
-            Lane::DiskToCpu,
-            Load::of_disk(Lane::DiskToCpu, call_s, size),
-        ),
-    ];
+    let (_, product_s) = products.priced(meeting, rates);
+    let [products_keep, reads_keep] = kept((products, meeting), calls.size, rates);
     [
-        product_s / rates.keep(lanes[0], &lanes),
-        call_s / rates.keep(lanes[1], &lanes),
+        product_s / products_keep,
+        read_s(calls.size, rates) / reads_keep,
     ]
+}
+
+/// What products with weights in DRAM and reads are said to keep of their rates beside each other.
+pub fn said_to_keep(products: Products, reads: CallSize, rates: &Rates) -> [f64; 2] {
+    kept((products, Meeting::ONCE), reads, rates)
+}
+
+fn kept((products, meeting): (Products, Meeting), reads: CallSize, rates: &Rates) -> [f64; 2] {
+    let (bytes, product_s) = products.priced(meeting, rates);
+    let size = (reads.bytes() as f64, reads.request_bytes as f64);
+    let computing = Load::computing(rates.memory_part(bytes, product_s));
+    let reading = Load::of_disk(Lane::DiskToCpu, read_s(reads, rates), size);
+    let lanes = [(Lane::CpuCompute, computing), (Lane::DiskToCpu, reading)];
+    lanes.map(|lane| rates.keep(lane, &lanes))
 }

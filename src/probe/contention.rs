@@ -57,17 +57,14 @@ pub struct ContentionArea {
 }
 
 impl ContentionArea {
-    /// Every lane alone once and every pair once; those that write nothing again and again, since what they keep
-    /// decides most, and a disk's rate differs from moment to moment. Where no more is to be written, those alone.
+    /// Every lane alone once and every pair once; where no more is to be written, those that write nothing.
     pub fn round(
         &mut self,
         bench: &mut Bench,
         disk: &DiskArea,
         writes: bool,
     ) -> Result<(), ProbeError> {
-        for _ in 0..bench.extent.race_repeats {
-            self.races(bench, disk, |pair| !is_writing(pair))?;
-        }
+        self.races(bench, disk, |pair| !is_writing(pair))?;
         match writes {
             true => self.races(bench, disk, is_writing),
             false => Ok(()),

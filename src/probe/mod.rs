@@ -18,7 +18,7 @@ mod samples;
 mod saved;
 mod scale;
 
-pub use burst::{Burst, BurstPlace, Bursts, Products, burst_bytes};
+pub use burst::{Burst, BurstPlace, Bursts, Products, burst_bytes, said_to_keep};
 pub use calls::{CALL_BYTES, CallSize, Reads, WRITE_CALL_BYTES};
 pub use gpu::GpuProbe;
 pub use samples::median;

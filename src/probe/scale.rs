@@ -58,8 +58,6 @@ pub struct Extent {
     /// that arithmetic does.
     pub race_shape: (usize, usize),
     pub race_rows: [usize; 2],
-    /// How often a round has them with reads.
-    pub race_repeats: usize,
     /// How long two lanes run together, and the most that is written meanwhile.
     pub window_s: f64,
     pub window_write_bytes: u64,
@@ -158,7 +156,6 @@ static FULL: Extent = Extent {
     ],
     race_shape: (1024, 4096),
     race_rows: [4, 256],
-    race_repeats: 1,
     window_s: 0.1,
     window_write_bytes: 48 * MIB,
     small_write_bytes: 9 * MIB,
@@ -197,7 +194,6 @@ static QUICK: Extent = Extent {
     writes: &[step(4 * MIB, 1, 1), step(MIB, 4, 1)],
     race_shape: (512, 1024),
     race_rows: [1, 8],
-    race_repeats: 1,
     window_s: 0.01,
     window_write_bytes: 4 * MIB,
     small_write_bytes: MIB,
