@@ -1,6 +1,9 @@
 //! Text to token ids and back: OPT's byte-level BPE from vocab.json and merges.txt, any
 //! tokenizer.json, or plain bytes for models that were never trained. Knows nothing of models.
 
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
 use tokenizers::models::bpe::BPE;
@@ -59,14 +62,19 @@ impl Tokenizer {
         let (words, merges) = (dir.join("vocab.json"), dir.join("merges.txt"));
         let (bpe, files) = if whole.is_file() {
             check_size(&whole)?;
-            (
-                Bpe::from_file(&whole).map_err(|e| damaged(&whole, e))?,
-                vec![whole],
-            )
+            let mut bpe = Bpe::from_file(&whole).map_err(|e| damaged(&whole, e))?;
+            // What its last user had asked for: prompts are neither cut nor filled up.
+            bpe.with_padding(None);
+            bpe.with_truncation(None).map_err(|e| damaged(&whole, e))?;
+            (bpe, vec![whole])
         } else if words.is_file() && merges.is_file() {
             check_size(&words)?;
             check_size(&merges)?;
-            (opt_tokenizer(&words, &merges)?, vec![words, merges])
+            let more = MoreTokens::read(dir)?;
+            (
+                opt_tokenizer((&words, &merges), &more)?,
+                vec![words, merges],
+            )
         } else {
             return Err(TokenizerError::None(dir.to_owned()));
         };
@@ -145,8 +153,77 @@ fn check_size(path: &Path) -> Result<(), TokenizerError> {
     }
 }
 
+/// What stands beside vocab.json and merges.txt where a model was trained further with more tokens or other settings.
+struct MoreTokens {
+    /// Tokens beyond vocab.json by id, and whether text leaves them out.
+    tokens: BTreeMap<u32, (String, bool)>,
+    starts: bool,
+}
+
+/// tokenizer_config.json; every other key is nothing to us.
+#[derive(Default, Deserialize)]
+struct TokenizerConfig {
+    add_bos_token: Option<bool>,
+    #[serde(default)]
+    added_tokens_decoder: BTreeMap<u32, DecodedToken>,
+}
+
+#[derive(Deserialize)]
+struct DecodedToken {
+    content: String,
+    #[serde(default)]
+    special: bool,
+}
+
+impl MoreTokens {
+    fn read(dir: &Path) -> Result<MoreTokens, TokenizerError> {
+        let config: TokenizerConfig = read_if_there(&dir.join("tokenizer_config.json"))?;
+        let added: BTreeMap<String, u32> = read_if_there(&dir.join("added_tokens.json"))?;
+        let plain = added.into_iter().map(|(token, id)| (id, (token, false)));
+        let decoded = config.added_tokens_decoder.into_iter();
+        let named = decoded.map(|(id, token)| (id, (token.content, token.special)));
+        Ok(MoreTokens {
+            tokens: plain.chain(named).collect(),
+            starts: config.add_bos_token.unwrap_or(true),
+        })
+    }
+
+    /// Those that vocab.json has keep their ids, the others must come right behind it.
+    fn add_to(&self, bpe: &mut Bpe, words: &Path) -> Result<(), TokenizerError> {
+        for (&id, (token, special)) in &self.tokens {
+            // OPT's own are what they are, whatever a file says of them.
+            if SPECIALS.contains(&token.as_str()) {
+                continue;
+            }
+            let added = AddedToken::from(token.as_str(), *special);
+            let added = match special {
+                true => bpe.add_special_tokens([added]),
+                false => bpe.add_tokens([added]),
+            };
+            added.map_err(|e| damaged(words, e))?;
+            if bpe.token_to_id(token) != Some(id) {
+                let why = format!("the added token {token:?} has not the id {id} after it");
+                return Err(damaged(words, why));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read_if_there<T: DeserializeOwned + Default>(path: &Path) -> Result<T, TokenizerError> {
+    if !path.is_file() {
+        return Ok(T::default());
+    }
+    check_size(path)?;
+    let text = std::fs::read(path).map_err(|e| damaged(path, e))?;
+    serde_json::from_slice(&text).map_err(|e| damaged(path, e))
+}
+
 /// What transformers' GPT2Tokenizer does with OPT's settings.
-fn opt_tokenizer(words: &Path, merges: &Path) -> Result<Bpe, TokenizerError> {
+fn opt_tokenizer(
+    (words, merges): (&Path, &Path),
+    more: &MoreTokens,
+) -> Result<Bpe, TokenizerError> {
     let name = |path: &Path| path.to_string_lossy().into_owned();
     let model = BPE::from_file(&name(words), &name(merges)).build();
     let mut bpe = Bpe::new(model.map_err(|e| damaged(words, e))?);
@@ -162,6 +239,10 @@ fn opt_tokenizer(words: &Path, merges: &Path) -> Result<Bpe, TokenizerError> {
     bpe.with_decoder(Some(ByteLevel::default()));
     let added = bpe.add_special_tokens(IN_TEXT.map(|(token, _)| AddedToken::from(token, true)));
     added.map_err(|e| damaged(words, e))?;
+    more.add_to(&mut bpe, words)?;
+    if !more.starts {
+        return Ok(bpe);
+    }
     let (token, id) = START;
     let template = TemplateProcessing::builder()
         .try_single(format!("{token} $A"))

@@ -158,7 +158,7 @@ fn golden_checkpoints_give_the_values_that_torch_saved() {
         let golden = std::fs::read(dir.join("golden.json")).expect("there");
         let golden: serde_json::Value = serde_json::from_slice(&golden).expect("valid");
         let spec = checkpoint.spec();
-        assert_eq!(golden["eos_id"], spec.eos_id);
+        assert_eq!(golden["eos_id"], spec.eos_ids[0]);
         for matrix in spec.matrices() {
             let row = spec.dtype.row_bytes(matrix.inputs) as usize;
             let mut out = vec![0; matrix.rows * row];
@@ -222,6 +222,20 @@ fn what_is_missing_is_named() {
     assert!(message(dir.path()).contains("no weights"));
     std::fs::remove_file(dir.path().join("config.json")).expect("removed");
     assert!(message(dir.path()).contains("config.json"));
+}
+
+#[test]
+fn what_git_has_not_fetched_is_called_so() {
+    for (name, file) in [
+        ("opt-like", "model.safetensors"),
+        ("head-20", "pytorch_model.bin"),
+    ] {
+        let dir = copy_of(name);
+        let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2\n";
+        std::fs::write(dir.path().join(file), pointer).expect("written");
+        let message = message(dir.path());
+        assert!(message.contains("git lfs pull"), "{message}");
+    }
 }
 
 #[test]

@@ -118,3 +118,59 @@ fn damaged_or_missing_tokenizers_are_errors() {
     std::fs::write(dir.path().join("tokenizer.json"), "[]").expect("written");
     assert!(message(dir.path()).contains("tokenizer.json"));
 }
+
+#[test]
+fn what_the_last_user_asked_for_neither_cuts_nor_fills_prompts() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let from = golden_dir("tokenizer-galactica").join("tokenizer.json");
+    let text = std::fs::read(&from).expect("there");
+    let mut json: serde_json::Value = serde_json::from_slice(&text).expect("valid");
+    json["truncation"] = serde_json::json!({
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
+    });
+    json["padding"] = serde_json::json!({
+        "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": null,
+        "pad_id": 1, "pad_type_id": 0, "pad_token": "<pad>"
+    });
+    std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).expect("written");
+    let open = |dir: &Path| Tokenizer::open(dir, 50_000).expect("opens");
+    let words = "one two three four five six seven eight nine ten";
+    let ids = open(dir.path()).encode(words).expect("encodes");
+    let plain = open(&golden_dir("tokenizer-galactica")).encode(words);
+    assert_eq!(ids, plain.expect("encodes"));
+}
+
+#[test]
+fn tokens_added_later_are_tokens() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let file = |name: &str, text: &str| {
+        std::fs::write(dir.path().join(name), text).expect("written");
+    };
+    let (vocab, merges) = byte_level_files(1000);
+    file("vocab.json", &vocab);
+    file("merges.txt", &merges);
+    let open = || Tokenizer::open(dir.path(), 1010);
+    let plain = open().expect("opens").encode("ab").expect("encodes");
+    file(
+        "added_tokens.json",
+        r#"{"<|bot|>": 1001, "<|user|>": 1000}"#,
+    );
+    file(
+        "tokenizer_config.json",
+        r#"{"added_tokens_decoder": {"1": {"content": "<pad>", "special": true},
+            "1001": {"content": "<|bot|>", "special": true}}}"#,
+    );
+    let tokenizer = open().expect("opens");
+    let ids = tokenizer.encode("<|user|>ab<|bot|>").expect("encodes");
+    assert_eq!(ids, [&[2, 1000], &plain[1..], &[1001]].concat());
+    assert_eq!(tokenizer.decode(&ids).expect("decodes"), "<|user|>ab");
+    file("tokenizer_config.json", r#"{"add_bos_token": false}"#);
+    let ids = open().expect("opens").encode("ab").expect("encodes");
+    assert_eq!(ids, plain[1..]);
+    file("added_tokens.json", r#"{"<|bot|>": 1005}"#);
+    let error = open().err().expect("another id").to_string();
+    assert!(
+        error.contains("<|bot|>") && error.contains("1005"),
+        "{error}"
+    );
+}

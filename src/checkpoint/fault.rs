@@ -18,15 +18,17 @@ pub enum CheckpointError {
     Config { path: PathBuf, cause: ModelError },
     #[error("{}: no config.json here: name a directory in Hugging Face layout", .0.display())]
     NoConfig(PathBuf),
-    #[error("{}: no weights here: expected model.safetensors or pytorch_model.bin, or their .index.json with all shards", .0.display())]
+    #[error("{}: no weights here: expected model.safetensors or pytorch_model.bin, or their .index.json with all shards (`hf download` gets them)", .0.display())]
     NoWeights(PathBuf),
     #[error("{index}: shard {shard} is missing: download it again into the same directory", index = index.display())]
     MissingShard { index: PathBuf, shard: String },
     #[error("{path} is damaged or not a checkpoint ({why}): download it again", path = path.display())]
     Damaged { path: PathBuf, why: String },
+    #[error("{path} is a Git LFS pointer, not the file it stands for: run `git lfs pull` there, or get the model with `hf download`", path = path.display())]
+    Pointer { path: PathBuf },
     #[error("{path} is refused ({why}): a checkpoint holds plain tensors only; convert it to safetensors where you trust it", path = path.display())]
     Refused { path: PathBuf, why: String },
-    #[error("{path} was written by torch.save before version 1.6: convert it once with python -c \"import torch; f = '{path}'; torch.save(torch.load(f, map_location='cpu', weights_only=True), f)\"", path = path.display())]
+    #[error("{path} was written by torch.save before version 1.6: convert it once with python -c \"import os, sys, torch; f = sys.argv[1]; torch.save(torch.load(f, map_location='cpu', weights_only=True), f + '.new'); os.replace(f + '.new', f)\" '{path}'", path = path.display())]
     Legacy { path: PathBuf },
     #[error("{dir}: tensor {tensor} is missing: the checkpoint is incomplete or its config.json belongs to another model", dir = dir.display())]
     MissingTensor { dir: PathBuf, tensor: String },

@@ -17,6 +17,9 @@ const DIRECT_LEAST_BYTES: usize = 256 << 10;
 /// Direct reads go through a buffer of this, since tensors begin anywhere.
 const PIECE_BYTES: u64 = 4 << 20;
 
+/// How a file begins that stands for one that git has not fetched.
+const POINTER: &[u8] = b"version https://git-lfs";
+
 /// A file open for reading at any offset, from several threads.
 pub(super) struct WeightFile {
     pub path: PathBuf,
@@ -47,6 +50,11 @@ impl WeightFile {
             Ok((file, meta))
         };
         let (file, meta) = open().map_err(|e| CheckpointError::io(path, e))?;
+        let mut front = [0; POINTER.len()];
+        if file.read_exact_at(&mut front, 0).is_ok() && front == POINTER {
+            let path = path.to_owned();
+            return Err(CheckpointError::Pointer { path });
+        }
         let changed = meta.modified().ok();
         let since = changed.and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
         Ok(WeightFile {

@@ -1,6 +1,7 @@
 //! What `--model` may say: a directory, an id in the local hub cache, or `synth:SIZE`.
 //! Looks only at this machine's files; nothing is downloaded.
 
+use super::open::read_config;
 use super::{Checkpoint, CheckpointError, SynthSource, WeightSource};
 use crate::model::ModelSpec;
 use crate::model::families::{named_size, size_names};
@@ -22,6 +23,14 @@ impl ModelLocation {
             ModelLocation::Directory { dir, name } => Box::new(Checkpoint::open_as(dir, name)?),
             ModelLocation::Synth(spec) => Box::new(SynthSource::new(spec.clone(), seed)),
         })
+    }
+
+    /// The sizes alone, from config.json: enough to plan with where weights are not there yet.
+    pub fn spec(&self) -> Result<ModelSpec, CheckpointError> {
+        match self {
+            ModelLocation::Directory { dir, name } => Ok(read_config(dir, name)?.0),
+            ModelLocation::Synth(spec) => Ok(spec.clone()),
+        }
     }
 }
 
@@ -79,8 +88,15 @@ fn hub_dir(hf_home: Option<&Path>) -> PathBuf {
     if let Some(home) = hf_home {
         return home.join("hub");
     }
-    let home = || var("HOME").unwrap_or_default().join(".cache/huggingface");
-    var("HF_HUB_CACHE").unwrap_or_else(|| var("HF_HOME").unwrap_or_else(home).join("hub"))
+    let home = var("HOME").unwrap_or_default();
+    // As huggingface_hub does.
+    let expanded = |path: PathBuf| match path.strip_prefix("~") {
+        Ok(rest) => home.join(rest),
+        Err(_) => path,
+    };
+    let cache = || var("XDG_CACHE_HOME").map_or_else(|| home.join(".cache"), expanded);
+    let own = || var("HF_HOME").map_or_else(|| cache().join("huggingface"), expanded);
+    var("HF_HUB_CACHE").map_or_else(|| own().join("hub"), expanded)
 }
 
 /// "owner/name" of the characters that the hub allows: nothing that could leave the cache.

@@ -7,6 +7,7 @@ use super::file::{WeightFile, hash_hex, read_text};
 use super::{WeightSource, check_request, get, put, safetensors, torch};
 use crate::dtype::Dtype;
 use crate::model::families::{TensorChoice, matrix_tensors, small_tensors, spec_from_config};
+use crate::model::token_ids::eos_ids_of_generation;
 use crate::model::{Matrix, MatrixKind, ModelSpec, Small, SmallKind};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -55,13 +56,7 @@ impl Checkpoint {
 
     /// As `open`, with the model's name given: directories of the hub cache are called by hashes.
     pub fn open_as(dir: &Path, name: &str) -> Result<Checkpoint, CheckpointError> {
-        let path = dir.join("config.json");
-        if !path.is_file() {
-            return Err(CheckpointError::NoConfig(dir.to_owned()));
-        }
-        let config = read_text(&path, MOST_CONFIG_BYTES)?;
-        let mut spec = spec_from_config(&config, name)
-            .map_err(|cause| CheckpointError::Config { path, cause })?;
+        let (mut spec, config) = read_config(dir, name)?;
         let catalogue = Catalogue::read(dir)?;
         // Nothing is narrowed or widened unasked: the tensors' own format counts.
         spec.dtype = catalogue.dtype(&spec)?;
@@ -318,6 +313,24 @@ impl Catalogue {
         let pieces: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
         format!("checkpoint:{}", hash_hex(&pieces))
     }
+}
+
+/// What config.json says, and its text.
+pub(super) fn read_config(dir: &Path, name: &str) -> Result<(ModelSpec, String), CheckpointError> {
+    let path = dir.join("config.json");
+    if !path.is_file() {
+        return Err(CheckpointError::NoConfig(dir.to_owned()));
+    }
+    let config = read_text(&path, MOST_CONFIG_BYTES)?;
+    let spec = spec_from_config(&config, name);
+    let mut spec = spec.map_err(|cause| CheckpointError::Config { path, cause })?;
+    let path = dir.join("generation_config.json");
+    if path.is_file() {
+        let ends = eos_ids_of_generation(&read_text(&path, MOST_CONFIG_BYTES)?);
+        let ends = ends.map_err(|cause| CheckpointError::Config { path, cause })?;
+        spec.eos_ids = ends.unwrap_or(spec.eos_ids);
+    }
+    Ok((spec, config))
 }
 
 /// The files that an index names, all present and all inside the directory.

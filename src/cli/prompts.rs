@@ -186,7 +186,8 @@ fn read_whole(reader: impl Read, name: &Path) -> Result<String, PromptError> {
         path: path(),
         line: 1,
     })?;
-    let text = text.strip_suffix('\n').unwrap_or(&text);
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let text = text.strip_suffix('\n').unwrap_or(text);
     Ok(text.strip_suffix('\r').unwrap_or(text).to_owned())
 }
 
@@ -253,7 +254,10 @@ fn random_lines(prompts: usize, tokens: u32, rules: &Rules) -> Result<Vec<Line>,
         });
     }
     let vocab = model.vocab;
-    let ids = TextIds::new(vocab as u32, [model.eos_id, model.pad_id, model.bos_id]);
+    let ids = TextIds::new(
+        vocab as u32,
+        &[&model.eos_ids[..], &[model.pad_id, model.bos_id]].concat(),
+    );
     if ids.count == 0 {
         return Err(PromptError::NoIds {
             model: name(),
@@ -277,9 +281,10 @@ struct TextIds {
 }
 
 impl TextIds {
-    fn new(vocab: u32, special: [u32; 3]) -> TextIds {
+    fn new(vocab: u32, special: &[u32]) -> TextIds {
         let mut special: Vec<u32> = special
-            .into_iter()
+            .iter()
+            .copied()
             .filter(|id| (FIRST_TEXT_ID..vocab).contains(id))
             .collect();
         special.sort_unstable();

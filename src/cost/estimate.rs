@@ -233,7 +233,7 @@ mod tests {
             dtype: Dtype::F16,
             pad_id: 1,
             bos_id: 2,
-            eos_id: 2,
+            eos_ids: vec![2],
         }
     }
 

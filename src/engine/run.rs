@@ -71,6 +71,8 @@ pub enum EngineError {
     Source(#[from] CheckpointError),
     #[error("{0}")]
     Output(String),
+    #[error("interrupted before the first pass")]
+    Interrupted,
 }
 
 /// What a run did.
@@ -216,7 +218,7 @@ impl<'m> Engine<'m> {
                 self.outcome.generated_tokens += 1;
                 self.outcome.first_tokens += (step.phase == Phase::Prefill) as u64;
                 let eos = values.is_some()
-                    && token == self.core.facts.model.eos_id
+                    && self.core.facts.model.eos_ids.contains(&token)
                     && !self.options.ignore_eos;
                 if eos {
                     ended.push((slot, FinishReason::Stop));

@@ -1,6 +1,7 @@
 //! The only place that knows a family's name: config.json keys, named sizes and tensor names.
 //! Written against OPT as transformers has it; nothing here opens a file or touches tensor bytes.
 
+use super::token_ids::{NO_TOKEN, TokenIds};
 use super::{Activation, Matrix, MatrixKind, ModelSpec, POSITION_OFFSET, Small, SmallKind};
 use crate::dtype::Dtype;
 use serde::Deserialize;
@@ -77,11 +78,11 @@ struct RawConfig {
     #[serde(default = "default_activation")]
     activation_function: String,
     #[serde(default = "default_pad")]
-    pad_token_id: Option<u32>,
+    pad_token_id: TokenIds,
     #[serde(default = "default_bos_eos")]
-    bos_token_id: Option<u32>,
+    bos_token_id: TokenIds,
     #[serde(default = "default_bos_eos")]
-    eos_token_id: Option<u32>,
+    eos_token_id: TokenIds,
     #[serde(default = "yes")]
     enable_bias: bool,
     #[serde(default = "yes")]
@@ -113,15 +114,12 @@ fn default_positions() -> u64 {
 fn default_activation() -> String {
     "relu".to_owned()
 }
-fn default_pad() -> Option<u32> {
-    Some(1)
+fn default_pad() -> TokenIds {
+    TokenIds::One(1)
 }
-fn default_bos_eos() -> Option<u32> {
-    Some(2)
+fn default_bos_eos() -> TokenIds {
+    TokenIds::One(2)
 }
-
-/// An id that no vocabulary has: what a model without an end token never generates.
-pub const NO_TOKEN: u32 = u32::MAX;
 
 /// Reads config.json. `name` becomes the spec's name; a missing dtype counts as f16 until the
 /// checkpoint's tensors say otherwise.
@@ -145,9 +143,9 @@ pub fn spec_from_config(json: &str, name: &str) -> Result<ModelSpec, ModelError>
         activation: activation_named(&raw.activation_function)?,
         tied_head: raw.tie_word_embeddings,
         dtype: dtype_named(raw.torch_dtype.as_deref().or(raw.dtype.as_deref()))?,
-        pad_id: raw.pad_token_id.unwrap_or(NO_TOKEN),
-        bos_id: raw.bos_token_id.unwrap_or(NO_TOKEN),
-        eos_id: raw.eos_token_id.unwrap_or(NO_TOKEN),
+        pad_id: raw.pad_token_id.first(),
+        bos_id: raw.bos_token_id.first(),
+        eos_ids: raw.eos_token_id.all(),
     };
     check_spec(&spec)?;
     Ok(spec)
@@ -247,7 +245,11 @@ pub fn config_json(spec: &ModelSpec) -> String {
         "enable_bias": spec.bias, "layer_norm_elementwise_affine": spec.norm_affine,
         "activation_function": match spec.activation { Activation::Relu => "relu", Activation::Gelu => "gelu" },
         "tie_word_embeddings": spec.tied_head, "torch_dtype": dtype,
-        "pad_token_id": id(spec.pad_id), "bos_token_id": id(spec.bos_id), "eos_token_id": id(spec.eos_id),
+        "pad_token_id": id(spec.pad_id), "bos_token_id": id(spec.bos_id), "eos_token_id": match &spec.eos_ids[..] {
+            [] => serde_json::Value::Null,
+            [one] => (*one).into(),
+            several => several.into(),
+        },
         "dropout": 0.1, "attention_dropout": 0.0, "init_std": 0.02, "layerdrop": 0.0, "use_cache": true,
     });
     format!("{json:#}\n")
@@ -322,7 +324,7 @@ pub fn named_size(name: &str) -> Option<ModelSpec> {
         dtype: Dtype::F16,
         pad_id: 1,
         bos_id: if galactica { 0 } else { 2 },
-        eos_id: 2,
+        eos_ids: vec![2],
     })
 }
 

@@ -2,6 +2,7 @@
 //! matrices in the order in which a pass meets them. Family names and tensor names live in families.rs.
 
 pub mod families;
+pub mod token_ids;
 
 use crate::dtype::{Dtype, panels};
 use serde::{Deserialize, Serialize};
@@ -39,7 +40,9 @@ pub struct ModelSpec {
     pub dtype: Dtype,
     pub pad_id: u32,
     pub bos_id: u32,
-    pub eos_id: u32,
+    /// Where generation ends; several where a model was trained further.
+    #[serde(alias = "eos_id", deserialize_with = "token_ids::read")]
+    pub eos_ids: Vec<u32>,
 }
 
 /// OPT's position table starts with two unused rows.

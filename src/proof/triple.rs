@@ -85,7 +85,7 @@ pub fn drawn_model(draws: &mut Draws, number: usize) -> ModelSpec {
         dtype: draws.one_of(&[Dtype::F16, Dtype::F16, Dtype::Bf16, Dtype::F32]),
         pad_id: 1,
         bos_id: 2,
-        eos_id: 2,
+        eos_ids: vec![2],
     }
 }
 

@@ -66,6 +66,7 @@ pub(super) fn is_of(
     same && manifest.model
         == ModelSpec {
             name: manifest.model.name.clone(),
+            eos_ids: manifest.model.eos_ids.clone(),
             ..spec.clone()
         }
 }

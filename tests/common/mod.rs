@@ -27,7 +27,7 @@ pub fn opt(name: &str, layers: usize, hidden: usize, heads: usize) -> ModelSpec 
         dtype: Dtype::F16,
         pad_id: 1,
         bos_id: 2,
-        eos_id: 2,
+        eos_ids: vec![2],
     }
 }
 

@@ -44,7 +44,7 @@ pub fn small_model(dtype: Dtype) -> ModelSpec {
         dtype,
         pad_id: 1,
         bos_id: 2,
-        eos_id: 2,
+        eos_ids: vec![2],
     }
 }
 
