@@ -5,16 +5,18 @@
 //!   roofline  five regimes: measured seconds against perfect overlap at this run's ceilings
 //!   ceilings  the machine alone: FMA peak, DRAM reads, direct disk reads and overwrites
 //!   cores     how far two cores are from each other, and what DRAM gives both at that time
+//!   layer     what a pass consists of: products, attention, everything else
 //!   beside    reads and products beside each other, and what a profile says of it
 //!   pauses    calls to a disk right after each other, and after pauses
 //!   queue     a few writes beside a stream of reads, by their sizes
 //!   scaling   tokens x parameters per second over sizes, batches and threads
-//! Options: model=opt-1.3b (packing, overlap, roofline), sizes=opt-1.3b,opt-2.7b (scaling), rounds=3,
+//! Options: model=opt-1.3b (packing, overlap, roofline, layer), sizes=opt-1.3b,opt-2.7b (scaling), rounds=3,
 //! home=DIR (default target/streaming: packed stores are kept there and reused).
 
 mod beside;
 mod ceilings;
 mod cores;
+mod layer;
 mod overlap;
 mod packing;
 mod pauses;
@@ -26,7 +28,7 @@ mod scaling;
 use std::path::PathBuf;
 
 const SECTIONS: &str =
-    "packing, overlap, roofline, beside, ceilings, cores, pauses, queue, scaling";
+    "packing, overlap, roofline, layer, beside, ceilings, cores, pauses, queue, scaling";
 
 /// What the command line says.
 pub struct Options {
@@ -78,6 +80,7 @@ fn main() {
             "overlap" => overlap::run(&options),
             "roofline" => roofline::run(&options),
             "beside" => beside::run(&options),
+            "layer" => layer::run(&options),
             "cores" => cores::run(&options),
             "pauses" => pauses::run(&options),
             "queue" => queue::run(&options),

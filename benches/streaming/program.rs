@@ -9,8 +9,12 @@ pub struct Program {
     home: PathBuf,
 }
 
-/// `measured` of one report.
-pub struct Measured(Value);
+/// One report's figures.
+pub struct Measured {
+    measured: Value,
+    /// The policy that ran, as flags.
+    pub flags: String,
+}
 
 impl Program {
     pub fn new(home: &Path) -> Program {
@@ -41,16 +45,19 @@ impl Program {
         );
         let text = std::fs::read_to_string(&report).expect("a report");
         let report: Value = serde_json::from_str(&text).expect("JSON");
-        Measured(report["measured"].clone())
+        Measured {
+            measured: report["measured"].clone(),
+            flags: report["plan"]["flags"].as_str().expect("flags").to_owned(),
+        }
     }
 }
 
 impl Measured {
     fn number(&self, keys: &[&str]) -> f64 {
-        let found = keys.iter().fold(&self.0, |value, key| &value[key]);
+        let found = keys.iter().fold(&self.measured, |value, key| &value[key]);
         found
             .as_f64()
-            .unwrap_or_else(|| panic!("no {keys:?} in {}", self.0))
+            .unwrap_or_else(|| panic!("no {keys:?} in {}", self.measured))
     }
 
     pub fn prefill_s(&self) -> f64 {

@@ -1,5 +1,7 @@
 //! Five regimes against perfect overlap. "ceilings": bytes and FLOPs over what this machine gives in this
 //! very run (ceilings.rs); "probed": the busiest lane's work at the profile's rates. 1.00 is perfect.
+//! The mixed one a second time with each phase's own busiest lane: no decode step can begin before the prompts'
+//! last product, and reading goes ahead by the ring alone, so that one phase's idle lane does nothing for the other.
 
 use crate::ceilings::{Ceilings, Meter};
 use crate::program::{Measured, Program};
@@ -21,6 +23,8 @@ struct Regime {
     perfect: Bound,
     /// Lanes whose work bounds the seconds that count.
     lanes: &'static [&'static str],
+    /// Where both phases count and each has another busiest lane: the flags of a job of the prompts alone.
+    prompts_only: Option<String>,
 }
 
 fn whole(m: &Measured) -> f64 {
@@ -53,8 +57,8 @@ pub fn run(options: &Options) {
             .iter()
             .map(|m| (regime.perfect)(m, &ceiling) / (regime.seconds)(m));
         let probed = rows.iter().map(|m| {
-            let work = regime.lanes.iter().map(|lane| m.work_s(lane));
-            work.fold(0.0, f64::max) / (regime.seconds)(m)
+            let work = |lane: &&str| m.work_s(lane);
+            busiest(regime.lanes, work) / (regime.seconds)(m)
         });
         println!(
             "{:22} {:9} {:7.2} s {:9.2} {:8.2}  {}",
@@ -65,7 +69,34 @@ pub fn run(options: &Options) {
             median(probed.collect()),
             ceiling.show()
         );
+        if let Some(prompts_only) = &regime.prompts_only {
+            by_phase(&program, (regime, prompts_only), &rows);
+        }
     }
+}
+
+/// Seconds of whichever of these lanes has most to do.
+fn busiest(lanes: &[&str], work_s: impl Fn(&&str) -> f64) -> f64 {
+    lanes.iter().map(work_s).fold(0.0, f64::max)
+}
+
+/// Against the sum of each phase's busiest lane. What lanes have to do for the prompts is that of a run of the same
+/// policy that ends with them.
+fn by_phase(program: &Program, (regime, prompts_only): (&Regime, &str), rows: &[Measured]) {
+    let ratios = rows.iter().map(|m| {
+        let prompts = program.run(&regime.model, &format!("{} {prompts_only}", m.flags));
+        let first = busiest(regime.lanes, |lane| prompts.work_s(lane));
+        let then = busiest(regime.lanes, |lane| m.work_s(lane) - prompts.work_s(lane));
+        (first + then) / (regime.seconds)(m)
+    });
+    println!(
+        "{:22} {:9} {:>9} {:>9} {:8.2}",
+        format!("{}, by phase", regime.name),
+        regime.model,
+        "",
+        "",
+        median(ratios.collect())
+    );
 }
 
 fn spec(model: &str) -> ModelSpec {
@@ -109,6 +140,7 @@ fn prefill(model: &str) -> Regime {
         seconds: Measured::prefill_s,
         perfect: Box::new(move |_, c| flop / c.flop_per_s),
         lanes: &["cpu_compute"],
+        prompts_only: None,
     }
 }
 
@@ -122,6 +154,7 @@ fn decode(model: &str) -> Regime {
         seconds: Measured::decode_s,
         perfect: Box::new(move |_, c| steps * bytes / c.dram_bytes_per_s),
         lanes: &["cpu_compute"],
+        prompts_only: None,
     }
 }
 
@@ -134,6 +167,7 @@ fn disk_weights(model: &str) -> Regime {
         seconds: whole,
         perfect: Box::new(|m, c| m.bytes("disk_to_cpu") / c.read_bytes_per_s),
         lanes: &["disk_to_cpu"],
+        prompts_only: None,
     }
 }
 
@@ -154,6 +188,7 @@ fn disk_cache(model: &str) -> Regime {
             m.bytes("disk_to_cpu") / c.read_bytes_per_s + written / c.write_bytes_per_s
         }),
         lanes: &["disk_to_cpu"],
+        prompts_only: None,
     }
 }
 
@@ -172,6 +207,9 @@ fn mixed(model: &str) -> Regime {
             "--cpu-mem {budget}MiB --num-prompts {batch} --prompt-len {prompt} --gen-len {}",
             steps + 1
         ),
+        prompts_only: Some(format!(
+            "--cpu-mem {budget}MiB --num-prompts {batch} --prompt-len {prompt} --gen-len 1"
+        )),
         seconds: whole,
         perfect: Box::new(move |m, c| {
             let disk = m.bytes("disk_to_cpu") / c.read_bytes_per_s
