@@ -24,6 +24,10 @@ impl WeightHome {
         WeightHome::DiskCompute,
     ];
 
+    /// Those in memory, of a GPU or the CPU.
+    pub const RESIDENT: [WeightHome; 3] =
+        [WeightHome::Gpu, WeightHome::CpuShip, WeightHome::CpuCompute];
+
     pub fn tier(self) -> Tier {
         [Tier::Gpu, Tier::Cpu, Tier::Cpu, Tier::Disk, Tier::Disk][self as usize]
     }

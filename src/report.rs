@@ -53,6 +53,16 @@ pub struct SetupFigures {
     pub written_bytes: u64,
 }
 
+impl SetupFigures {
+    /// Of a run that has measured the machine and done nothing else yet.
+    pub fn after_probe(probe_s: f64) -> Self {
+        SetupFigures {
+            probe_s,
+            ..SetupFigures::default()
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunReport {

@@ -6,7 +6,7 @@ use super::commands::{say, say_json};
 use super::execute::host_facts;
 use super::failure::Failure;
 use super::progress::Talk;
-use super::settle::{Model, Target};
+use super::settle::{Input, Model, Target};
 use super::show_accuracy::{show_plans, show_verdict};
 use super::solve::plan_fixed;
 use super::trial::Trial;
@@ -118,7 +118,7 @@ fn repriced(plan: &Plan, (model, policy, rates): (&Model, &Policy, &Rates)) -> F
         workload: &workload,
         rates,
         policy,
-        host: model.host_bytes(w.prompt_tokens, policy.threads),
+        host: model.host_bytes(Input::planned(plan), policy.threads),
         budget: PerTier {
             gpu: plan.budget.gpu_bytes.unwrap_or(0),
             cpu: plan.budget.cpu_bytes,
@@ -471,7 +471,7 @@ impl<'a> Drawing<'a> {
             workload,
             rates: &self.rates,
             policy: &policy,
-            host: model.host_bytes(workload.prompt_tokens(), self.target.threads),
+            host: model.host_bytes(Input::of(workload), self.target.threads),
             budget: PerTier::default(),
         }))
     }

@@ -7,7 +7,7 @@ use super::args::{
 };
 use super::calibrate;
 use super::campaign;
-use super::execute::{Executed, Execution, execute};
+use super::execute::{Executed, Execution, check_model, execute};
 use super::failure::Failure;
 use super::flexllmgen;
 use super::gpu::{LocalGpu, gpu_index};
@@ -20,7 +20,7 @@ use super::settle::{Model, make_offload_dir, measure, named_profile, own_profile
 use super::show_compare;
 use super::show_plan;
 use super::solve::{Asked, Solved, solve, work_lines};
-use super::step_down::{Shrunk, free_bytes, step_down, without_pins};
+use super::step_down::{Shrunk, free_bytes, refuse_outgrown, step_down, without_pins};
 use crate::checkpoint::{SynthJob, write_synth};
 use crate::compare::Comparison;
 use crate::machine::disk::write_atomically;
@@ -174,6 +174,7 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
     let offload_dir = args.place.offload_dir();
     make_offload_dir(&offload_dir)?;
     let model = Model::find(&plan.model.name, args.work.seed, false)?;
+    check_model(&plan, &model)?;
     let lines = planned_lines(args, &plan, &model)?;
     let profile = exec_profile((args, &plan), &offload_dir, talk, stop)?;
     let shrunk = Shrunk {
@@ -181,11 +182,14 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
         model: &model,
         profile: &profile,
         lines: &lines,
+        offload_dir: &offload_dir,
     };
-    let instead = if args.strict {
-        None
-    } else {
-        step_down(&shrunk, free_bytes()?)?
+    // Lines that all failed need no plan: each gets its error line.
+    let works = lines.iter().any(|line| line.result.is_ok());
+    let instead = match (works, args.strict) {
+        (false, _) => None,
+        (true, true) => refuse_outgrown(&shrunk).map(|()| None)?,
+        (true, false) => step_down(&shrunk, free_bytes()?)?,
     };
     let told = instead
         .as_ref()

@@ -3,36 +3,32 @@
 use super::args::ResultArgs;
 use super::failure::Failure;
 use super::gpu::{LocalGpu, gpu_index};
-use super::progress::{Talk, Unit};
+use super::progress::Talk;
 use super::prompt_lines::{Line, LineError};
 use super::prompts;
 use super::results::{ResultSink, Results, check_place};
-use super::settle::Model;
-use crate::checkpoint::WeightSource;
+use super::room::{check_gpu_room, check_room};
+use super::settle::{Input, Model};
+use super::weights::{Waiting, packed, source_of, store_of, to_pack_bytes};
 use crate::cost::footprint::HostBytes;
 use crate::cost::rates::Rates;
-use crate::engine::open::{Packed, RunJob, Started, footprint, start};
-use crate::engine::{Engine, EngineError, Outcome, Request, RunOptions};
-use crate::machine::cpu::pool::Pool;
+use crate::engine::open::{Packed, RunJob, Started, start};
+use crate::engine::{Engine, EngineError, Outcome, Request, RunFacts, RunOptions};
 use crate::machine::disk::write_atomically;
 use crate::machine::price::Pricer;
-use crate::machine::{Machine, disk, os};
+use crate::machine::threaded::ThreadedMachine;
+use crate::machine::{Machine, os};
 use crate::measured::{Measured, expected_figures, measured_figures, repriced_figures};
 use crate::plan::Plan;
-use crate::policy::{DeviceKind, Policy};
+use crate::policy::DeviceKind;
 use crate::probe;
 use crate::profile::HardwareProfile;
 use crate::report::{HostFacts, REPORT_SCHEMA, RunOutcome, RunReport, SetupFigures};
-use crate::store::{self, PackJob, Packing, Store};
-use crate::tier::Tier;
-use crate::units::{MIB, show_bytes};
+use crate::units::show_bytes;
 use crate::workload::Lengths;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
-
-/// Packing keeps its buffers within this.
-const PACK_MEMORY_BYTES: u64 = 192 * MIB;
 
 /// What is to be carried out.
 #[derive(Clone, Copy)]
@@ -69,10 +65,7 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
     check_model(job.plan, job.model)?;
     let rates = Rates::new(job.profile, device, policy.threads).map_err(Failure::failed)?;
     check_places(job.results)?;
-    let mut setup = SetupFigures {
-        probe_s: job.probe_s,
-        ..SetupFigures::default()
-    };
+    let mut setup = SetupFigures::after_probe(job.probe_s);
     let run = RunJob {
         model: &job.model.spec,
         policy: &policy,
@@ -87,7 +80,8 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
     };
     // Before the packing, so that it is not for nothing, and after it: disk and memory may be taken meanwhile.
     os::release_free_heap();
-    check_room(&run, job.offload_dir).and_then(|()| check_gpu_room(&run, gpu.as_ref()))?;
+    check_gpu_room(&run, gpu.as_ref())?;
+    check_room(&run, job.offload_dir, to_pack_bytes(&job, &policy)?)?;
     let store = store_of(&job, &policy, (&mut setup, talk), stop)?;
     let packed = store.as_ref().map(packed).unwrap_or_default();
     let run = RunJob {
@@ -95,21 +89,22 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
         ..run
     };
     os::release_free_heap();
-    check_room(&run, job.offload_dir)?;
+    check_room(&run, job.offload_dir, 0)?;
     let (requests, bad) = prompts::split(job.lines);
     let mut measured = Measured::new(job.plan.budget, shapes(&requests));
     measured.gpu_bus_id = gpu.as_ref().map(|gpu| gpu.facts.bus_id.clone());
-    let started = begin(&run, (&mut measured, &mut setup), talk);
+    let started = begin(&run, (&mut measured, &mut setup), talk, stop);
     if job.may_replan && is_unpinned(&started, talk) {
         return Ok(None);
     }
     let rates = as_locked(&job, (&run, rates), &started, talk);
-    let mut results = open_results(&job, &bad)?;
+    let loaded = load((&run, started), &mut setup, talk, stop);
+    let mut results = open_results(&job, loaded.is_ok(), &bad)?;
     let ignore_eos = job.ignore_eos;
     let ran = generate(
-        (&run, started),
+        loaded,
         (requests, RunOptions { ignore_eos }),
-        (&mut measured, &mut setup),
+        &mut measured,
         (&mut results, talk),
         stop,
     );
@@ -139,8 +134,9 @@ fn save(report: &RunReport, to: &ResultArgs) -> Result<(), Failure> {
 }
 
 fn host_bytes(job: &Execution, device: DeviceKind, threads: usize) -> HostBytes {
-    let prompt_tokens = job.plan.workload.prompt_tokens;
-    let own = job.model.host_bytes(prompt_tokens, threads);
+    let came = Input::of(&prompts::workload(job.lines));
+    let input = Input::planned(job.plan).at_least(came);
+    let own = job.model.host_bytes(input, threads);
     HostBytes {
         unpacked: job.unpacked,
         ..own.with_gpu(device, job.profile.gpu.as_ref())
@@ -161,11 +157,15 @@ fn check_places(results: &ResultArgs) -> Result<(), Failure> {
 /// Lines that cannot be run are in them from the beginning.
 fn open_results<'a>(
     job: &Execution<'a>,
+    can_start: bool,
     bad: &[(usize, LineError)],
 ) -> Result<Results<'a>, Failure> {
     let tokenizer = job.model.tokenizer.as_ref();
-    let mut results = Results::open(job.results.output_file(), job.results.overwrite, tokenizer)
-        .map_err(Failure::failed)?;
+    let (file, overwrite) = (job.results.output_file(), job.results.overwrite);
+    let mut results = match can_start {
+        true => Results::open(file, overwrite, tokenizer).map_err(Failure::failed)?,
+        false => Results::nowhere(),
+    };
     bad.iter()
         .try_for_each(|(line, error)| results.failed(*line, error))
         .map_err(Failure::failed)?;
@@ -186,12 +186,22 @@ pub(super) fn gpu_of(plan: &Plan, device: DeviceKind) -> Result<Option<LocalGpu>
     }
 }
 
-/// A plan holds for the weights that it was made for.
-fn check_model(plan: &Plan, model: &Model) -> Result<(), Failure> {
-    match (&plan.model.fingerprint, model.fingerprint()) {
+/// A plan holds for the weights that it was made for; one of a size's name for any weights of that size.
+pub(super) fn check_model(plan: &Plan, model: &Model) -> Result<(), Failure> {
+    let (planned, name) = (&plan.model, &model.name);
+    let compress = plan.policy.as_ref().is_some_and(|p| p.compress_weight);
+    let (parameters, bytes) = (model.spec.parameters(), model.spec.weights_bytes(compress));
+    let other_size = parameters != planned.parameters || bytes != planned.weights_bytes;
+    match (&planned.fingerprint, model.fingerprint()) {
         (Some(planned), Some(here)) if *planned != here => Err(Failure::failed(format!(
-            "the plan was made for other weights than {} has now",
-            model.name
+            "the plan was made for other weights than {name} has now (files that were copied or downloaded anew count as others)"
+        ))
+        .with_hint("plan again with this model")),
+        (None, _) if other_size => Err(Failure::failed(format!(
+            "the plan was made for a model of {} parameters in {}; {name} has {parameters} in {}",
+            planned.parameters,
+            show_bytes(planned.weights_bytes),
+            show_bytes(bytes)
         ))
         .with_hint("plan again with this model")),
         _ => Ok(()),
@@ -216,170 +226,18 @@ pub(super) fn spill_dir(offload_dir: &Path) -> Result<PathBuf, Failure> {
     Ok(dir)
 }
 
-/// What is missing is missing now: memory and disk against what is free at this moment.
-pub(super) fn check_room(run: &RunJob, offload_dir: &Path) -> Result<(), Failure> {
-    let needed = footprint(run);
-    // DRAM plays the GPU of the host machine.
-    let played = if run.device == DeviceKind::Host {
-        needed.arena_bytes(Tier::Gpu)
-    } else {
-        0
-    };
-    let memory = needed.total(Tier::Cpu) + played;
-    // What this process holds already is part of what the plan counts.
-    let own = os::process_memory().map_or(0, |m| m.resident_bytes);
-    let free = os::memory_now().map_err(Failure::failed)?.free_bytes + own;
-    if memory > free {
-        return Err(Failure::failed(format!(
-            "the plan needs {} of memory and {} are free: {} are missing",
-            show_bytes(memory),
-            show_bytes(free),
-            show_bytes(memory - free)
-        ))
-        .with_hint(format!(
-            "end other programs, or plan again with --cpu-mem {}MiB",
-            free / MIB * 9 / 10
-        )));
-    }
-    let spill = needed.spill.total();
-    let room = disk::free_bytes(offload_dir).map_err(Failure::failed)?;
-    if spill > room {
-        return Err(Failure::failed(format!(
-            "the plan writes {} of cache, hidden state and turned weights to disk and {} are free: {} are missing",
-            show_bytes(spill),
-            show_bytes(room),
-            show_bytes(spill - room)
-        ))
-        .with_hint("make room, or name another disk with --offload-dir"));
-    }
-    Ok(())
-}
-
-/// Device memory against what is free on the GPU now, context and libraries included.
-fn check_gpu_room(run: &RunJob, gpu: Option<&LocalGpu>) -> Result<(), Failure> {
-    let needed = footprint(run).total(Tier::Gpu);
-    let free = gpu.and_then(LocalGpu::free_bytes).unwrap_or(u64::MAX);
-    if needed <= free {
-        return Ok(());
-    }
-    Err(Failure::failed(format!(
-        "the plan needs {} of GPU memory and {} are free: {} are missing",
-        show_bytes(needed),
-        show_bytes(free),
-        show_bytes(needed - free)
-    ))
-    .with_hint(format!(
-        "end other programs on the GPU, or plan again with --gpu-mem {}MiB",
-        free / MIB
-    )))
-}
-
-/// Where the model's weights come from.
-fn source_of(model: &Model) -> Result<&dyn WeightSource, Failure> {
-    let only_named = || {
-        let name = &model.name;
-        Failure::failed(format!("{name} is only a size's name")).with_hint(format!(
-            "give a model's directory, or synth:{name} for random weights"
-        ))
-    };
-    model.source.as_deref().ok_or_else(only_named)
-}
-
-/// The store of the plan's weights, where there is to be one.
-fn store_of(
-    job: &Execution,
-    policy: &Policy,
-    told: (&mut SetupFigures, &mut Talk),
-    stop: &AtomicBool,
-) -> Result<Option<Store>, Failure> {
-    match job.unpacked {
-        true => Ok(None),
-        false => packed_store(job, policy, told, stop).map(Some),
-    }
-}
-
-/// The store of the plan's weights: reused, or packed now.
-pub(super) fn packed_store(
-    job: &Execution,
-    policy: &Policy,
-    (setup, talk): (&mut SetupFigures, &mut Talk),
-    stop: &AtomicBool,
-) -> Result<Store, Failure> {
-    let source = source_of(job.model)?;
-    let device = job.plan.device_kind().map_err(Failure::failed)?;
-    let compress = policy.compress_weight;
-    let packing = Packing {
-        compress,
-        layout: device.weight_layout(),
-    };
-    if let Some(store) = store::find(
-        job.offload_dir,
-        source.spec(),
-        &source.fingerprint(),
-        packing,
-    ) {
-        return Ok(store);
-    }
-    let bytes = source.spec().weights_bytes(compress);
-    let room = disk::free_bytes(job.offload_dir).map_err(Failure::failed)?;
-    let limit = job.plan.budget.disk_bytes.min(room);
-    if bytes > limit {
-        return Err(Failure::failed(format!(
-            "the packed weights take {} on disk and {} may be used: {} are missing",
-            show_bytes(bytes), show_bytes(limit), show_bytes(bytes - limit)
-        ))
-        .with_hint("make room (loadmaster store list), raise --disk-space, or name another disk with --offload-dir"));
-    }
-    talk.stage(&format!("packing the weights once ({})", show_bytes(bytes)));
-    let start = Instant::now();
-    let pool = Pool::new(policy.threads);
-    let mut progress = |done: u64, total: u64| {
-        talk.step(
-            done,
-            total,
-            Unit::Bytes,
-            done as f64 / start.elapsed().as_secs_f64().max(1e-9),
-        );
-    };
-    let store = store::pack(PackJob {
-        source,
-        offload_dir: job.offload_dir,
-        packing,
-        pool: &pool,
-        memory_bytes: PACK_MEMORY_BYTES.min(job.plan.budget.cpu_bytes / 2),
-        progress: &mut progress,
-        stop,
-    });
-    let store = store.map_err(Failure::failed)?;
-    setup.pack_s = start.elapsed().as_secs_f64();
-    setup.written_bytes = store.file_bytes();
-    talk.end();
-    Ok(store)
-}
-
-/// The store as the engine reads it.
-pub(super) fn packed(store: &Store) -> Packed {
-    let spec = store.spec();
-    let matrices = 0..spec.matrices().len();
-    let smalls = 0..spec.smalls().len();
-    Packed {
-        file: store.file_path(),
-        matrix_offsets: matrices.map(|i| store.matrix_offset(i)).collect(),
-        small_offsets: smalls.map(|i| store.small_range(i).start as u64).collect(),
-    }
-}
-
 /// Opens the machine, as part of the time to load.
 fn begin(
     run: &RunJob,
     (measured, setup): (&mut Measured, &mut SetupFigures),
     talk: &mut Talk,
+    stop: &AtomicBool,
 ) -> Result<Started, EngineError> {
     os::reset_peak();
     measured.others();
     talk.stage("mapping memory");
     let began = Instant::now();
-    let started = start(run);
+    let started = start(run, &mut Waiting { talk, stop, began });
     setup.load_s = began.elapsed().as_secs_f64();
     started
 }
@@ -420,21 +278,35 @@ fn as_locked(
     locked
 }
 
-/// Loads and generates; what was measured is kept even when the run breaks off.
-fn generate(
+/// A machine with its weights at home.
+type Loaded = (ThreadedMachine, RunFacts);
+
+/// Brings the weights home, the rest of the time to load.
+fn load(
     (run, started): (&RunJob, Result<Started, EngineError>),
-    (requests, options): (Vec<Request>, RunOptions),
-    (measured, setup): (&mut Measured, &mut SetupFigures),
-    (results, talk): (&mut Results, &mut Talk),
+    setup: &mut SetupFigures,
+    talk: &mut Talk,
     stop: &AtomicBool,
-) -> Result<Outcome, EngineError> {
+) -> Result<Loaded, EngineError> {
     let started = started?;
     talk.stage("loading the weights");
     let began = Instant::now();
-    let (mut machine, facts) = started.load(run)?;
+    let (machine, facts) = started.load(run, &mut Waiting { talk, stop, began })?;
     setup.load_s += began.elapsed().as_secs_f64();
     let spill = facts.footprint.spill;
     setup.written_bytes += spill.rows + spill.cache * u64::from(facts.block.kv_tokens.disk > 0);
+    Ok((machine, facts))
+}
+
+/// Generates; what was measured is kept even when the run breaks off.
+fn generate(
+    loaded: Result<Loaded, EngineError>,
+    (requests, options): (Vec<Request>, RunOptions),
+    measured: &mut Measured,
+    (results, talk): (&mut Results, &mut Talk),
+    stop: &AtomicBool,
+) -> Result<Outcome, EngineError> {
+    let (mut machine, facts) = loaded?;
     talk.stage("generating");
     let most_tokens = requests.iter().map(|r| r.max_tokens as u64).sum();
     let mut sink = ResultSink::new(results, talk, most_tokens);
@@ -483,6 +355,7 @@ fn how_it_ended(
 fn outcome_of(ran: &Result<Outcome, EngineError>, failure: &Option<Failure>) -> RunOutcome {
     match (ran, failure) {
         (Ok(outcome), _) if outcome.interrupted => RunOutcome::Interrupted,
+        (Err(EngineError::Interrupted), _) => RunOutcome::Interrupted,
         (_, Some(_)) => RunOutcome::Failed,
         _ => RunOutcome::Done,
     }

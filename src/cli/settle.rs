@@ -6,19 +6,20 @@ use super::failure::Failure;
 use super::gpu::LocalGpu;
 use super::progress::Talk;
 use super::values::DeviceChoice;
-use crate::checkpoint::{ModelLocation, WeightSource, find_model};
+use crate::checkpoint::{CheckpointError, ModelLocation, WeightSource, find_model};
 use crate::cost::footprint::HostBytes;
 use crate::machine::cpu::kernels::Isa;
 use crate::machine::cpu::pool::SCRATCH_FLOATS;
 use crate::machine::{disk, os};
 use crate::model::ModelSpec;
 use crate::model::families::named_size;
-use crate::plan::PlanBudget;
+use crate::plan::{Plan, PlanBudget};
 use crate::policy::DeviceKind;
 use crate::probe::{self, GpuProbe, ProbeOptions, ProbeScale, ProfileKey};
 use crate::profile::{COMPILED_IN, HardwareProfile};
 use crate::tokenizer::Tokenizer;
 use crate::units::{GIB, MIB};
+use crate::workload::Workload;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -32,6 +33,8 @@ pub const PROCESS_BYTES: u64 = 26 * MIB;
 const PROCESS_THREADS: usize = 2;
 /// Scratch and touched stack of a further thread.
 const THREAD_BYTES: u64 = 4 * SCRATCH_FLOATS as u64 + 64 * 1024;
+/// A line, its request, its lengths and what is counted of it, beside its ids (350 bytes with 300,000 lines).
+const LINE_BYTES: u64 = 384;
 /// A disk of another machine, where nothing else is said.
 const FOREIGN_DISK_BYTES: u64 = 1 << 50;
 
@@ -46,7 +49,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// Weights of `name`, or for planning the sizes alone where it is only a size's name.
+    /// Weights of `name`, or for planning the sizes alone where it is only a size's name, or has a config.json only.
     pub fn find(name: &str, seed: u64, sizes_do: bool) -> Result<Model, Failure> {
         let location = match find_model(name, None) {
             Ok(location) => location,
@@ -63,8 +66,19 @@ impl Model {
                 None => return Err(Failure::failed(error)),
             },
         };
-        let source = location.open(seed).map_err(Failure::failed)?;
-        let spec = source.spec().clone();
+        let source = match location.open(seed) {
+            Ok(source) => Some(source),
+            Err(CheckpointError::NoWeights(_) | CheckpointError::MissingShard { .. })
+                if sizes_do =>
+            {
+                None
+            }
+            Err(error) => return Err(Failure::failed(error)),
+        };
+        let spec = match (&source, &location) {
+            (Some(source), _) => source.spec().clone(),
+            (None, location) => location.spec().map_err(Failure::failed)?,
+        };
         let tokenizer = match &location {
             ModelLocation::Synth(_) => Some(Tokenizer::byte_level(spec.vocab)),
             ModelLocation::Directory { dir, .. } if has_tokenizer(dir) => {
@@ -76,7 +90,7 @@ impl Model {
             name: name.into(),
             spec,
             location: Some(location),
-            source: Some(source),
+            source,
             tokenizer,
         })
     }
@@ -86,18 +100,51 @@ impl Model {
     }
 
     /// What the process holds beside its arenas.
-    pub fn host_bytes(&self, prompt_tokens: u64, threads: usize) -> HostBytes {
+    pub fn host_bytes(&self, input: Input, threads: usize) -> HostBytes {
         let more_threads = threads.saturating_sub(PROCESS_THREADS) as u64;
         let tokenizer = self.tokenizer.as_ref().map_or(0, Tokenizer::held_bytes);
-        // A token id is held with its line, and again with its sequence.
         HostBytes {
-            process_bytes: PROCESS_BYTES
-                + more_threads * THREAD_BYTES
-                + tokenizer
-                + 8 * prompt_tokens,
+            process_bytes: PROCESS_BYTES + more_threads * THREAD_BYTES + tokenizer + input.bytes(),
             gpu_context_bytes: 0,
             unpacked: false,
         }
+    }
+}
+
+/// What is held of the lines that are generated from.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Input {
+    pub lines: u64,
+    pub prompt_tokens: u64,
+}
+
+impl Input {
+    pub fn of(workload: &Workload) -> Input {
+        Input {
+            lines: workload.prompts() as u64,
+            prompt_tokens: workload.prompt_tokens(),
+        }
+    }
+
+    /// What a plan counts on.
+    pub fn planned(plan: &Plan) -> Input {
+        Input {
+            lines: plan.workload.prompts,
+            prompt_tokens: plan.workload.prompt_tokens,
+        }
+    }
+
+    /// At least what is planned, and what really came.
+    pub fn at_least(self, other: Input) -> Input {
+        Input {
+            lines: self.lines.max(other.lines),
+            prompt_tokens: self.prompt_tokens.max(other.prompt_tokens),
+        }
+    }
+
+    /// A token id is held with its line, and again with its sequence.
+    fn bytes(self) -> u64 {
+        LINE_BYTES * self.lines + 8 * self.prompt_tokens
     }
 }
 

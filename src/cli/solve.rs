@@ -8,7 +8,7 @@ use super::progress::Talk;
 use super::prompt_lines::{Line, Rules};
 use super::prompts::{self, Source};
 use super::results::Results;
-use super::settle::{Model, Target, has_work};
+use super::settle::{Input, Model, Target, has_work};
 use crate::cost::estimate::EstimateInput;
 use crate::cost::figures::Figures;
 use crate::cost::footprint::HostBytes;
@@ -169,7 +169,6 @@ fn plan(
         },
     };
     let fingerprint = model.fingerprint();
-    let prompt_tokens = workload.map_or(0, |w| w.prompt_tokens());
     let stored = |compress| {
         stored_bytes(
             &args.limits.place.offload_dir(),
@@ -202,7 +201,7 @@ fn plan(
         host: HostBytes {
             unpacked: asked.unpacked,
             ..model
-                .host_bytes(prompt_tokens, target.threads)
+                .host_bytes(workload.map_or(Input::default(), Input::of), target.threads)
                 .with_gpu(target.device, target.profile.gpu.as_ref())
         },
         stored_bytes: match asked.unpacked {
@@ -247,7 +246,7 @@ pub fn plan_fixed(
         kv: kv_format(Kv::Auto, model.spec.dtype),
         threads: target.threads,
         host: model
-            .host_bytes(workload.prompt_tokens(), target.threads)
+            .host_bytes(Input::of(workload), target.threads)
             .with_gpu(target.device, target.profile.gpu.as_ref()),
         stored_bytes: [stored(false), stored(true)],
         repricer: Some(&ScheduleRepricer),
@@ -290,7 +289,7 @@ fn some_good(lines: &[Line], results: Option<&ResultArgs>) -> Result<(), Failure
     Err(Failure::failed(format!("{none}: {why}")))
 }
 
-fn stored_bytes(
+pub fn stored_bytes(
     offload_dir: &Path,
     model: &Model,
     fingerprint: Option<&str>,

@@ -5,8 +5,8 @@ use super::execute::planned_lengths;
 use super::failure::Failure;
 use super::prompt_lines::Line;
 use super::prompts;
-use super::settle::Model;
-use super::solve::ScheduleRepricer;
+use super::settle::{Input, Model};
+use super::solve::{ScheduleRepricer, stored_bytes};
 use crate::cost::rates::Rates;
 use crate::engine::open::{Packed, RunJob, footprint};
 use crate::machine::os;
@@ -16,6 +16,7 @@ use crate::planner::changes::Changes;
 use crate::planner::{self, CompressMode, Fixed, Job, PlanRequest};
 use crate::policy::{DeviceKind, Policy, show_percent};
 use crate::profile::HardwareProfile;
+use crate::store::Packing;
 use crate::tier::Tier;
 use crate::units::show_bytes;
 use std::path::Path;
@@ -29,6 +30,7 @@ pub struct Shrunk<'a> {
     pub model: &'a Model,
     pub profile: &'a HardwareProfile,
     pub lines: &'a [Line],
+    pub offload_dir: &'a Path,
 }
 
 /// Bytes of memory that this process may hold at this moment, what it holds already included.
@@ -38,8 +40,8 @@ pub fn free_bytes() -> Result<u64, Failure> {
     Ok(os::memory_now().map_err(Failure::failed)?.free_bytes + own)
 }
 
-/// Bytes of memory that the plan needs.
-fn needed_bytes(shrunk: &Shrunk, policy: &Policy) -> Result<u64, Failure> {
+/// Bytes of memory that the plan needs with so much input.
+fn needed_bytes(shrunk: &Shrunk, policy: &Policy, input: Input) -> Result<u64, Failure> {
     let device = shrunk.plan.device_kind().map_err(Failure::failed)?;
     let rates = Rates::new(shrunk.profile, device, policy.threads).map_err(Failure::failed)?;
     let needed = footprint(&RunJob {
@@ -49,7 +51,7 @@ fn needed_bytes(shrunk: &Shrunk, policy: &Policy) -> Result<u64, Failure> {
         lengths: planned_lengths(shrunk.plan),
         host: shrunk
             .model
-            .host_bytes(shrunk.plan.workload.prompt_tokens, policy.threads)
+            .host_bytes(input, policy.threads)
             .with_gpu(device, shrunk.profile.gpu.as_ref()),
         packed: &Packed::default(),
         source: None,
@@ -64,14 +66,55 @@ fn needed_bytes(shrunk: &Shrunk, policy: &Policy) -> Result<u64, Failure> {
     })
 }
 
+/// Why the plan cannot be carried out as it is: there is more input than it was made for, whose lines take more
+/// memory than may be used.
+fn outgrown(shrunk: &Shrunk, policy: &Policy) -> Result<Option<String>, Failure> {
+    let planned = Input::planned(shrunk.plan);
+    let came = Input::of(&prompts::workload(shrunk.lines));
+    let needed = needed_bytes(shrunk, policy, planned.at_least(came))?;
+    let played = match shrunk.plan.device_kind() {
+        Ok(DeviceKind::Host) => shrunk.plan.budget.gpu_bytes.unwrap_or(0),
+        _ => 0,
+    };
+    let budget = shrunk.plan.budget.cpu_bytes + played;
+    if needed <= budget || needed == needed_bytes(shrunk, policy, planned)? {
+        return Ok(None);
+    }
+    Ok(Some(format!(
+        "there is more input than was planned for ({} lines with {} tokens, planned were {} with {}): {} are needed and {} may be used",
+        came.lines,
+        came.prompt_tokens,
+        planned.lines,
+        planned.prompt_tokens,
+        show_bytes(needed),
+        show_bytes(budget)
+    )))
+}
+
+/// Or less memory is free than it needs.
+fn shortage(shrunk: &Shrunk, policy: &Policy, free: u64) -> Result<Option<String>, Failure> {
+    if let Some(why) = outgrown(shrunk, policy)? {
+        return Ok(Some(why));
+    }
+    let came = Input::of(&prompts::workload(shrunk.lines));
+    let input = Input::planned(shrunk.plan).at_least(came);
+    let needed = needed_bytes(shrunk, policy, input)?;
+    Ok((needed > free).then(|| {
+        format!(
+            "memory has shrunk since planning: the plan needs {} and {} are free",
+            show_bytes(needed),
+            show_bytes(free)
+        )
+    }))
+}
+
 /// The plan to run instead, where memory has shrunk: lossless as the plan, or as lossy as it permits.
 pub fn step_down(shrunk: &Shrunk, free: u64) -> Result<Option<Plan>, Failure> {
     let plan = shrunk.plan;
     let policy = plan.to_policy().map_err(Failure::failed)?;
-    let needed = needed_bytes(shrunk, &policy)?;
-    if needed <= free {
+    let Some(short) = shortage(shrunk, &policy, free)? else {
         return Ok(None);
-    }
+    };
     let same = Some((policy.compress_weight, policy.compress_cache));
     let mut tries = vec![same];
     if plan.may_become_lossy {
@@ -82,7 +125,7 @@ pub fn step_down(shrunk: &Shrunk, free: u64) -> Result<Option<Plan>, Failure> {
         if !found.feasible {
             continue;
         }
-        found.explain.stepped_down = Some(told(plan, &found, (needed, free)));
+        found.explain.stepped_down = Some(told(plan, &found, &short));
         found.may_become_lossy = plan.may_become_lossy;
         found.id = found.content_id();
         return Ok(Some(found));
@@ -93,12 +136,25 @@ pub fn step_down(shrunk: &Shrunk, free: u64) -> Result<Option<Plan>, Failure> {
         "end other programs, or set may_become_lossy = true in the plan to permit 4-bit weights and cache"
     };
     Err(Failure::failed(format!(
-        "memory has shrunk since planning: the plan needs {}, {} are free, and nothing{} fits into that",
-        show_bytes(needed),
-        show_bytes(free),
-        if plan.may_become_lossy { "" } else { " with the same text" }
+        "{short}, and nothing{} fits into that",
+        if plan.may_become_lossy {
+            ""
+        } else {
+            " with the same text"
+        }
     ))
     .with_hint(hint))
+}
+
+/// What `--strict` does where there is more input than was planned for.
+pub fn refuse_outgrown(shrunk: &Shrunk) -> Result<(), Failure> {
+    let policy = shrunk.plan.to_policy().map_err(Failure::failed)?;
+    match outgrown(shrunk, &policy)? {
+        None => Ok(()),
+        Some(why) => {
+            Err(Failure::failed(why).with_hint("plan again with this input, or leave out --strict"))
+        }
+    }
 }
 
 /// The plan to run instead, where the weights in DRAM cannot be page-locked: the same text.
@@ -129,11 +185,15 @@ fn solve_again(
         cpu_bytes: sure.saturating_sub(played).min(plan.budget.cpu_bytes),
         ..plan.budget
     };
-    let stored =
-        |compress| u64::from(compress == policy.compress_weight) * spec.weights_bytes(compress);
+    let fingerprint = plan.model.fingerprint.as_deref();
+    let stored = |compress| {
+        let layout = device.weight_layout();
+        let packing = Packing { compress, layout };
+        stored_bytes(shrunk.offload_dir, shrunk.model, fingerprint, packing)
+    };
     let request = PlanRequest {
         model: spec,
-        fingerprint: plan.model.fingerprint.as_deref(),
+        fingerprint,
         job: Job::Given(&workload),
         device,
         device_name: &plan.device,
@@ -155,7 +215,7 @@ fn solve_again(
         threads: policy.threads,
         host: shrunk
             .model
-            .host_bytes(workload.prompt_tokens(), policy.threads)
+            .host_bytes(Input::of(&workload), policy.threads)
             .with_gpu(device, shrunk.profile.gpu.as_ref()),
         stored_bytes: [stored(false), stored(true)],
         repricer: Some(&ScheduleRepricer),
@@ -166,7 +226,7 @@ fn solve_again(
 }
 
 /// The line that is shown, and kept in the report.
-fn told(before: &Plan, after: &Plan, (needed, free): (u64, u64)) -> String {
+fn told(before: &Plan, after: &Plan, short: &str) -> String {
     let rung = |plan: &Plan| {
         let policy = plan.policy.as_ref();
         let speed = plan.estimate.as_ref().map_or(0.0, |e| e.throughput_tok_s);
@@ -187,9 +247,7 @@ fn told(before: &Plan, after: &Plan, (needed, free): (u64, u64)) -> String {
         _ => "4-bit weights, which the plan permits: the text changes",
     };
     format!(
-        "memory has shrunk since planning: the plan needs {} and {} are free; stepping down from {} to {} ({text}); --strict refuses instead",
-        show_bytes(needed),
-        show_bytes(free),
+        "{short}; stepping down from {} to {} ({text}); --strict refuses instead",
         rung(before),
         rung(after)
     )
@@ -238,7 +296,7 @@ mod tests {
             compress: CompressMode::Auto,
             kv: crate::dtype::Dtype::F16,
             threads: 2,
-            host: model.host_bytes(workload.prompt_tokens(), 2),
+            host: model.host_bytes(Input::of(&workload), 2),
             stored_bytes: [0, 0],
             repricer: Some(&ScheduleRepricer),
         })
@@ -257,6 +315,7 @@ mod tests {
                 model: &model,
                 profile: &profile,
                 lines: &lines,
+                offload_dir: Path::new("/nowhere"),
             };
             step_down(&shrunk, free)
         };

@@ -1,13 +1,14 @@
 //! A plan made ready to be run again and again in this process: what `accuracy` and `rivals` measure.
 
 use super::args::ResultArgs;
-use super::execute::{Execution, gpu_of, packed, packed_store, planned_lengths, spill_dir};
+use super::execute::{Execution, gpu_of, planned_lengths, spill_dir};
 use super::failure::Failure;
 use super::gpu::LocalGpu;
 use super::progress::Talk;
 use super::prompt_lines::Rules;
 use super::prompts::{self, Source};
-use super::settle::Model;
+use super::settle::{Input, Model};
+use super::weights::{packed, packed_store};
 use crate::cost::figures::Figures;
 use crate::cost::rates::Rates;
 use crate::engine::Request;
@@ -109,7 +110,6 @@ impl<'a> Trial<'a> {
         (bursts, series_bytes): (&[Burst], u64),
         stop: &AtomicBool,
     ) -> Result<RunRecord, Failure> {
-        let w = &self.plan.workload;
         let run = RunJob {
             model: &self.model.spec,
             policy: &self.policy,
@@ -117,7 +117,7 @@ impl<'a> Trial<'a> {
             lengths: planned_lengths(self.plan),
             host: self
                 .model
-                .host_bytes(w.prompt_tokens, self.policy.threads)
+                .host_bytes(Input::planned(self.plan), self.policy.threads)
                 .with_gpu(self.rates.device, self.gpu_facts.as_ref()),
             packed: &self.packed,
             source: None,

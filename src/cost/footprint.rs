@@ -177,6 +177,11 @@ impl Footprint {
         }
         let arenas: u64 = footprint.buffers.cpu.values().sum();
         footprint.process.cpu += super::kernel_bytes(arenas);
+        if input.device.has_gpu() {
+            // Where the arenas of DRAM grow with the rows, their part for the kernel has room for these, too.
+            let rows: u64 = Tier::ALL.map(|t| input.block.hidden_rows[t]).iter().sum();
+            footprint.process.cpu += super::ROW_TABLE_BYTES * rows;
+        }
         footprint.process.cpu +=
             u64::from(input.host.unpacked) * super::source_bytes(model, policy.threads);
         footprint
@@ -255,7 +260,7 @@ impl Footprint {
             Buffer::Smalls,
             input.placement.smalls_bytes + 64 * 16 * (layers + 2),
         );
-        for home in [WeightHome::Gpu, WeightHome::CpuShip, WeightHome::CpuCompute] {
+        for home in WeightHome::RESIDENT {
             self.put(
                 home.tier(),
                 Buffer::Weights,

@@ -34,6 +34,9 @@ pub fn kernel_bytes(arena_bytes: u64) -> u64 {
     arena_bytes / 128
 }
 
+/// Ids, positions and places of one row of a pass, in tables that its operations share.
+pub const ROW_TABLE_BYTES: u64 = 24;
+
 /// Bytes that are brought from a source at once, in its layout and in ours.
 pub const SOURCE_PIECE_BYTES: u64 = 8 * MIB;
 

@@ -3,6 +3,7 @@
 
 use super::core::RunFacts;
 use super::layout::Layout;
+use super::loading::Counted;
 use super::run::EngineError;
 use super::weights::list_chunks;
 use crate::checkpoint::{CheckpointError, WeightSource};
@@ -25,9 +26,10 @@ pub fn bring(
     source: &dyn WeightSource,
     machine: &mut ThreadedMachine,
     (facts, layout, rows): (&RunFacts, &Layout, &DiskFile),
+    counted: &mut Counted,
 ) -> Result<(), EngineError> {
     bring_smalls(source, machine, (facts, layout))?;
-    let mut maker = Maker::new(source, facts)?;
+    let mut maker = Maker::new(source, facts, counted)?;
     maker.resident(machine, layout)?;
     maker.streamed(rows)?;
     maker.table(rows)
@@ -60,17 +62,22 @@ struct Part {
 }
 
 /// Lays out one piece after another.
-struct Maker<'a> {
+struct Maker<'a, 'c> {
     source: &'a dyn WeightSource,
     facts: &'a RunFacts,
+    counted: &'a mut Counted<'c>,
     pool: Pool,
     /// A piece in the source's layout and in ours.
     native: Vec<u8>,
     packed: AlignedBuffer,
 }
 
-impl<'a> Maker<'a> {
-    fn new(source: &'a dyn WeightSource, facts: &'a RunFacts) -> Result<Self, EngineError> {
+impl<'a, 'c> Maker<'a, 'c> {
+    fn new(
+        source: &'a dyn WeightSource,
+        facts: &'a RunFacts,
+        counted: &'a mut Counted<'c>,
+    ) -> Result<Self, EngineError> {
         let panels = facts.placement.panel_bytes.iter().enumerate();
         let pieces = panels.map(|(index, bytes)| piece_panels(facts, index) as u64 * bytes);
         let largest = pieces.max().unwrap_or(0) + PAGE_BYTES;
@@ -78,6 +85,7 @@ impl<'a> Maker<'a> {
         Ok(Maker {
             source,
             facts,
+            counted,
             pool: Pool::new(facts.policy.threads),
             native: Vec::new(),
             packed: AlignedBuffer::new(largest).map_err(no_memory)?,
@@ -101,7 +109,7 @@ impl<'a> Maker<'a> {
         layout: &Layout,
     ) -> Result<(), EngineError> {
         for index in 0..self.facts.placement.matrices.len() {
-            for home in [WeightHome::Gpu, WeightHome::CpuShip, WeightHome::CpuCompute] {
+            for home in WeightHome::RESIDENT {
                 let Some(memory) = layout.home(index, home) else {
                     continue;
                 };
@@ -172,6 +180,7 @@ impl<'a> Maker<'a> {
             })?;
             let offset = (start - part.panels.start) as u64 * panel_bytes;
             put(offset, bytes, &self.packed)?;
+            self.counted.add(bytes)?;
         }
         Ok(())
     }

@@ -60,7 +60,7 @@ impl Layout {
             disk: 0,
         };
         for index in 0..placement.matrices.len() {
-            for home in [WeightHome::Gpu, WeightHome::CpuShip, WeightHome::CpuCompute] {
+            for home in WeightHome::RESIDENT {
                 let bytes = placement.part_bytes(index, home);
                 if bytes > 0 {
                     self.homes[index][home as usize] = Some(next[home.tier()]);

@@ -3,13 +3,15 @@
 
 use super::core::RunFacts;
 use super::layout::Layout;
+use super::loading::Counted;
 use super::open::Packed;
+use super::run::EngineError;
 use super::weights::list_chunks;
 use crate::cost::footprint::Buffer;
 use crate::dtype::Dtype;
 use crate::machine::ops::{FileId, FileSpan, LoadSpan, Op};
 use crate::machine::threaded::ThreadedMachine;
-use crate::machine::{Fences, Machine, MachineError};
+use crate::machine::{Fences, Machine};
 use crate::placement::WeightHome;
 use crate::tier::{Lane, Tier};
 use crate::units::{PAGE_BYTES, round_up};
@@ -19,12 +21,13 @@ pub fn load(
     machine: &mut ThreadedMachine,
     packed: &Packed,
     (facts, layout): (&RunFacts, &Layout),
-) -> Result<(), MachineError> {
+    counted: &mut Counted,
+) -> Result<(), EngineError> {
     load_smalls(machine, packed, (facts, layout));
-    load_panels(machine, facts, layout);
-    turn_rows(machine, facts, layout);
+    load_panels(machine, (facts, layout), counted)?;
+    turn_rows(machine, (facts, layout), counted)?;
     let all = machine.submitted();
-    machine.wait(&all)
+    Ok(machine.wait(&all)?)
 }
 
 /// By the reading lane, like the weights: nothing of them stays in the heap.
@@ -53,9 +56,15 @@ fn load_smalls(
     }
 }
 
-fn load_panels(machine: &mut ThreadedMachine, facts: &RunFacts, layout: &Layout) {
+/// One part is being read and the next one waits, so that little is left to do when it is ended.
+fn load_panels(
+    machine: &mut ThreadedMachine,
+    (facts, layout): (&RunFacts, &Layout),
+    counted: &mut Counted,
+) -> Result<(), EngineError> {
+    let mut before = (Fences::none(), 0);
     for index in 0..facts.placement.matrices.len() {
-        for home in [WeightHome::Gpu, WeightHome::CpuShip, WeightHome::CpuCompute] {
+        for home in WeightHome::RESIDENT {
             let Some(memory) = layout.home(index, home) else {
                 continue;
             };
@@ -68,9 +77,15 @@ fn load_panels(machine: &mut ThreadedMachine, facts: &RunFacts, layout: &Layout)
                 memory,
                 repack: repack(facts, index, home),
             };
-            machine.submit(Lane::DiskToCpu, Op::Load(span), &Fences::none());
+            let bytes = span.bytes;
+            let there = machine.submit(Lane::DiskToCpu, Op::Load(span), &Fences::none());
+            machine.wait(&before.0)?;
+            counted.add(before.1)?;
+            before = (there.into(), bytes);
         }
     }
+    machine.wait(&before.0)?;
+    counted.add(before.1)
 }
 
 /// Panels of a GPU's store that the CPU multiplies are turned into its layout once, at load.
@@ -81,7 +96,11 @@ fn repack(facts: &RunFacts, index: usize, home: WeightHome) -> Option<(Dtype, us
 
 /// Rows on disk that the CPU multiplies beside a GPU, into the run's own file: through two halves of the ring
 /// that they will be streamed through, one being read and turned while the other is written.
-fn turn_rows(machine: &mut ThreadedMachine, facts: &RunFacts, layout: &Layout) {
+fn turn_rows(
+    machine: &mut ThreadedMachine,
+    (facts, layout): (&RunFacts, &Layout),
+    counted: &mut Counted,
+) -> Result<(), EngineError> {
     let ring = layout.buffer(Tier::Cpu, Buffer::Ring);
     let half_bytes = ring.bytes / 2 / PAGE_BYTES * PAGE_BYTES;
     let mut written = [Fences::none(); 2];
@@ -111,5 +130,8 @@ fn turn_rows(machine: &mut ThreadedMachine, facts: &RunFacts, layout: &Layout) {
         let write = Op::Write(vec![write]);
         written[half] = machine.submit(Lane::CpuToDisk, write, &there.into()).into();
         half = 1 - half;
+        machine.wait(&written[half])?;
+        counted.add(round_up(bytes, PAGE_BYTES))?;
     }
+    Ok(())
 }

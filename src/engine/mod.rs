@@ -6,6 +6,7 @@ mod core;
 mod forward;
 mod layout;
 mod load;
+pub mod loading;
 pub mod open;
 mod product;
 pub mod replay;

@@ -5,6 +5,7 @@ use super::bring::bring;
 use super::core::RunFacts;
 use super::layout::Layout;
 use super::load::load;
+use super::loading::{Counted, Loading};
 use super::run::EngineError;
 use crate::checkpoint::WeightSource;
 use crate::cost::footprint::{BlockShape, Buffer, Footprint, FootprintInput, HostBytes};
@@ -19,13 +20,16 @@ use crate::machine::ops::FileId;
 use crate::machine::price::Pricer;
 use crate::machine::threaded::{OpenRequest, ThreadedMachine};
 use crate::model::ModelSpec;
-use crate::placement::Placement;
+use crate::placement::{Placement, WeightHome};
 use crate::policy::{DeviceKind, Policy};
 use crate::tier::Tier;
-use crate::units::PAGE_BYTES;
+use crate::units::{MIB, PAGE_BYTES};
 use crate::workload::Lengths;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// Between two looks at whether to end the writing.
+const WRITTEN_AT_ONCE_BYTES: u64 = 64 * MIB;
 
 /// A packed store as the engine sees it: one file, and where everything lies in it.
 #[derive(Default)]
@@ -105,17 +109,25 @@ impl Started {
         Some((&self.facts.unlocked, self.machine.notice()?))
     }
 
-    /// Brings the weights home.
-    pub fn load(self, job: &RunJob) -> Result<(ThreadedMachine, RunFacts), EngineError> {
+    /// Brings the weights home; `EngineError::Interrupted` where `loading` ends it.
+    pub fn load(
+        self,
+        job: &RunJob,
+        loading: &mut dyn Loading,
+    ) -> Result<(ThreadedMachine, RunFacts), EngineError> {
         let Started {
             mut machine,
             facts,
             layout,
             rows,
         } = self;
+        let bytes = |home| facts.placement.weight_bytes(home);
+        let resident: u64 = WeightHome::RESIDENT.map(bytes).iter().sum();
+        let mut counted = Counted::new(loading, resident + facts.own.bytes);
+        let counted = &mut counted;
         match job.source {
-            Some(source) => bring(source, &mut machine, (&facts, &layout, &rows))?,
-            None => load(&mut machine, job.packed, (&facts, &layout))?,
+            Some(source) => bring(source, &mut machine, (&facts, &layout, &rows), counted)?,
+            None => load(&mut machine, job.packed, (&facts, &layout), counted)?,
         }
         machine.forget_log();
         Ok((machine, facts))
@@ -124,11 +136,12 @@ impl Started {
 
 /// Opens the machine and brings the weights home.
 pub fn open(job: &RunJob) -> Result<(ThreadedMachine, RunFacts), EngineError> {
-    start(job)?.load(job)
+    start(job, &mut ())?.load(job, &mut ())
 }
 
-/// Opens the machine: everything that can be missing is missing now.
-pub fn start(job: &RunJob) -> Result<Started, EngineError> {
+/// Opens the machine: everything that can be missing is missing now. `EngineError::Interrupted` where `loading` ends it
+/// while a file is written out.
+pub fn start(job: &RunJob, loading: &mut dyn Loading) -> Result<Started, EngineError> {
     if job.model.head_size() > MAX_HEAD_SIZE {
         let what = format!(
             "attention heads of at most {MAX_HEAD_SIZE} values (the model has {})",
@@ -139,6 +152,7 @@ pub fn start(job: &RunJob) -> Result<Started, EngineError> {
     let mut facts = facts(job);
     let layout = Layout::new(&facts.model, &facts.placement, &facts.footprint);
     let files = open_files(job, &facts)?;
+    write_out(&files[FileId::CACHE.0], kept_cache_bytes(&facts), loading)?;
     let rows = files[FileId::ROWS.0].clone();
     let places = || (job.gpu.clone(), gpu_places(&facts, &layout));
     let machine = ThreadedMachine::open(OpenRequest {
@@ -217,15 +231,30 @@ fn open_files(job: &RunJob, facts: &RunFacts) -> Result<Vec<Arc<DiskFile>>, Mach
     };
     let bytes = facts.footprint.spill;
     let block = &facts.block;
-    let cache = bytes.cache * u64::from(block.kv_tokens.disk > 0);
+    let cache = kept_cache_bytes(facts);
     let hidden = bytes.hidden * u64::from(block.hidden_rows.disk > 0);
-    let cache_file = spill(cache)?;
-    // New tokens are few bytes in many places.
-    cache_file.write_out(cache).map_err(failed)?;
     Ok(vec![
         store.clone(),
-        cache_file,
+        spill(cache)?,
         spill(hidden)?,
         spill(bytes.rows)?,
     ])
+}
+
+/// Bytes of the cache's file; none where all of the cache is in memory.
+fn kept_cache_bytes(facts: &RunFacts) -> u64 {
+    facts.footprint.spill.cache * u64::from(facts.block.kv_tokens.disk > 0)
+}
+
+/// The cache's file once from end to end: new tokens are few bytes in many places.
+fn write_out(file: &DiskFile, bytes: u64, loading: &mut dyn Loading) -> Result<(), EngineError> {
+    let mut counted = Counted::new(loading, bytes);
+    for from in (0..bytes).step_by(WRITTEN_AT_ONCE_BYTES as usize) {
+        let range = from..bytes.min(from + WRITTEN_AT_ONCE_BYTES);
+        let part = range.end - range.start;
+        let written = file.write_out(range);
+        written.map_err(|e| MachineError::Disk(e.to_string()))?;
+        counted.add(part)?;
+    }
+    Ok(())
 }

@@ -107,6 +107,37 @@ fn a_signal_while_packing_leaves_no_half_store() {
     assert_eq!(left, [""; 0]);
 }
 
+/// A cache of some GB on disk is written out first, and the set-up ends with the first signal.
+#[test]
+fn a_signal_while_a_file_is_written_out_ends_it_and_loses_nothing() {
+    let home = Home::packed();
+    home.write("out.jsonl", "of before\n");
+    let mut child = home
+        .command(
+            "run --model synth:opt-125m --prompt-len 1000 --gen-len 1000 --num-prompts 48 --report report.json \
+             --output out.jsonl --overwrite --percent 0 100 0 0 0 100 --gpu-batch-size 48 --num-gpu-batches 1",
+        )
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("started");
+    let mut reader = BufReader::new(child.stderr.take().expect("a pipe"));
+    let mut talk = String::new();
+    while !talk.contains("mapping memory") {
+        assert_ne!(reader.read_line(&mut talk).expect("UTF-8"), 0, "{talk}");
+    }
+    send("INT", child.id());
+    std::io::Read::read_to_string(&mut reader, &mut talk).expect("UTF-8");
+    assert_eq!(child.wait().expect("ended").code(), Some(1), "{talk}");
+    assert!(talk.contains("interrupted before the first pass"), "{talk}");
+    assert!(!talk.contains("generating"), "{talk}");
+    assert_eq!(home.json("report.json")["outcome"], "interrupted");
+    assert_eq!(
+        std::fs::read_to_string(home.path("out.jsonl")).expect("kept"),
+        "of before\n"
+    );
+}
+
 fn send(signal: &str, pid: u32) {
     let kill = format!("kill -{signal} {pid}");
     let status = std::process::Command::new("sh")

@@ -82,6 +82,23 @@ fn a_missing_shard_is_named() {
 }
 
 #[test]
+fn sizes_are_enough_to_plan_with() {
+    let home = Home::new();
+    let model = home.copy_golden("opt-like");
+    let words = "plan --model ./model --num-prompts 2 --prompt-len 3 --gen-len 2";
+    let whole = home.run(words).good().stdout;
+    std::fs::remove_file(model.join("model.safetensors")).expect("removed");
+    let planned = home.run(words).good().stdout;
+    let percent = |text: &str| {
+        text.find("--percent")
+            .map(|at| text[at..at + 30].to_owned())
+    };
+    assert!(percent(&whole).is_some());
+    assert_eq!(percent(&planned), percent(&whole));
+    refused(&home, &["no weights", "hf download"]);
+}
+
+#[test]
 fn a_truncated_download_is_seen() {
     for (name, file) in [
         ("opt-like", "model.safetensors"),

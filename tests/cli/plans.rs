@@ -123,6 +123,21 @@ fn a_plan_for_more_memory_than_is_free_is_refused() {
     assert_eq!(home.read("out.jsonl"), stepped);
 }
 
+#[test]
+fn more_input_than_planned_is_in_the_account() {
+    let home = planned();
+    home.write("many.jsonl", &"{\"prompt\": [5]}\n".repeat(400_000));
+    home.run("plan --model GOLDEN --input in.jsonl --cpu-mem 120MiB -o small.toml")
+        .good();
+    home.run("exec small.toml --input in.jsonl").good();
+    let words = "exec small.toml --input many.jsonl";
+    let grown = "more input than was planned for (400000 lines";
+    home.run(&format!("{words} --strict"))
+        .fails(1, &[grown, "120.00 MiB", "plan again with this input"]);
+    home.run(words)
+        .fails(1, &[grown, "nothing with the same text fits"]);
+}
+
 /// Should a check ever be lost, this limit keeps the machine that the test runs on alive.
 fn limited(home: &Home, words: &str) -> Ended {
     let program = home.command(words);

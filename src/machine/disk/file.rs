@@ -7,6 +7,7 @@ use crate::machine::arena::AlignedBuffer;
 use crate::units::{PAGE_BYTES, round_up};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -148,14 +149,14 @@ impl DiskFile {
         }
     }
 
-    /// Writes zeros to all of `[0, bytes)`, whole pages. Pages that are reserved and not yet written become so one by
+    /// Writes zeros to all of `range`, whole pages. Pages that are reserved and not yet written become so one by
     /// one, with whatever is written to each first: small writes and all reads of such a file take longer, and ext4
     /// lets nobody else use it while a request has pages of both kinds.
-    pub fn write_out(&self, bytes: u64) -> Result<(), DiskError> {
+    pub fn write_out(&self, range: Range<u64>) -> Result<(), DiskError> {
         let zeros = AlignedBuffer::new(WRITE_OUT_BYTES);
         let zeros = zeros.map_err(|e| failed("write", &self.path, io::Error::other(e)))?;
-        for offset in (0..bytes).step_by(WRITE_OUT_BYTES as usize) {
-            let part = WRITE_OUT_BYTES.min(bytes - offset);
+        for offset in range.clone().step_by(WRITE_OUT_BYTES as usize) {
+            let part = WRITE_OUT_BYTES.min(range.end - offset);
             self.write_at(&zeros[..part as usize], offset)?;
         }
         Ok(())

@@ -162,7 +162,8 @@ fn what_is_written_out_is_reserved_no_more_but_written() {
     let bytes = 3 * MIB + PAGE_BYTES;
     let spill = DiskFile::create_unlinked(dir.path(), bytes + MIB).unwrap();
     let before = first_hole(&spill, 0);
-    spill.write_out(bytes).unwrap();
+    spill.write_out(0..MIB).unwrap();
+    spill.write_out(MIB..bytes).unwrap();
     let after = first_hole(&spill, 0);
     assert!(before < bytes && after >= bytes, "{before} {after}");
     let mut read = AlignedBuffer::new(bytes).unwrap();
