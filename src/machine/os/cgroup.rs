@@ -14,12 +14,15 @@ pub struct MemoryLimit {
 /// How one version of control groups names its memory files.
 struct MemoryFiles {
     limits: &'static [&'static str],
+    /// The key in memory.stat of the tightest limit from here up, seen or not.
+    stat_limit: Option<&'static str>,
     usage: &'static str,
     cache_keys: [&'static str; 2],
 }
 
 const V1_MEMORY: MemoryFiles = MemoryFiles {
     limits: &["memory.limit_in_bytes"],
+    stat_limit: Some("hierarchical_memory_limit"),
     usage: "memory.usage_in_bytes",
     cache_keys: ["total_inactive_file", "total_active_file"],
 };
@@ -27,6 +30,7 @@ const V1_MEMORY: MemoryFiles = MemoryFiles {
 /// Above `memory.high` a group is throttled to a crawl: for us that is a limit.
 const V2_MEMORY: MemoryFiles = MemoryFiles {
     limits: &["memory.max", "memory.high"],
+    stat_limit: None,
     usage: "memory.current",
     cache_keys: ["inactive_file", "active_file"],
 };
@@ -45,9 +49,11 @@ fn memory_limit(directory: PathBuf, files: &MemoryFiles) -> Option<MemoryLimit> 
         .limits
         .iter()
         .filter_map(|f| number(&directory.join(f)));
-    let limit_bytes = limits.min()?;
-    let used_bytes = number(&directory.join(files.usage)).unwrap_or(0);
     let stat = std::fs::read_to_string(directory.join("memory.stat")).unwrap_or_default();
+    // A container sees no group above its own, whose limits hold all the same.
+    let above = files.stat_limit.and_then(|key| stat_value(&stat, key));
+    let limit_bytes = limits.chain(above).min()?;
+    let used_bytes = number(&directory.join(files.usage)).unwrap_or(0);
     let cache = files
         .cache_keys
         .iter()

@@ -248,6 +248,29 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_v1_limit_of_a_group_that_cannot_be_seen_counts() {
+        let root = tree(&[
+            MEMINFO,
+            ("proc/self/cgroup", "4:memory:/docker/abc\n"),
+            (
+                "proc/self/mountinfo",
+                "35 31 0:31 /docker/abc /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n",
+            ),
+            (
+                "sys/fs/cgroup/memory/memory.limit_in_bytes",
+                "9223372036854771712\n",
+            ),
+            ("sys/fs/cgroup/memory/memory.usage_in_bytes", "1073741824\n"),
+            (
+                "sys/fs/cgroup/memory/memory.stat",
+                "cache 5\nhierarchical_memory_limit 2147483648\ntotal_inactive_file 0\n",
+            ),
+        ]);
+        let now = memory_now_at(root.path()).unwrap();
+        assert_eq!((now.total_bytes, now.free_bytes), (2 * GIB, GIB));
+    }
+
+    #[test]
     fn a_container_sees_its_own_group_at_the_mount() {
         // The mount shows only the container's subtree; the path in /proc/self/cgroup is the host's.
         let root = tree(&[
