@@ -1,6 +1,8 @@
 //! What one machine can do, as data: rates measured by `probe` or taken from datasheets.
-//! Totals only: what is free is read at every plan and exec (machine/os). Parsing and checking live
-//! here; measuring (probe/) and pricing (cost/) do not.
+//! Totals only: what is free is read at every plan and exec (machine/os). Parsing lives here, checking in
+//! profile/check.rs; measuring (probe/) and pricing (cost/) do not.
+
+mod check;
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -286,112 +288,6 @@ impl HardwareProfile {
         self.calibration = Calibration::default();
         self
     }
-
-    /// Every figure that something is divided by is positive and finite; every table has a point.
-    fn check(&self) -> Result<(), ProfileError> {
-        let mut rates = vec![
-            (
-                "cpu.dram_read_bytes_per_s".to_owned(),
-                self.cpu.dram_read_bytes_per_s,
-            ),
-            (
-                "cpu.dram_copy_bytes_per_s".to_owned(),
-                self.cpu.dram_copy_bytes_per_s,
-            ),
-            ("machine.threads".to_owned(), self.machine.threads as f64),
-            (
-                "memory.cpu_total_bytes".to_owned(),
-                self.memory.cpu_total_bytes as f64,
-            ),
-        ];
-        let write = &self.links.cpu_to_disk;
-        for (key, points) in [
-            ("links.disk_to_cpu.direct", &self.links.disk_to_cpu.direct),
-            ("links.cpu_to_disk.fresh", &write.fresh),
-            ("links.cpu_to_disk.overwrite", &write.overwrite),
-        ] {
-            need_point(key, points.len())?;
-            rates.extend(points.iter().map(|p| (key.to_owned(), p.2)));
-        }
-        collect_compute("cpu", &self.cpu.gemm, &self.cpu.attention, &mut rates)?;
-        self.check_cache(&mut rates)?;
-        let append = self.cpu.append_bytes_per_s;
-        rates.extend(append.map(|rate| ("cpu.append_bytes_per_s".to_owned(), rate)));
-        if let Some(gpu) = &self.gpu {
-            collect_compute("gpu", &gpu.gemm, &gpu.attention, &mut rates)?;
-            rates.push(("gpu.total_bytes".to_owned(), gpu.total_bytes as f64));
-            let widen = gpu.widen_q4_bytes_per_s.iter();
-            rates.extend(widen.map(|p| ("gpu.widen_q4_bytes_per_s".to_owned(), p.1)));
-        }
-        for (name, link) in [
-            ("cpu_to_gpu", &self.links.cpu_to_gpu),
-            ("gpu_to_cpu", &self.links.gpu_to_cpu),
-        ] {
-            for point in link.iter().flat_map(|l| l.pinned.iter().chain(&l.unpinned)) {
-                rates.push((format!("links.{name}"), point.1));
-            }
-        }
-        rates.extend(
-            self.calibration
-                .terms
-                .iter()
-                .map(|(k, v)| (format!("calibration.{k}"), *v)),
-        );
-        for (pair, keeps) in &self.contention {
-            rates.extend(
-                keeps
-                    .iter()
-                    .map(|keep| (format!("contention.{pair}"), *keep)),
-            );
-        }
-        for (key, seconds) in self.delays_s() {
-            need_not_negative(key, seconds)?;
-        }
-        rates
-            .into_iter()
-            .try_for_each(|(key, value)| need_positive(key, value))
-    }
-
-    fn check_cache(&self, rates: &mut Rates) -> Result<(), ProfileError> {
-        for (table, points) in &self.cpu.gemm_cached {
-            let key = format!("cpu.gemm_cached.{table}");
-            rates.extend(points.iter().map(|p| (key.clone(), p.1)));
-        }
-        for &(passed, kept) in &self.cpu.cache_keeps {
-            let key = "cpu.cache_keeps".to_owned();
-            rates.push((key.clone(), passed));
-            need(
-                (0.0..=1.0).contains(&kept),
-                "a part from 0 to 1",
-                (key, kept),
-            )?;
-        }
-        Ok(())
-    }
-
-    /// Seconds that are added to others: they may be zero.
-    fn delays_s(&self) -> Vec<(String, f64)> {
-        let mut delays_s = vec![
-            ("cpu.launch_s".to_owned(), self.cpu.launch_s),
-            ("cpu.handover_s".to_owned(), self.cpu.handover_s),
-            (
-                "cpu.handover_busy_s".to_owned(),
-                self.cpu.handover_busy_s.unwrap_or(0.0),
-            ),
-            ("cpu.wake_takes_s".to_owned(), self.cpu.wake_takes_s),
-            ("cpu.append_call_s".to_owned(), self.cpu.append_call_s),
-        ];
-        let mut calls = |device: &str, attention: &BTreeMap<String, AttentionRates>| {
-            let key = |format| format!("{device}.attention.{format}.decode_call_s");
-            delays_s.extend(attention.iter().map(|(f, a)| (key(f), a.decode_call_s)));
-        };
-        calls("cpu", &self.cpu.attention);
-        if let Some(gpu) = &self.gpu {
-            calls("gpu", &gpu.attention);
-            delays_s.push(("gpu.launch_s".to_owned(), gpu.launch_s));
-        }
-        delays_s
-    }
 }
 
 /// Profiles that come with the program, by name.
@@ -401,52 +297,4 @@ pub const COMPILED_IN: [(&str, &str); 1] = [("t4-gcp", include_str!("../profiles
 pub fn compiled_in(name: &str) -> Option<&'static str> {
     let found = COMPILED_IN.iter().find(|(known, _)| *known == name);
     found.map(|(_, text)| *text)
-}
-
-type Rates = Vec<(String, f64)>;
-
-fn collect_compute(
-    device: &str,
-    gemm: &BTreeMap<String, GemmCurve>,
-    attention: &BTreeMap<String, AttentionRates>,
-    rates: &mut Rates,
-) -> Result<(), ProfileError> {
-    for (format, curve) in gemm {
-        let key = format!("{device}.gemm.{format}");
-        need_point(&key, curve.points.len())?;
-        rates.extend(curve.points.iter().map(|p| (key.clone(), p.3)));
-    }
-    for (format, a) in attention {
-        let key = format!("{device}.attention.{format}");
-        rates.extend(a.clone().all_mut().map(|rate| (key.clone(), *rate)));
-    }
-    Ok(())
-}
-
-fn need_point(key: &str, points: usize) -> Result<(), ProfileError> {
-    let error = || ProfileError::Value {
-        key: key.to_owned(),
-        rule: "a table of at least one point",
-        value: "empty".into(),
-    };
-    (points > 0).then_some(()).ok_or_else(error)
-}
-
-fn need_not_negative(key: String, value: f64) -> Result<(), ProfileError> {
-    need(value >= 0.0, "zero or more", (key, value))
-}
-
-fn need_positive(key: String, value: f64) -> Result<(), ProfileError> {
-    need(value > 0.0, "positive", (key, value))
-}
-
-fn need(holds: bool, rule: &'static str, (key, value): (String, f64)) -> Result<(), ProfileError> {
-    if holds && value.is_finite() {
-        return Ok(());
-    }
-    Err(ProfileError::Value {
-        key,
-        rule,
-        value: value.to_string(),
-    })
 }
