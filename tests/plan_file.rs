@@ -100,6 +100,29 @@ fn where_no_disk_is_left_for_a_native_store_auto_says_that_it_went_lossy() {
 }
 
 #[test]
+fn four_bits_that_no_flag_asked_for_are_said() {
+    let mut setting = cpu(opt_1_3b(), 4 * GIB, Workload::uniform(4, 128, 16));
+    setting.budget.disk_bytes = 2 * GIB;
+    let with = |compress_weight, compress_cache| {
+        let mut request = setting.request();
+        request.fixed.compress_weight = compress_weight;
+        request.fixed.compress_cache = compress_cache;
+        let made = plan(&request).unwrap();
+        assert!(made.feasible && !made.lossless);
+        made.explain.warning
+    };
+    for cache in [false, true] {
+        let warning = with(None, Some(cache)).unwrap();
+        assert!(warning.contains("keeps weights in 4 bits"), "{warning}");
+        assert!(warning.contains("--compress-weight 0"), "{warning}");
+    }
+    let warning = with(None, None).unwrap();
+    assert!(warning.contains("--compress never"), "{warning}");
+    assert_eq!(with(Some(true), None), None);
+    assert_eq!(with(Some(true), Some(true)), None);
+}
+
+#[test]
 fn fixed_choices_are_kept() {
     let setting = cpu(opt_1_3b(), 3 * GIB, Workload::uniform(8, 128, 16));
     let mut request = setting.request();

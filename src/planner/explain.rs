@@ -22,7 +22,7 @@ const CLOSED_FORM_WITHIN_PERCENT: f64 = 3.0;
 pub fn explain(request: &PlanRequest, space: &Space, (found, rungs): (&Found, &[Rung])) -> Explain {
     Explain {
         four_bit: four_bit(request, rungs, found),
-        warning: found.forced_lossy.then(|| warning(found)),
+        warning: warning(request, found),
         closed_form: request.repricer.map(|_| beside_closed_form(space, found)),
         beside_ladder: beside_ladder(rungs, found),
         stepped_down: None,
@@ -34,12 +34,21 @@ pub fn explain(request: &PlanRequest, space: &Space, (found, rungs): (&Found, &[
     }
 }
 
-fn warning(found: &Found) -> String {
-    let candidate = &found.chosen.realised.candidate;
-    format!(
-        "nothing lossless fits into this budget: the plan keeps {} in 4 bits, which changes results; --compress never refuses instead",
-        lossy_parts(candidate.compress_weight, candidate.compress_cache).1
-    )
+/// Loud where something is in 4 bits unasked. `--compress never` and a flag for one of the two exclude each other.
+fn warning(request: &PlanRequest, found: &Found) -> Option<String> {
+    let (weights, cache) = found.forced_lossy;
+    let fixed = &request.fixed;
+    let (nothing, refuse) = match (fixed.compress_weight, fixed.compress_cache) {
+        (None, None) => ("nothing lossless", "--compress never"),
+        (None, _) => ("nothing else", "--compress-weight 0"),
+        _ => ("nothing else", "--compress-cache 0"),
+    };
+    (weights || cache).then(|| {
+        format!(
+            "{nothing} fits into this budget: the plan keeps {} in 4 bits, which changes results; {refuse} refuses instead",
+            lossy_parts(weights, cache).1
+        )
+    })
 }
 
 /// The replayed figure beside the closed form's, and where they part the reason.

@@ -163,8 +163,8 @@ pub struct Found {
     pub others: Vec<Realised>,
     /// What was known of all candidates of that level.
     pub bounds: Bounds,
-    /// Lossless was tried and did not fit.
-    pub forced_lossy: bool,
+    /// Weights and cache in 4 bits unasked, because nothing else fitted.
+    pub forced_lossy: (bool, bool),
 }
 
 fn choose(request: &PlanRequest, space: &Space) -> Option<Found> {
@@ -182,15 +182,25 @@ fn choose(request: &PlanRequest, space: &Space) -> Option<Found> {
         let bounds = space.bounds(keep);
         let realised = candidates(request, space, &bounds);
         if let Some((chosen, others)) = best(request, space, realised) {
+            let forced_lossy = forced_lossy(request, &chosen.realised.candidate);
             return Some(Found {
                 chosen,
                 others,
                 bounds,
-                forced_lossy: level > 0 && is_auto_free(request),
+                forced_lossy,
             });
         }
     }
     None
+}
+
+/// What of weights and cache is in 4 bits though no flag says so.
+fn forced_lossy(request: &PlanRequest, chosen: &Candidate) -> (bool, bool) {
+    let (fixed, auto) = (&request.fixed, request.compress == CompressMode::Auto);
+    (
+        auto && chosen.compress_weight && fixed.compress_weight.is_none(),
+        auto && chosen.compress_cache && fixed.compress_cache.is_none(),
+    )
 }
 
 /// The realised policies of one level, best first. A replay gets something to choose from: where the
