@@ -12,7 +12,7 @@ pub struct LineLength {
 impl LineLength {
     /// Tokens whose keys and values are kept: the last generated one is never attended to.
     pub fn kv_tokens(&self) -> u64 {
-        (self.prompt_tokens + self.gen_tokens.saturating_sub(1)) as u64
+        u64::from(self.prompt_tokens) + u64::from(self.gen_tokens.saturating_sub(1))
     }
 }
 

@@ -182,6 +182,27 @@ fn a_free_block_is_as_large_as_pays() {
 }
 
 #[test]
+fn a_free_block_ends_where_the_positions_do() {
+    let setting = cpu(opt_125m(), 4 * GIB, Workload::uniform(1, 1, 1));
+    let with = |prompt_tokens, gen_tokens| {
+        let request = PlanRequest {
+            job: Job::BestBlock {
+                prompt_tokens,
+                gen_tokens,
+            },
+            ..setting.request()
+        };
+        let w = plan(&request).unwrap().workload;
+        (w.gen_tokens_max, w.kv_tokens_max)
+    };
+    assert_eq!(with(2047, 32), (2, 2048));
+    assert_eq!(with(2048, u32::MAX), (1, 2048));
+    assert_eq!(with(2016, 33), (33, 2048));
+    let most = Workload::uniform(1, 2048, u32::MAX);
+    assert_eq!(most.kv_tokens_max(), 2046 + (1 << 32));
+}
+
+#[test]
 fn a_repricer_decides_and_its_figures_are_the_estimate() {
     use loadmaster::cost::figures::Figures;
     use loadmaster::planner::{Replay, Repricer};

@@ -169,7 +169,7 @@ impl Rules<'_> {
         }
         let asked = whole("max_tokens", line.max_tokens.as_ref())?;
         let asked = asked.unwrap_or(self.gen_tokens.into());
-        let room = positions + 1 - prompt.len();
+        let room = self.model.room_after(prompt.len());
         Ok(Request {
             line: 0,
             max_tokens: usize::try_from(asked).map_or(room, |asked| asked.min(room)),

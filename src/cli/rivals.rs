@@ -133,11 +133,14 @@ struct Arena<'a> {
 
 impl<'a> Arena<'a> {
     fn new(args: &'a RivalsArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<Self, Failure> {
+        let model = Model::find(&args.model, 0, false)?;
+        let room = model.spec.room_after(args.prompt_len as usize) as u32;
+        let gen_len = args.gen_len.min(room);
         Ok(Arena {
             args,
-            model: Model::find(&args.model, 0, false)?,
+            model,
             target: Target::settle(&args.limits, talk, stop)?,
-            workload: Workload::uniform(args.num_prompts, args.prompt_len, args.gen_len),
+            workload: Workload::uniform(args.num_prompts, args.prompt_len, gen_len),
             offload_dir: args.limits.place.offload_dir(),
             series_bytes: 0,
         })

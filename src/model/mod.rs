@@ -240,6 +240,12 @@ impl ModelSpec {
         of_layer.map(|m| m.packed_bytes(self.dtype, compress)).sum()
     }
 
+    /// Most tokens that can follow a prompt. The last one is never attended to: a prompt that fills all positions
+    /// still gets one.
+    pub fn room_after(&self, prompt_tokens: usize) -> usize {
+        (self.positions + 1).saturating_sub(prompt_tokens)
+    }
+
     /// Bytes of one token's keys and values in one layer: a K row and a V row.
     pub fn kv_record_bytes(&self, format: Dtype) -> u64 {
         2 * format.row_bytes(self.hidden)

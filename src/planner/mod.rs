@@ -178,7 +178,7 @@ fn choose(request: &PlanRequest, space: &Space) -> Option<Found> {
     } else {
         &[|_| true]
     };
-    for (level, keep) in levels.iter().enumerate() {
+    for keep in levels {
         let bounds = space.bounds(keep);
         let realised = candidates(request, space, &bounds);
         if let Some((chosen, others)) = best(request, space, realised) {
@@ -297,10 +297,11 @@ impl<'a> PlanRequest<'a> {
         } else {
             rates.uncalibrated()
         };
+        let job = self.job.within(self.model);
         Ok(Space {
             model: self.model,
-            job: self.job,
-            lengths: JobLengths::new(&self.job),
+            job,
+            lengths: JobLengths::new(&job),
             rates: Cow::Owned(rates),
             fixed: self.fixed,
             host: self.host,

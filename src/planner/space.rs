@@ -54,6 +54,22 @@ pub enum Job<'a> {
     },
 }
 
+impl Job<'_> {
+    /// The lines of a free block end where the model's positions do, as those of a given job already do.
+    pub fn within(self, model: &ModelSpec) -> Self {
+        match self {
+            Job::Given(_) => self,
+            Job::BestBlock {
+                prompt_tokens,
+                gen_tokens,
+            } => Job::BestBlock {
+                prompt_tokens,
+                gen_tokens: gen_tokens.min(model.room_after(prompt_tokens as usize) as u32),
+            },
+        }
+    }
+}
+
 /// Candidates with lower bounds of their seconds (per token where the block is free), rising.
 pub type Bounds = Vec<(f64, Candidate)>;
 
