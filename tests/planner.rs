@@ -408,6 +408,24 @@ fn what_does_not_fit_is_refused_with_a_budget_that_does() {
 }
 
 #[test]
+fn a_refusal_with_a_part_for_the_cpu_names_little_more_where_little_is_missing() {
+    let mut setting = on_t4(opt_6_7b(), 100 * MIB, Workload::uniform(1, 64, 8));
+    setting.budget.gpu_bytes = Some(2 * GIB);
+    let mut request = setting.request();
+    request.fixed.cpu_compute_share = Some(0.5);
+    request.compress = CompressMode::Never;
+    let refused = plan(&request).unwrap();
+    assert!(!refused.feasible);
+    // Not twelve gibibytes for all weights.
+    let missing = refused.missing_bytes;
+    assert!(missing.gpu.unwrap() < GIB && missing.cpu.unwrap() < GIB);
+    request.budget = refused.enough_bytes.unwrap();
+    let made = plan(&request).unwrap();
+    let share = made.policy.unwrap().cpu_compute_share_percent;
+    assert!((share - 50.0).abs() < 1.0, "{share}");
+}
+
+#[test]
 fn opt_175b_on_one_t4_is_planned_with_its_ladder() {
     let workload = Workload::uniform(256, 512, 32);
     let setting = on_t4(opt_175b(), 190 * GIB, workload);

@@ -156,16 +156,11 @@ fn corner_shares(space: &Space, candidate: &Candidate) -> Vec<ShareVector> {
         return fixed_corners(space, candidate, percent);
     }
     let mut all = Vec::new();
-    for weights in homes(0..CACHE) {
-        if !shares_agree(space, weights) {
-            continue;
-        }
+    for weights in weight_corners(space, &allowed) {
         for cache in homes(CACHE..HIDDEN) {
             for hidden in homes(HIDDEN..SHARES) {
-                let mut vector = [0.0; SHARES];
-                [weights, cache, hidden]
-                    .into_iter()
-                    .for_each(|i| vector[i] = 1.0);
+                let mut vector = weights;
+                [cache, hidden].into_iter().for_each(|i| vector[i] = 1.0);
                 all.push(vector);
             }
         }
@@ -173,16 +168,30 @@ fn corner_shares(space: &Space, candidate: &Candidate) -> Vec<ShareVector> {
     all
 }
 
-/// A corner of the weights contradicts a fixed `--cpu-compute-share` unless that is 0 or 1.
-fn shares_agree(space: &Space, home: usize) -> bool {
-    match space.fixed.cpu_compute_share {
-        Some(part) if space.device().has_gpu() => match home {
-            1 | 3 => part <= 0.0,
-            2 | 4 => part >= 1.0,
-            _ => true,
-        },
-        _ => true,
+/// All weights at one home. Where a `--cpu-compute-share` is fixed, those outside the GPU have two: one for the part
+/// that the CPU multiplies and one for what is shipped.
+fn weight_corners(space: &Space, allowed: &[bool; SHARES]) -> Vec<ShareVector> {
+    let whole = |home| [(home, 1.0), (home, 0.0)];
+    let part = space.fixed.cpu_compute_share;
+    let corners: Vec<[(usize, f64); 2]> = match part.filter(|_| space.device().has_gpu()) {
+        None => (0..CACHE).map(whole).collect(),
+        Some(part) => {
+            let cut = |(shipped, computed)| [(shipped, 1.0 - part), (computed, part)];
+            let mut cuts = vec![whole(0)];
+            cuts.extend([(1, 2), (1, 4), (3, 2), (3, 4)].map(cut));
+            cuts
+        }
+    };
+    let mut all: Vec<ShareVector> = Vec::new();
+    for corner in corners {
+        let mut vector = [0.0; SHARES];
+        corner.iter().for_each(|&(i, share)| vector[i] += share);
+        let possible = vector.iter().zip(allowed).all(|(&s, &ok)| ok || s <= 0.0);
+        if possible && !all.contains(&vector) {
+            all.push(vector);
+        }
     }
+    all
 }
 
 fn fixed_corners(space: &Space, candidate: &Candidate, percent: [f64; 6]) -> Vec<ShareVector> {
