@@ -117,7 +117,7 @@ pub struct ProbeArgs {
     /// Measure again even where a profile of this machine is there
     #[arg(long)]
     pub force: bool,
-    /// Memory that the probe may take [default: 24 times the last-level cache and some buffers: 0.3 to 1.2 GiB]
+    /// Memory that the probe may take [default: 24 times the last-level cache, some buffers and 0.7 MiB a thread: 0.3 to 1.2 GiB]
     #[arg(long = "cpu-mem", value_name = "SIZE", value_parser = parse_bytes)]
     pub cpu_mem_bytes: Option<u64>,
     /// Threads that compute [default: physical cores that this process may use]

@@ -251,9 +251,10 @@ pub fn measure(
     stop: &AtomicBool,
 ) -> Result<HardwareProfile, Failure> {
     make_offload_dir(offload_dir)?;
-    let enough = probe::default_budget_bytes();
+    let enough = probe::default_budget_bytes(threads);
     let free = os::default_cpu_budget().unwrap_or(enough);
-    let budget_bytes = cpu_mem_bytes.unwrap_or(free).min(enough);
+    // What was asked for holds: should the default ever be too little, --cpu-mem must be able to mend it.
+    let budget_bytes = cpu_mem_bytes.unwrap_or(free.min(enough));
     let profile = probe::probe(ProbeOptions {
         offload_dir,
         threads,

@@ -47,7 +47,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 use thiserror::Error;
 
-/// Program text, stacks and what a run holds when it probes, besides a full probe's buffers.
+/// Program text and what a run holds when it probes, besides a full probe's threads and buffers.
 const HELD_BYTES: u64 = 100 * MIB;
 /// What a probe needs beside its buffers and what the process already holds.
 const SLACK_BYTES: u64 = 16 * MIB;
@@ -57,8 +57,13 @@ const MORE_TIME: f64 = 2.0;
 const STACK_BYTES: u64 = 64 * 1024;
 
 /// Enough for a full probe on this machine.
-pub fn default_budget_bytes() -> u64 {
-    HELD_BYTES + Bench::most_bytes(ProbeScale::Full.extent())
+pub fn default_budget_bytes(threads: usize) -> u64 {
+    HELD_BYTES + thread_bytes(threads) + Bench::most_bytes(ProbeScale::Full.extent())
+}
+
+/// Scratch and touched stacks of the threads that compute.
+fn thread_bytes(threads: usize) -> u64 {
+    threads as u64 * (4 * SCRATCH_FLOATS as u64 + STACK_BYTES)
 }
 
 /// Why a machine could not be measured.
@@ -159,8 +164,7 @@ fn check_place(dir: &Path) -> Result<(), ProbeError> {
 
 /// Bytes that the probe's buffers may take of a budget for the whole process.
 fn room_within(budget_bytes: u64, threads: usize, extent: &Extent) -> Result<u64, ProbeError> {
-    let thread_bytes = threads as u64 * (4 * SCRATCH_FLOATS as u64 + STACK_BYTES);
-    let held_bytes = os::process_memory()?.resident_bytes + thread_bytes + SLACK_BYTES;
+    let held_bytes = os::process_memory()?.resident_bytes + thread_bytes(threads) + SLACK_BYTES;
     let needed_bytes = held_bytes + Bench::least_bytes(extent);
     if needed_bytes > budget_bytes {
         return Err(ProbeError::Budget {

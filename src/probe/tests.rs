@@ -146,6 +146,19 @@ fn a_budget_that_is_too_small_is_an_error_that_says_how_much_is_needed() {
     assert!(error.to_string().contains("--cpu-mem"), "{error}");
 }
 
+#[test]
+fn the_default_budget_grows_with_the_threads_as_what_is_needed_does() {
+    let needed_bytes = |threads| match room_within(0, threads, ProbeScale::Full.extent()) {
+        Err(ProbeError::Budget { needed_bytes, .. }) => needed_bytes,
+        other => panic!("nothing is no room: {other:?}"),
+    };
+    // Beside what other tests hold meanwhile, which comes and goes.
+    let noise_bytes = 64 << 20;
+    let more = default_budget_bytes(1024) - default_budget_bytes(2);
+    let needed = needed_bytes(1024) - needed_bytes(2);
+    assert!(more > 600 << 20 && more.abs_diff(needed) < noise_bytes);
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn memory_is_no_place_to_probe() {
