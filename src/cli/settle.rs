@@ -10,6 +10,7 @@ use crate::checkpoint::{CheckpointError, ModelLocation, WeightSource, find_model
 use crate::cost::footprint::HostBytes;
 use crate::machine::cpu::kernels::Isa;
 use crate::machine::cpu::pool::SCRATCH_FLOATS;
+use crate::machine::os::MemoryNow;
 use crate::machine::{disk, os};
 use crate::model::ModelSpec;
 use crate::model::families::named_size;
@@ -18,7 +19,7 @@ use crate::policy::DeviceKind;
 use crate::probe::{self, GpuProbe, ProbeOptions, ProbeScale, ProfileKey};
 use crate::profile::{COMPILED_IN, HardwareProfile};
 use crate::tokenizer::Tokenizer;
-use crate::units::{GIB, MIB};
+use crate::units::MIB;
 use crate::workload::Workload;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -355,7 +356,34 @@ fn gpu_budget(
         }
         _ => None,
     };
-    Ok(own.map(|own| limits.gpu_mem_bytes.unwrap_or(own)))
+    // A GPU that DRAM plays has no more than it was given; for a real one, more may be asked what if.
+    let most = match limits.device {
+        DeviceChoice::Host { gpu_bytes } => gpu_bytes,
+        _ => u64::MAX,
+    };
+    Ok(own.map(|own| limits.gpu_mem_bytes.unwrap_or(own).min(most)))
+}
+
+/// DRAM where --cpu-mem does not say: of a machine elsewhere nothing is taken, and the GPU that DRAM plays is given up.
+fn default_cpu_bytes(
+    limits: &LimitArgs,
+    (gpu_bytes, foreign): (Option<u64>, bool),
+    profile: &HardwareProfile,
+) -> Result<u64, Failure> {
+    let total_bytes = profile.memory.cpu_total_bytes;
+    let all = match foreign {
+        true => os::budget_within(&MemoryNow {
+            total_bytes,
+            free_bytes: total_bytes,
+            bound_by: profile.machine.name.clone(),
+        }),
+        false => os::default_cpu_budget().map_err(Failure::failed)?,
+    };
+    let played = match limits.device {
+        DeviceChoice::Host { .. } => gpu_bytes.unwrap_or(0),
+        _ => 0,
+    };
+    Ok(all.saturating_sub(played))
 }
 
 fn budgets(
@@ -364,11 +392,9 @@ fn budgets(
     profile: &HardwareProfile,
     offload_dir: &Path,
 ) -> Result<PlanBudget, Failure> {
-    let total = profile.memory.cpu_total_bytes;
-    let cpu_bytes = match (limits.cpu_mem_bytes, foreign) {
-        (Some(bytes), _) => bytes,
-        (None, true) => total - GIB.max(total / 10).min(total),
-        (None, false) => os::default_cpu_budget().map_err(Failure::failed)?,
+    let cpu_bytes = match limits.cpu_mem_bytes {
+        Some(bytes) => bytes,
+        None => default_cpu_bytes(limits, (gpu_bytes, foreign), profile)?,
     };
     let disk_bytes = match (limits.disk_space_bytes, foreign) {
         (Some(bytes), _) => bytes,

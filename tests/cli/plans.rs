@@ -158,6 +158,31 @@ fn set(plan: &str, key: &str, value: &str) -> String {
 }
 
 #[test]
+fn dram_that_plays_a_gpu_is_no_other_dram() {
+    let home = planned();
+    let budget = |flags: &str| {
+        let words = format!("plan --model opt-125m --profile t4-gcp --json {flags}");
+        let plan = home.run(&words).good().document();
+        ["gpu_bytes", "cpu_bytes"].map(|key| plan["budget"][key].as_u64())
+    };
+    let gib = 1u64 << 30;
+    let [none, all] = budget("--device cpu");
+    let rest = |bytes: u64| all.map(|all| all - bytes);
+    assert_eq!((none, all), (None, Some(208_000_000_000 / 10 * 9)));
+    assert_eq!(
+        budget("--device host:64GiB"),
+        [Some(64 * gib), rest(64 * gib)]
+    );
+    let asked = budget("--device host:4GiB --gpu-mem 1GiB");
+    assert_eq!(asked, [Some(gib), rest(gib)]);
+    let more = budget("--device host:1GiB --gpu-mem 64GiB --cpu-mem 2GiB");
+    assert_eq!(more, [Some(gib), Some(2 * gib)]);
+    // What if that machine had a larger one?
+    let other = budget("--gpu-mem 64GiB --cpu-mem 2GiB");
+    assert_eq!(other, [Some(64 * gib), Some(2 * gib)]);
+}
+
+#[test]
 fn an_infeasible_plan_is_not_saved() {
     let home = planned();
     let words = "plan --model GOLDEN --input in.jsonl --cpu-mem 1MiB -o small.toml";
