@@ -14,7 +14,7 @@ use common::*;
 use loadmaster::cost::affine::{GROUPS, share_vector, shares_from};
 use loadmaster::cost::estimate::{EstimateInput, estimate};
 use loadmaster::cost::rates::Rates;
-use loadmaster::plan::{Plan, PlanBudget};
+use loadmaster::plan::{MOST_SEQUENCES, Plan, PlanBudget};
 use loadmaster::planner::changes::twice_as_fast;
 use loadmaster::planner::realise::{Built, Realiser};
 use loadmaster::planner::{Candidate, CompressMode, PlanRequest, plan};
@@ -423,6 +423,15 @@ fn a_refusal_with_a_part_for_the_cpu_names_little_more_where_little_is_missing()
     let made = plan(&request).unwrap();
     let share = made.policy.unwrap().cpu_compute_share_percent;
     assert!((share - 50.0).abs() < 1.0, "{share}");
+}
+
+#[test]
+fn no_block_is_larger_than_a_plan_may_hold() {
+    let setting = on_t4(opt_125m(), 100 * GIB, Workload::uniform(3 << 20, 1, 1));
+    let request = setting.request();
+    let candidates = request.space().unwrap().candidates();
+    let most = candidates.iter().map(Candidate::slots).max();
+    assert!(most.is_some_and(|slots| slots <= MOST_SEQUENCES));
 }
 
 #[test]

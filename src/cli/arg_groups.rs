@@ -67,7 +67,7 @@ pub struct WorkArgs {
     #[arg(long, value_name = "TOKENS", value_parser = values::tokens)]
     pub gen_len: Option<u32>,
     /// Random prompts [default: one best block, or the plan's]
-    #[arg(long, value_name = "N", value_parser = values::count)]
+    #[arg(long, value_name = "N", value_parser = values::prompts)]
     pub num_prompts: Option<usize>,
     /// Seed of random prompts, of sampling and of synth weights
     #[arg(long, value_name = "N", default_value_t = 0)]

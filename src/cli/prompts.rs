@@ -6,6 +6,8 @@ use super::failure::Failure;
 use super::prompt_lines::TOKENIZER_REMEDY;
 pub use super::prompt_lines::{Line, LineError, Rules};
 use crate::engine::Request;
+use crate::machine::os;
+use crate::units::show_bytes;
 use crate::workload::{LineLength, Workload};
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Read};
@@ -46,6 +48,16 @@ pub enum PromptError {
         asked: u32,
         positions: usize,
         model: String,
+    },
+    #[error(
+        "{prompts} random prompts of {tokens} tokens take {} of memory and {} are free: lower --num-prompts or --prompt-len",
+        show_bytes(*needed_bytes), show_bytes(*free_bytes)
+    )]
+    TooMany {
+        prompts: usize,
+        tokens: u32,
+        needed_bytes: u64,
+        free_bytes: u64,
     },
     #[error(
         "the vocabulary of {model} has {vocab} ids, none of which can be in a random prompt: give prompts with --input"
@@ -264,6 +276,7 @@ fn random_lines(prompts: usize, tokens: u32, rules: &Rules) -> Result<Vec<Line>,
             vocab,
         });
     }
+    check_memory(prompts, tokens)?;
     let prompt = |line: usize| {
         let token = |position: u32| ids.draw(hash([rules.seed, line as u64, position.into()]));
         (0..tokens).map(token).collect()
@@ -271,6 +284,23 @@ fn random_lines(prompts: usize, tokens: u32, rules: &Rules) -> Result<Vec<Line>,
     Ok((0..prompts)
         .map(|line| rules.ids_line(line, prompt(line)))
         .collect())
+}
+
+/// Before any is drawn: an allocation that fails would end the program without a word. A token id is held with its
+/// line, and again with its sequence.
+fn check_memory(prompts: usize, tokens: u32) -> Result<(), PromptError> {
+    let line_bytes = size_of::<Line>() as u64 + 8 * u64::from(tokens);
+    let needed_bytes = line_bytes.saturating_mul(prompts as u64);
+    let free_bytes = os::memory_now().map_or(u64::MAX, |now| now.free_bytes);
+    if needed_bytes <= free_bytes {
+        return Ok(());
+    }
+    Err(PromptError::TooMany {
+        prompts,
+        tokens,
+        needed_bytes,
+        free_bytes,
+    })
 }
 
 /// The ids that text is made of: all but the special ones.

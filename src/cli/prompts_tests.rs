@@ -285,6 +285,12 @@ fn random_prompts_depend_on_seed_line_and_position_only() {
         long,
         Err(PromptError::TooLong { asked: 2049, .. })
     ));
+    let many = Source::Random {
+        prompts: 1 << 40,
+        prompt_tokens: 512,
+    };
+    let error = read_lines(many, &rules).expect_err("two pebibytes");
+    assert!(error.to_string().contains("--num-prompts"), "{error}");
 }
 
 #[test]

@@ -117,7 +117,7 @@ pub struct RivalsArgs {
     #[arg(long, value_name = "MODEL")]
     pub model: String,
     /// Prompts of the job
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = values::count)]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = values::prompts)]
     pub num_prompts: usize,
     /// Tokens of each prompt
     #[arg(long, value_name = "TOKENS", default_value_t = 64, value_parser = values::tokens)]

@@ -9,6 +9,9 @@ use crate::units::{MIB, parse_bytes, parse_rate, show_bytes};
 use std::fmt;
 use thiserror::Error;
 
+/// Each has a length of its own in a plan's job, and nobody waits for so many.
+const MOST_PROMPTS: usize = 10_000_000;
+
 /// Why a value was refused; clap puts the flag's name in front.
 #[derive(Clone, Debug, Error, PartialEq)]
 pub enum ValueError {
@@ -110,6 +113,11 @@ pub fn threads(text: &str) -> Result<usize, ValueError> {
 /// Sequences of a batch, or batches of a block.
 pub fn sequences(text: &str) -> Result<usize, ValueError> {
     at_most(MOST_SEQUENCES, text)
+}
+
+/// Random prompts of a job.
+pub fn prompts(text: &str) -> Result<usize, ValueError> {
+    at_most(MOST_PROMPTS, text)
 }
 
 fn at_most(most: usize, text: &str) -> Result<usize, ValueError> {
@@ -224,6 +232,9 @@ mod tests {
         assert_eq!(count("1.5"), Err(ValueError::NotACount));
         assert_eq!(threads("1024"), Ok(1024));
         assert_eq!(threads("1025"), Err(ValueError::TooLarge { most: 1024 }));
+        assert_eq!(prompts("10000000"), Ok(10_000_000));
+        let most = MOST_PROMPTS;
+        assert_eq!(prompts("1000000000000"), Err(ValueError::TooLarge { most }));
         assert_eq!(tokens("4294967296"), Err(ValueError::NotACount));
         assert_eq!(percentage("12.5"), Ok(12.5));
         assert_eq!(percentage("100%"), Ok(100.0));

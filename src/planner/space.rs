@@ -9,6 +9,7 @@ use crate::cost::terms::{TermInput, Terms};
 use crate::dtype::Dtype;
 use crate::model::ModelSpec;
 use crate::placement::{MatrixSplit, Placement, WeightHome};
+use crate::plan::MOST_SEQUENCES;
 use crate::planner::lp::{Equality, Program};
 use crate::planner::parallel::in_parallel;
 use crate::policy::{Compute, DeviceKind, Policy, Shares, multiplied_in_place};
@@ -274,6 +275,8 @@ impl<'a> Space<'a> {
         if matches!(self.job, Job::Given(_)) {
             sizes.extend((1..=EVEN_CUTS).map(|cut| lines.div_ceil(cut * count)));
         }
+        // What a saved plan may hold.
+        sizes.retain(|&s| s * count <= MOST_SEQUENCES);
         sizes.sort_unstable();
         sizes.dedup();
         sizes

@@ -48,6 +48,7 @@ fn usage_errors_name_what_would_do() {
         ("--compress maybe", &["--compress", "fastest"]),
         ("--profile nowhere", &["nowhere", "t4-gcp", "probe"]),
         ("--prompt-len 3", &["--prompt-len", "--input"]),
+        ("--num-prompts 1000000000000", &["--num-prompts", "at most"]),
     ] {
         let ended = home.run(&format!("{RUN} {flags}"));
         ended.fails(2, parts);
