@@ -109,6 +109,7 @@ fn plan(args: &PlanArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
     let asked = Asked {
         sizes_do: true,
         explain: args.explain,
+        out: args.out.as_deref(),
         changes: args.what_if.changes(),
         ..Asked::default()
     };

@@ -10,6 +10,7 @@ pub mod execute;
 pub mod failure;
 pub mod flexllmgen;
 pub mod gpu;
+pub mod next_command;
 pub mod progress;
 pub mod prompt_lines;
 pub mod prompts;

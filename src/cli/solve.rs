@@ -4,6 +4,7 @@ use super::args::{
     Compress, DEFAULT_GEN_LEN, DEFAULT_PROMPT_LEN, Kv, PolicyArgs, ResultArgs, SolveArgs, WorkArgs,
 };
 use super::failure::Failure;
+use super::next_command::next_command;
 use super::progress::Talk;
 use super::prompt_lines::{Line, Rules};
 use super::prompts::{self, Source};
@@ -41,6 +42,8 @@ pub struct Asked<'a> {
     /// A size's name is enough: there need be no weights.
     pub sizes_do: bool,
     pub explain: bool,
+    /// Where the plan is to be saved.
+    pub out: Option<&'a Path>,
     /// Where error lines go when no line is any good; None where nothing is to be generated.
     pub results: Option<&'a ResultArgs>,
     /// The weights in DRAM cannot be page-locked.
@@ -92,7 +95,9 @@ pub fn solve(
     idle_flags(&args.policy, target.device)
         .iter()
         .for_each(|line| talk.note(line));
-    let plan = plan((args, asked), &model, &target, workload.as_ref())?;
+    let mut plan = plan((args, asked), &model, &target, workload.as_ref())?;
+    plan.next_command = next_command(args, asked.out, &plan);
+    let plan = named(plan, &model);
     Ok(Solved {
         model,
         target,
@@ -210,11 +215,10 @@ fn plan(
         },
         repricer: Some(&ScheduleRepricer),
     };
-    let plan = planner::plan(&request).map_err(|error| match error {
+    planner::plan(&request).map_err(|error| match error {
         PlanError::Rates(_) => Failure::failed(error),
         _ => Failure::usage(error),
-    })?;
-    Ok(named(plan, model))
+    })
 }
 
 /// A plan of known lengths with choices that are made already: what the proving commands try out.
@@ -255,7 +259,8 @@ pub fn plan_fixed(
     Ok(named(plan, model))
 }
 
-/// A plan says the model as the user did, so that `exec` finds it again.
+/// A plan says the model as the user did, so that `exec` finds it again. The last to change it: its id is that of all
+/// that it says.
 fn named(mut plan: Plan, model: &Model) -> Plan {
     plan.model.name = model.name.clone();
     plan.id = plan.content_id();

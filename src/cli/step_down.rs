@@ -222,6 +222,7 @@ fn solve_again(
     };
     let mut found = planner::plan(&request).map_err(Failure::failed)?;
     found.model.name.clone_from(&plan.model.name);
+    found.next_command.clone_from(&plan.next_command);
     Ok(found)
 }
 

@@ -16,7 +16,7 @@ use crate::policy::{Compute, Policy};
 use crate::tier::PerTier;
 use crate::workload::Workload;
 
-/// Where a plan goes by default.
+/// Where a plan goes by default. Who knows better what was typed says so in its place.
 const PLAN_FILE: &str = "plan.toml";
 
 /// A plan that fits.

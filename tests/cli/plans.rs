@@ -1,6 +1,7 @@
 //! Plan files that `exec` must refuse: other weights, other versions, other shapes, too much for now.
 
 use crate::harness::{Ended, Home, golden};
+use loadmaster::plan::Plan;
 
 fn planned() -> Home {
     let home = Home::new();
@@ -155,6 +156,30 @@ fn set(plan: &str, key: &str, value: &str) -> String {
     let start = plan.find(&format!("\n{key} = ")).expect(key) + 1;
     let end = start + plan[start..].find('\n').expect("a line's end");
     format!("{}{key} = {value}{}", &plan[..start], &plan[end..])
+}
+
+#[test]
+fn the_next_command_is_one_that_runs() {
+    let (home, elsewhere) = (planned(), Home::new());
+    let place = elsewhere.dir.display();
+    let words = format!("--input in.jsonl --gen-len 5 --offload-dir {place}");
+    let plan = format!("plan --model GOLDEN {words} -o p2.toml --json");
+    let plan = home.run(&plan).good().document();
+    let next = plan["next_command"].as_str().expect("a command");
+    let results = "--output out.jsonl --report report.json";
+    let expected = format!("loadmaster exec p2.toml {words} {results}");
+    assert_eq!(next, expected);
+    let saved = Plan::from_toml(&home.read("p2.toml")).expect("a plan");
+    assert!(!saved.is_edited());
+    let check = plan["check_command"].as_str().expect("a command");
+    for command in [next, check] {
+        let words = command.strip_prefix("loadmaster ").expect("the program");
+        home.run(words).good();
+    }
+    assert_eq!(home.json("report.json")["plan"]["id"], plan["id"]);
+    let unsaved = home.run("plan --model GOLDEN --input in.jsonl").good();
+    let told = "next: loadmaster plan … -o plan.toml && loadmaster exec plan.toml --input in.jsonl";
+    assert!(unsaved.stdout.contains(told), "{}", unsaved.stdout);
 }
 
 #[test]
