@@ -144,7 +144,8 @@ pub struct LimitArgs {
     /// GPU memory for the whole process [default: free - 512MiB]
     #[arg(long = "gpu-mem", value_name = "SIZE", value_parser = parse_bytes)]
     pub gpu_mem_bytes: Option<u64>,
-    /// DRAM for the whole process [default: what is available - max(1GiB, 10%)]
+    /// DRAM for the whole process [default: what is available - max(1GiB, 10%), or - 10%
+    /// where there is less than 4GiB in all]
     #[arg(long = "cpu-mem", value_name = "SIZE", value_parser = parse_bytes)]
     pub cpu_mem_bytes: Option<u64>,
     /// Disk for packed weights and spilled cache [default: free - 5%]
