@@ -51,7 +51,10 @@ fn compared(row: Published, rates: &Rates, profile: &HardwareProfile) -> Result<
         lengths: row.lengths(),
     };
     let budget = PlanBudget {
-        gpu_bytes: profile.gpu.as_ref().map(|g| g.total_bytes - 512 * MIB),
+        gpu_bytes: profile
+            .gpu
+            .as_ref()
+            .map(|g| g.total_bytes.saturating_sub(512 * MIB)),
         cpu_bytes: profile.memory.cpu_total_bytes * 9 / 10,
         disk_bytes: 1500 * GIB,
     };
