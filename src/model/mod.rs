@@ -41,7 +41,7 @@ pub struct ModelSpec {
     pub pad_id: u32,
     pub bos_id: u32,
     /// Where generation ends; several where a model was trained further.
-    #[serde(alias = "eos_id", deserialize_with = "token_ids::read")]
+    #[serde(rename = "eos_id", with = "token_ids")]
     pub eos_ids: Vec<u32>,
 }
 

@@ -1,7 +1,7 @@
 //! Special token ids as configuration files write them: one, several, null or negative ones for none.
 
 use super::families::ModelError;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// An id that no vocabulary has: what a model without an end token never generates.
 pub const NO_TOKEN: u32 = u32::MAX;
@@ -30,8 +30,15 @@ impl TokenIds {
     }
 }
 
-/// A field that has been one id in manifests written before.
-pub fn read<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u32>, D::Error> {
+/// As manifests have it, which are compared by what they say: one id is a number.
+pub fn serialize<S: Serializer>(ids: &[u32], to: S) -> Result<S::Ok, S::Error> {
+    match ids {
+        [one] => one.serialize(to),
+        several => several.serialize(to),
+    }
+}
+
+pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u32>, D::Error> {
     TokenIds::deserialize(from).map(|ids| ids.all())
 }
 
@@ -50,6 +57,7 @@ pub fn eos_ids_of_generation(json: &str) -> Result<Option<Vec<u32>>, ModelError>
 
 #[cfg(test)]
 mod tests {
+    use super::super::ModelSpec;
     use super::super::families::{config_json, named_size, spec_from_config};
     use super::*;
 
@@ -69,6 +77,13 @@ mod tests {
         assert_eq!(ends("[2, 50118]"), [2, 50118]);
         assert_eq!(ends("null"), [0; 0]);
         assert_eq!(ends("-1"), [0; 0]);
+        let spec = named_size("opt-125m").expect("known");
+        let text = serde_json::to_string(&spec).expect("JSON");
+        assert!(text.contains("\"eos_id\":2"), "{text}");
+        assert_eq!(
+            serde_json::from_str::<ModelSpec>(&text).expect("itself"),
+            spec
+        );
         let said = |json| eos_ids_of_generation(json).expect("legal");
         assert_eq!(said("{\"eos_token_id\": [7, 9]}"), Some(vec![7, 9]));
         assert_eq!(said("{\"eos_token_id\": null, \"top_k\": 3}"), None);
