@@ -371,6 +371,22 @@ fn the_probe_reads_everything_once() {
 }
 
 #[test]
+fn tables_are_copied_to_their_last_word() {
+    let words: Vec<u32> = (0..4 * 600).collect();
+    for count in [1usize, 256, 599] {
+        let case = Case::new("copy_table", (count.div_ceil(256), 1), 256)
+            .buffer(&words)
+            .buffer(&vec![0u32; words.len()])
+            .word(count);
+        for found in in_every_order(&[case]) {
+            let (copied, rest) = found[0][1].split_at(16 * count);
+            assert_eq!(copied, &found[0][0][..16 * count]);
+            assert!(rest.iter().all(|&byte| byte == 0), "{count}");
+        }
+    }
+}
+
+#[test]
 fn every_kernel_is_registered_and_documented() {
     let listed = std::process::Command::new(case::runner())
         .arg("--list")

@@ -62,15 +62,15 @@ std::vector<Kernel>& registry();
 void add_kernel(Kernel kernel);
 const Kernel* find_kernel(const std::string& name);
 
-/// What a kernel is given lies in device memory, or is null; the runner of single kernels has no such memory.
-void require_device_address(const void* at);
-template <class T> void require_device_pointer(T) {}
-template <class T> void require_device_pointer(T* at) { require_device_address(at); }
+/// Where a kernel finds what it is given: device memory, page-locked memory by the address that the device has it at,
+/// which is not the host's, or null. The runner of single kernels has neither.
+void* device_pointer(const void* at);
+template <class T> T as_on_device(T value) { return value; }
+template <class T> T* as_on_device(T* at) { return static_cast<T*>(device_pointer(at)); }
 
 template <class... A, size_t... I>
 Bound bind_arguments(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
-  std::tuple<A...> values(*static_cast<A*>(arguments[I])...);
-  (require_device_pointer(std::get<I>(values)), ...);
+  std::tuple<A...> values(as_on_device(*static_cast<A*>(arguments[I]))...);
   return [kernel, values] { std::apply(kernel, values); };
 }
 

@@ -19,6 +19,7 @@ thread_local void* t_current = nullptr;
 
 uint64_t context_bytes() { return setting("FAKE_CUDA_CONTEXT", 64ull << 20); }
 int devices() { return int(setting("FAKE_CUDA_DEVICES", 1)); }
+bool maps_host_memory() { return setting("FAKE_CUDA_MAPS", 1); }
 int capability() { return int(setting("FAKE_CUDA_CAPABILITY", 80)); }
 
 struct Module {
@@ -58,8 +59,12 @@ const Named* named(int result) {
 
 bool fakeCudaHasContext() { return t_current == &g_context && g_retained > 0; }
 
-void fake::require_device_address(const void* at) {
-  if (at && !memory().device.holds(at, 1)) die("a kernel is given an address outside of device memory");
+void* fake::device_pointer(const void* at) {
+  void* there = const_cast<void*>(at);
+  if (!at || memory().device.holds(at, 1)) return there;
+  void* host = reinterpret_cast<void*>(uint64_t(at) - MAPPED_AT);
+  if (!memory().mapped.holds(host, 1)) die("a kernel is given an address outside of device memory");
+  return host;
 }
 
 // Errors, device, context.
@@ -120,6 +125,7 @@ EXPORTED int cuDeviceGetAttribute(int* value, int attribute, int) {
     case 10: *value = 32; break;              // warp
     case 13: *value = 1500000; break;         // clock in kHz
     case 16: *value = 2; break;               // multiprocessors
+    case 19: *value = maps_host_memory(); break;
     case 33: *value = 0; break;               // bus, device, domain
     case 34: *value = 0; break;
     case 50: *value = 0; break;
@@ -201,28 +207,38 @@ EXPORTED int cuMemFree_v2(uint64_t at) {
 }
 EXPORTED int cuMemFreeAsync(uint64_t at, void*) { return cuMemFree_v2(at); }
 
-EXPORTED int cuMemHostAlloc(void** at, size_t bytes, unsigned) {
+constexpr unsigned DEVICEMAP = 2;
+static void add_pinned(void* at, size_t bytes, unsigned flags) {
+  memory().pinned.add(at, bytes);
+  if (flags & DEVICEMAP) memory().mapped.add(at, bytes);
+}
+static uint64_t remove_pinned(void* at) {
+  memory().mapped.remove(at);
+  return memory().pinned.remove(at);
+}
+
+EXPORTED int cuMemHostAlloc(void** at, size_t bytes, unsigned flags) {
   if (!memory().reserve_pinned(bytes)) return OUT_OF_MEMORY;
   *at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (*at == MAP_FAILED) return OUT_OF_MEMORY;
-  memory().pinned.add(*at, bytes);
+  add_pinned(*at, bytes, flags);
   return SUCCESS;
 }
 EXPORTED int cuMemFreeHost(void* at) {
   cuCtxSynchronize();
-  uint64_t bytes = memory().pinned.remove(at);
+  uint64_t bytes = remove_pinned(at);
   if (!bytes) die("freeing page-locked memory that is not allocated");
   munmap(at, bytes);
   memory().reserve_pinned(-int64_t(bytes));
   return SUCCESS;
 }
 #ifndef WITHOUT_HOST_REGISTER
-EXPORTED int cuMemHostRegister_v2(void* at, size_t bytes, unsigned) {
+EXPORTED int cuMemHostRegister_v2(void* at, size_t bytes, unsigned flags) {
   if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   if (bytes == 0) return INVALID_VALUE;
   if (memory().pinned.overlaps(at, bytes)) return ALREADY_REGISTERED;
   if (!memory().reserve_pinned(bytes)) return OUT_OF_MEMORY;
-  memory().pinned.add(at, bytes);
+  add_pinned(at, bytes, flags);
   fakeCudaCount("page locks", 1);
   return SUCCESS;
 }
@@ -230,7 +246,7 @@ EXPORTED int cuMemHostRegister_v2(void* at, size_t bytes, unsigned) {
 EXPORTED int cuMemHostUnregister(void* at) {
   if (!fakeCudaHasContext()) die("giving back page-locked memory without its context");
   cuCtxSynchronize();
-  uint64_t bytes = memory().pinned.remove(at);
+  uint64_t bytes = remove_pinned(at);
   memory().reserve_pinned(-int64_t(bytes));
   uintptr_t page = uintptr_t(at) / 4096 * 4096;
   if (bytes && msync(reinterpret_cast<void*>(page), uintptr_t(at) + bytes - page, MS_ASYNC)) {
@@ -238,9 +254,13 @@ EXPORTED int cuMemHostUnregister(void* at) {
   }
   return bytes ? SUCCESS : NOT_REGISTERED;
 }
-EXPORTED int cuMemHostGetDevicePointer_v2(uint64_t* device, void* host, unsigned) {
-  *device = uint64_t(host);
-  return memory().pinned.holds(host, 1) ? SUCCESS : INVALID_VALUE;
+/// As it is said to be, not as one address space makes it: only what was asked for is mapped, and elsewhere than on the
+/// host.
+EXPORTED int cuMemHostGetDevicePointer_v2(uint64_t* device, void* host, unsigned flags) {
+  if (!fakeCudaHasContext()) return INVALID_CONTEXT;
+  if (flags || !maps_host_memory() || !memory().mapped.holds(host, 1)) return INVALID_VALUE;
+  *device = uint64_t(host) + MAPPED_AT;
+  return SUCCESS;
 }
 EXPORTED int cuMemHostGetFlags(unsigned* flags, void* host) {
   *flags = 0;

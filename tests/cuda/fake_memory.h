@@ -24,6 +24,8 @@ class Ranges {
 
 struct Memory {
   Ranges device, pinned;
+  /// Of the page-locked ranges those that the device has too.
+  Ranges mapped;
   /// Bytes taken, of which the context's and cuBLAS's are no range.
   uint64_t total, used = 0, peak = 0;
   uint64_t pinned_limit, pinned_used = 0, pinned_peak = 0;
@@ -37,6 +39,9 @@ struct Memory {
   bool release(void* at);
 };
 Memory& memory();
+
+/// How far the device's address of page-locked memory is from the host's: no pointer that may be followed.
+constexpr uint64_t MAPPED_AT = 1ull << 56;
 
 }  // namespace fake
 

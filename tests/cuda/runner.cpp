@@ -80,7 +80,7 @@ void run(Case& one) {
 
 }  // namespace
 
-void fake::require_device_address(const void*) {}
+void* fake::device_pointer(const void* at) { return const_cast<void*>(at); }
 
 int main(int count, char** arguments) {
   if (count == 2 && std::string(arguments[1]) == "--list") {

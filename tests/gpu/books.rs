@@ -2,7 +2,7 @@
 //! the host was, how much memory was taken.
 
 use crate::SPLIT;
-use crate::stand_in::{Gpu, RAGGED};
+use crate::stand_in::{Gpu, HOST, RAGGED};
 use std::collections::HashMap;
 
 /// Counts by name of one run of lines of so many prompt tokens.
@@ -96,6 +96,27 @@ fn memory_is_page_locked_once_however_long_a_run_is() {
     let ((few, few_copies), (many, many_copies)) = (locks(2), locks(12));
     assert!(few > 0 && many_copies > 3 * few_copies);
     assert_eq!(many, few);
+}
+
+/// Small tables come by a kernel that reads them in page-locked DRAM: the copy engine has none of them, unless that DRAM
+/// is one that kernels cannot read.
+#[test]
+fn tables_leave_the_copy_engine_to_others() {
+    let Some(gpu) = Gpu::new() else { return };
+    let on_host = gpu.tokens(HOST, SPLIT);
+    let copies = |told: &[(&str, &str)]| {
+        let gpu = gpu.with(told);
+        assert_eq!(gpu.tokens("cuda:0", SPLIT), on_host, "{told:?}");
+        let found = books(&gpu, (20, 4), SPLIT);
+        let of = |name: &str| found.get(name).copied().unwrap_or(0);
+        (of("launch copy_table"), of("copy up"))
+    };
+    let (by_kernel, streamed) = copies(&[]);
+    assert!(by_kernel > 0 && streamed > 0);
+    let refused = copies(&[("FAKE_CUDA_MAPS", "0")]);
+    assert_eq!(refused, (0, streamed + by_kernel));
+    let (none, by_engine) = copies(&[("FAKE_CUDA_PINNED", "0")]);
+    assert!(none == 0 && by_engine > streamed);
 }
 
 /// The host has a pass's operations queued before the first of them is over, without overlap too: there events

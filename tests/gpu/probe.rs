@@ -43,6 +43,7 @@ fn a_gpu_is_measured_in_every_figure() {
         "launch attend_prefill_mma_f16_128 ",
         "launch append_q4 ",
         "launch dequantise_q4_f16 ",
+        "launch copy_table ",
         "products ",
         "copy up ",
         "copy down ",

@@ -432,9 +432,11 @@ impl PinnedRange {
         bytes: u64,
     ) -> Result<PinnedRange, CudaError> {
         context.use_here()?;
+        // As a GPU with one address space has it without being asked; where it cannot, `device_address` fails.
+        let mapped = sys::CU_MEMHOSTREGISTER_DEVICEMAP;
         // SAFETY: the caller's.
         check("cuMemHostRegister", unsafe {
-            sys::cuMemHostRegister_v2(address.cast(), bytes as usize, 0)
+            sys::cuMemHostRegister_v2(address.cast(), bytes as usize, mapped)
         })?;
         Ok(PinnedRange {
             address,
@@ -446,6 +448,17 @@ impl PinnedRange {
     pub fn contains(&self, address: *const u8, bytes: u64) -> bool {
         let (start, wanted) = (self.address as u64, address as u64);
         start <= wanted && wanted + bytes <= start + self.bytes
+    }
+
+    /// Where kernels read what this process has at `address`, inside the range.
+    pub fn device_address(&self, address: *const u8) -> Result<u64, CudaError> {
+        self.context.use_here()?;
+        let mut start = 0;
+        // SAFETY: the range is registered while `self` lives; its address there is written to a live integer.
+        check("cuMemHostGetDevicePointer", unsafe {
+            sys::cuMemHostGetDevicePointer_v2(&mut start, self.address.cast(), 0)
+        })?;
+        Ok(start + (address as u64 - self.address as u64))
     }
 }
 

@@ -22,6 +22,12 @@ impl Pinned {
     pub fn contains(&self, address: *const u8, bytes: u64) -> bool {
         self.ranges.iter().any(|r| r.contains(address, bytes))
     }
+
+    /// Where kernels read it; None where it is not page-locked, or the device cannot map it.
+    pub fn device_address(&self, address: *const u8, bytes: u64) -> Option<u64> {
+        let range = self.ranges.iter().find(|r| r.contains(address, bytes))?;
+        range.device_address(address).ok()
+    }
 }
 
 /// One direction.

@@ -31,7 +31,7 @@ use issue::{Timelines, worker};
 use modules::{Kernels, Target};
 use std::path::PathBuf;
 use std::sync::Arc;
-use tables::{TablePlaces, Tables};
+use tables::{Mapped, TablePlaces, Tables};
 use timeline::Timeline;
 
 fn gpu_error(error: CudaError) -> MachineError {
@@ -145,6 +145,7 @@ impl Gpu {
         let lane = Lane::GpuCompute;
         let places = TablePlaces {
             host: self.places.host_tables,
+            mapped: self.mapped_tables(memory, &pinned),
             device_offset: self.places.tables.offset,
         };
         let timeline = self.timeline(lane);
@@ -164,6 +165,14 @@ impl Gpu {
             _memory: memory.clone(),
         };
         Ok((lanes, held))
+    }
+
+    /// The tables' DRAM for the kernel that copies them; None where it is not page-locked, or not to be mapped.
+    fn mapped_tables(&self, memory: &Memory, pinned: &Pinned) -> Option<Mapped> {
+        let Region { offset, bytes } = self.places.host_tables;
+        let address = pinned.device_address(memory.cpu_address(offset, bytes), bytes)?;
+        let kernel = self.kernels.get("copy_table");
+        Some(Mapped { address, kernel })
     }
 
     fn timeline(&self, lane: Lane) -> Arc<Timeline> {

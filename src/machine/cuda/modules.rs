@@ -30,7 +30,7 @@ macro_rules! source {
 const HEADER: &str = include_str!("../../../kernels/device.cuh");
 const INCLUDE: &str = "#include \"device.cuh\"";
 
-const SOURCES: [Source; 9] = [
+const SOURCES: [Source; 10] = [
     source!("rows.cu"),
     source!("norm.cu"),
     source!("epilogue.cu"),
@@ -39,11 +39,12 @@ const SOURCES: [Source; 9] = [
     source!("prefill.cu"),
     source!("prefill_mma.cu"),
     source!("decode.cu"),
+    source!("tables.cu"),
     source!("probe.cu"),
 ];
 
 /// Entry points by file; `{}` stands for each of the words behind.
-const ENTRIES: [(&str, &[&str], &[&str]); 13] = [
+const ENTRIES: [(&str, &[&str], &[&str]); 14] = [
     (
         "rows.cu",
         &["embed_{}", "add_positions_{}"],
@@ -86,6 +87,7 @@ const ENTRIES: [(&str, &[&str], &[&str]); 13] = [
     ),
     ("decode.cu", &["attend_decode_{}"], &["f32", "f16", "q4"]),
     ("decode.cu", &["attend_combine"], &[""]),
+    ("tables.cu", &["copy_table"], &[""]),
     ("probe.cu", &["probe_read"], &[""]),
     ("probe.cu", &["probe_nothing"], &[""]),
 ];

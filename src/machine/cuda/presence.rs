@@ -51,6 +51,7 @@ const DRIVER: Library = Library {
         "cuMemsetD8_v2",
         "cuMemHostRegister_v2",
         "cuMemHostUnregister",
+        "cuMemHostGetDevicePointer_v2",
         "cuStreamCreate",
         "cuStreamDestroy_v2",
         "cuStreamWaitEvent",

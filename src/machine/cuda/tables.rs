@@ -1,7 +1,10 @@
 //! Small tables that kernels read (rows, ids, token slots, attention items), on their way to the device:
-//! written into page-locked DRAM, copied on the compute stream, and kept there while there is room.
+//! written into page-locked DRAM, copied on the compute stream, and kept there while there is room. A kernel
+//! copies them: one direction's copies are one queue of the hardware, whatever their streams, and there a table,
+//! and with it the compute stream, would wait for the weights that are on their way.
 
 use super::api::{CudaError, DeviceBuffer};
+use super::launch::{Arg, Kernel};
 use super::timeline::Timeline;
 use crate::machine::arena::Region;
 use crate::machine::memory::Memory;
@@ -10,14 +13,17 @@ use crate::units::round_up;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Tables start at this alignment: an item holds addresses.
+/// Tables start at this alignment: an item holds addresses, and a thread copies so much.
 const ALIGN: u64 = 16;
+/// Of a block that copies.
+const THREADS: u32 = 256;
 
 /// A ring of two halves, mirrored in DRAM and on the device. A half is written anew when the operation
 /// that used it last is done.
 pub struct Tables {
     memory: Arc<Memory>,
     host: Region,
+    mapped: Option<Mapped>,
     device: Arc<DeviceBuffer>,
     device_offset: u64,
     timeline: Arc<Timeline>,
@@ -35,7 +41,16 @@ pub struct Tables {
 /// Where a machine's tables are.
 pub struct TablePlaces {
     pub host: Region,
+    /// None where kernels cannot read it there: the copy engine has to.
+    pub mapped: Option<Mapped>,
     pub device_offset: u64,
+}
+
+/// The ring in DRAM as kernels see it, and the one that copies out of it; its module is kept alive elsewhere.
+#[derive(Clone, Copy)]
+pub struct Mapped {
+    pub address: u64,
+    pub kernel: Kernel,
 }
 
 impl Tables {
@@ -48,6 +63,7 @@ impl Tables {
         Tables {
             memory,
             host: places.host,
+            mapped: places.mapped,
             device,
             device_offset: places.device_offset,
             timeline,
@@ -115,7 +131,8 @@ impl Tables {
         self.device.at(self.device_offset + at, length)
     }
 
-    /// Queues the copy of everything that was placed since the last one.
+    /// Queues the copy of everything that was placed since the last one: before the operation's own kernels, so that
+    /// when the operation is done the bytes in DRAM have been read, too.
     pub fn copy(&mut self) -> Result<(), CudaError> {
         let bytes = self.used - self.copied;
         if bytes == 0 {
@@ -123,9 +140,22 @@ impl Tables {
         }
         let at = self.half as u64 * self.half_bytes() + self.copied;
         self.copied = self.used;
-        let from = self.memory.cpu_address(self.host.offset + at, bytes);
         let to = self.device.at(self.device_offset + at, bytes);
-        // SAFETY: both ranges are the ring's; they are written anew only after their last user is done.
-        unsafe { self.timeline.stream().upload(to, from, bytes) }
+        let stream = self.timeline.stream();
+        let Some(mapped) = self.mapped else {
+            let from = self.memory.cpu_address(self.host.offset + at, bytes);
+            // SAFETY: both ranges are the ring's; they are written anew only after their last user is done.
+            return unsafe { stream.upload(to, from, bytes) };
+        };
+        let count = (bytes / ALIGN) as u32;
+        let args = [
+            Arg::Address(mapped.address + at),
+            Arg::Address(to),
+            Arg::U32(count),
+        ];
+        let grid = (count.div_ceil(THREADS), 1);
+        // SAFETY: arguments as kernels/README.md lists them; both ranges are the ring's, in units of ALIGN since
+        // every table is, and are written anew only after their last user is done.
+        unsafe { mapped.kernel.launch(stream, grid, THREADS, &args) }
     }
 }
