@@ -31,9 +31,9 @@ KERNEL append_f16(const f32* qkv, u32 qkv_stride, const KvItem* items, u32 items
   for (u32 i = threadIdx.x; i < hidden; i += THREADS) ((Half*)row.to)[i] = to_half(row.from[i]);
 }
 
-/// code = round((x - minimum) / scale) against the rounded scale and minimum; 0 to 15.
+/// code = round((x - minimum) / scale) against the rounded scale and minimum; 0 to 15, 0 of what is not a number.
 DEVICE u32 code_of(f32 value, f32 minimum, f32 steps_per_unit) {
-  f32 steps = smaller(15.0f, larger(0.0f, (value - minimum) * steps_per_unit));
+  f32 steps = smaller(15.0f, larger((value - minimum) * steps_per_unit, 0.0f));
   return bits_of(steps + 12582912.0f) & 15;
 }
 

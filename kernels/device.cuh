@@ -126,10 +126,11 @@ DEVICE u32 half_pair(f32 first, f32 second) {
   return (u32)to_half(first).bits | (u32)to_half(second).bits << 16;
 }
 
-/// e^x as cpu/kernels/math.rs computes it: the same bits.
-DEVICE f32 exp_exact(f32 x) {
+/// e^x as cpu/kernels/math.rs computes it: the same bits. Not a number stays so, and is told apart for it: the
+/// hardware's is 0x7fffffff, to whose bits 0xff800000 would be added, which makes the largest number of it.
+DEVICE f32 exp_exact(f32 given) {
   const f32 rounder = 12582912.0f;
-  x = smaller(88.0f, larger(-87.0f, x));
+  f32 x = smaller(88.0f, larger(-87.0f, given));
   f32 power = fmaf(x, 1.44269504088896340736f, rounder);
   f32 whole = power - rounder;
   f32 r = fmaf(whole, -0.6933594f, x);
@@ -141,7 +142,7 @@ DEVICE f32 exp_exact(f32 x) {
   tail = fmaf(tail, r, 0.16666665f);
   tail = fmaf(tail, r, 0.5f);
   f32 mantissa = fmaf(r * r, tail, r) + 1.0f;
-  return float_of(bits_of(mantissa) + (bits_of(power) << 23));
+  return given != given ? given : float_of(bits_of(mantissa) + (bits_of(power) << 23));
 }
 
 /// x Phi(x) in the erf form, as cpu/kernels/math.rs computes it.

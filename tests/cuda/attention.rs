@@ -185,6 +185,9 @@ impl Problem {
     }
 }
 
+/// As the hardware makes it.
+const NOT_A_NUMBER: f32 = f32::from_bits(0x7fff_ffff);
+
 /// `count` different numbers below `bound`.
 fn shuffled(random: &mut Random, bound: usize, count: usize) -> Vec<u32> {
     let mut all: Vec<u32> = (0..bound as u32).collect();
@@ -202,6 +205,7 @@ fn appended_records_are_the_cpus_bytes() {
             let mut problem =
                 Problem::new(11, (heads, head_size), format, &[(3, 2), (1, 0), (2, 5)]);
             problem.qkv[heads * head_size] = 1e6;
+            problem.qkv[heads * head_size + 1] = NOT_A_NUMBER;
             let hidden = heads * head_size;
             let mut case = Case::new(&format!("append_{}", format.name()), (6, 2), 256)
                 .buffer(&problem.qkv)
@@ -340,6 +344,34 @@ fn a_barrier_left_out_of_decoding_is_noticed() {
             })
         });
         assert!(told, "barrier {barrier} may be left out unnoticed");
+    }
+}
+
+/// A key whose score is not a number makes its head's row so; no finite weight comes of it.
+#[test]
+fn what_is_not_a_number_stays_so() {
+    for format in [Dtype::F32, Dtype::F16] {
+        let (heads, head_size) = (2, 64);
+        let mut problem = Problem::new(17, (heads, head_size), format, &[(1, 300)]);
+        problem.qkv[heads * head_size + 5] = NOT_A_NUMBER;
+        problem.append_all();
+        let wanted = problem.attended(true);
+        let told = |found: &[f32], what: &str| {
+            let (first, second) = found[..heads * head_size].split_at(head_size);
+            assert!(first.iter().all(|v| v.is_nan()), "{what}: {first:?}");
+            close(second, &wanted[head_size..][..head_size], 1e-5, what);
+        };
+        let name = format!("attend_prefill_{}", format.name());
+        let (case, out) = problem.case(&name, |s| s.rows.div_ceil(16));
+        for found in in_every_order(&[case]) {
+            told(&floats(&found[0][out]), &name);
+        }
+        let emulation = Emulation {
+            order: ORDERS[0],
+            dropped_barrier: None,
+        };
+        let found = decode(&mut problem, emulation).unwrap_or_else(|said| panic!("{said}"));
+        told(&found, "decode");
     }
 }
 

@@ -121,6 +121,14 @@ inline float half_to_float(uint16_t bits) { return _cvtsh_ss(bits); }
 inline uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 inline float exp2_fast(float x) { return exp2f(x); }
 
+/// What is not a number leaves a GPU's arithmetic as 0x7fffffff, whatever went in; x86 keeps the operand's bits. Here
+/// contractions do as the GPU, sums and products alone do not.
+inline float fused(float a, float b, float c) {
+  float value = __builtin_fmaf(a, b, c);
+  return value == value ? value : float_of(0x7fffffff);
+}
+#define fmaf(a, b, c) fused(a, b, c)
+
 /// cp.async: what is copied shows when the thread has waited for it.
 inline void copy_async(void* to, const void* from, bool there) { emulator::promise_copy(to, there ? from : nullptr); }
 inline void copies_done() { emulator::keep_promises(); }

@@ -41,7 +41,8 @@ pub(super) fn quantise<V: Simd>(values: &[f32; Q4_GROUP]) -> Group {
         // SAFETY: chunks of sixteen.
         let x = unsafe { V::load(values.as_ptr()) };
         let steps = V::mul(V::sub(x, minimum_value), steps_per_unit);
-        let steps = V::min(V::splat(15.0), V::max(V::splat(0.0), steps));
+        // In this order what is not a number has code 0, whatever its bits.
+        let steps = V::min(V::splat(15.0), V::max(steps, V::splat(0.0)));
         let rounded = lanes::<V>(V::add(steps, V::splat(ROUNDER)));
         for (code, rounded) in codes.iter_mut().zip(rounded) {
             *code = rounded.to_bits() & 15;
