@@ -13,6 +13,7 @@ use super::transfer::{BOUNCE_BYTES, CopyExecutor, DiskExecutor};
 use super::{Fence, Fences, Machine, MachineError};
 use crate::cost::figures::LaneFigures;
 use crate::cost::requests::READ_THREADS;
+use crate::dtype::Dtype;
 use crate::policy::DeviceKind;
 use crate::tier::{Lane, PerLane, Phase, Tier};
 use std::sync::Arc;
@@ -90,6 +91,12 @@ impl ThreadedMachine {
     pub fn could_not_lock(&self, region: Region) -> bool {
         self.refused()
             .is_some_and(|refused| refused.regions.contains(&region))
+    }
+
+    /// Whether many rows of activations can be multiplied by weights in this format.
+    pub fn multiplies(&self, format: Dtype) -> bool {
+        let held = self.held.as_ref();
+        format != Dtype::Bf16 || held.is_none_or(|held| held.multiplies_bf16)
     }
 
     fn refused(&self) -> Option<&Refused> {

@@ -184,6 +184,10 @@ impl Meter<'_> {
     fn products(&mut self) -> Result<BTreeMap<String, GemmCurve>, ProbeError> {
         let mut curves = BTreeMap::new();
         for format in [Dtype::F16, Dtype::Q4, Dtype::Bf16, Dtype::F32] {
+            // Another format stands in for one that the GPU is too old for.
+            if !self.machine.multiplies(format) {
+                continue;
+            }
             let mut points = Vec::new();
             for &(inputs, outputs) in self.room.extent.gemm_shapes {
                 let mut last = None;

@@ -150,6 +150,8 @@ EXPORTED int cublasGemmEx(Handle* handle, int op_a, int op_b, int m, int n, int 
                           int c_kind, int ldc, int compute, int) {
   bool kinds = a_kind == b_kind && (a_kind == R_32F || a_kind == R_16F || a_kind == R_16BF);
   if (op_a != OP_T || op_b != OP_N || !kinds || c_kind != R_32F || compute != COMPUTE_32F) return NOT_SUPPORTED;
+  // As for GPUs before bf16.
+  if (a_kind == R_16BF && fake::setting("FAKE_CUBLAS_NO_BF16", 0)) return NOT_SUPPORTED;
   return enqueue(handle, {m, n, k, *alpha, *beta, a, a_kind, lda, b, b_kind, ldb, static_cast<float*>(c), ldc});
 }
 #endif

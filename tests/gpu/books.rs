@@ -2,7 +2,7 @@
 //! the host was, how much memory was taken.
 
 use crate::SPLIT;
-use crate::stand_in::{Gpu, HOST, RAGGED};
+use crate::stand_in::{Gpu, HOST, RAGGED, golden};
 use std::collections::HashMap;
 
 /// Counts by name of one run of lines of so many prompt tokens.
@@ -196,4 +196,22 @@ fn cublas_is_warm_before_the_first_pass() {
     let words = "--model synth:opt-125m --unpacked --gpu-mem 512MiB --percent 100 0 100 0 100 0 \
         --gpu-batch-size 2 --num-gpu-batches 1";
     assert_eq!(counted(&gpu, line, words)["products"], WARM_UP);
+    // One that has no bf16 is missed by nobody but models in bf16.
+    let old = gpu.with(&[("FAKE_CUBLAS_NO_BF16", "1")]);
+    assert_eq!(counted(&old, line, words)["products"], WARM_UP - 2);
+}
+
+#[test]
+fn a_gpu_without_bf16_is_told_by_models_in_bf16() {
+    let Some(gpu) = Gpu::new() else { return };
+    let old = gpu.with(&[("FAKE_CUBLAS_NO_BF16", "1")]);
+    let prompt: Vec<u32> = (4..44).collect();
+    let line = format!("{{\"prompt\": {prompt:?}, \"max_tokens\": 2}}\n");
+    let run = |model: &str| {
+        let words = format!("--model {} {RESIDENT}", golden(model).display());
+        old.run_lines(&line, "cuda:0", &words)
+    };
+    run("opt-like").good();
+    let told = ["this GPU multiplies no bf16", "--device cpu"];
+    run("wide-embedding").fails(1, &told);
 }

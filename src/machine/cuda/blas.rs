@@ -10,6 +10,8 @@ use std::sync::Arc;
 /// A handle on one stream, with a workspace of ours.
 pub struct Blas {
     raw: sys::cublasHandle_t,
+    /// For old GPUs cuBLAS has no products in bf16.
+    refuses_bf16: bool,
     context: Arc<Context>,
 }
 
@@ -40,6 +42,18 @@ fn check(call: &str, status: Status) -> Result<(), String> {
         other => Err(format!("{call} failed: {other:?}")),
     }
 }
+
+/// That the GPU is too old for what was asked for.
+fn is_refusal(status: Status) -> bool {
+    use Status::{CUBLAS_STATUS_ARCH_MISMATCH, CUBLAS_STATUS_NOT_SUPPORTED};
+    matches!(
+        status,
+        CUBLAS_STATUS_ARCH_MISMATCH | CUBLAS_STATUS_NOT_SUPPORTED
+    )
+}
+
+const NO_BF16: &str =
+    "this GPU multiplies no bf16; take a checkpoint in fp16 or fp32, or --device cpu";
 
 /// Rows of activations that cuBLAS is warmed up with, and the square of weights.
 const WARM_ROWS: [usize; 2] = [32, 256];
@@ -84,6 +98,7 @@ impl Blas {
         check("cublasCreate", unsafe { sys::cublasCreate_v2(&mut raw) })?;
         let blas = Blas {
             raw,
+            refuses_bf16: false,
             context: context.clone(),
         };
         // SAFETY: handle and stream are alive; the workspace is device memory of that length, used by
@@ -101,13 +116,18 @@ impl Blas {
         Ok(blas)
     }
 
+    /// Whether warming up has met no refusal of products in this format.
+    pub fn multiplies(&self, format: Dtype) -> bool {
+        format != Dtype::Bf16 || !self.refuses_bf16
+    }
+
     /// Multiplies once in each format, few rows and many, and waits: cuBLAS loads kernels when they are first used,
     /// which no run should count. The memory holds zeros and does so afterwards, since that is what comes out;
-    /// where it is too small for a product, none takes long.
+    /// where it is too small for a product, none takes long. A refusal of bf16 is kept for whom it concerns.
     /// # Safety
     /// The memory is nobody else's until this returns.
     pub unsafe fn warm_up(
-        &self,
+        &mut self,
         stream: &Stream,
         (memory, bytes): (u64, u64),
     ) -> Result<(), String> {
@@ -116,7 +136,12 @@ impl Blas {
                 let product = warm_product(memory, format, m);
                 if product.out + 4 * (m * product.out_stride) as u64 <= memory + bytes {
                     // SAFETY: the operands and the result lie in the memory, one behind the other.
-                    unsafe { self.multiply(&product) }?;
+                    match unsafe { self.queue(&product) } {
+                        (_, status) if format == Dtype::Bf16 && is_refusal(status) => {
+                            self.refuses_bf16 = true;
+                        }
+                        (call, status) => check(call, status)?,
+                    }
                 }
             }
         }
@@ -127,6 +152,18 @@ impl Blas {
     /// # Safety
     /// The addresses are device memory as large as the shapes say, until the stream has passed this.
     pub unsafe fn multiply(&self, p: &LargeProduct) -> Result<(), String> {
+        // SAFETY: the caller's.
+        let (call, status) = unsafe { self.queue(p) };
+        check(call, status).map_err(|why| match p.format {
+            Dtype::Bf16 if is_refusal(status) => format!("{why}: {NO_BF16}"),
+            _ => why,
+        })
+    }
+
+    /// The call and what became of it.
+    /// # Safety
+    /// As for `multiply`.
+    unsafe fn queue(&self, p: &LargeProduct) -> (&'static str, Status) {
         let (one, zero) = (1.0f32, 0.0f32);
         let (scale, kept) = (p.scale, p.adds as u8 as f32);
         let size = |n: usize| n as i32;
@@ -155,7 +192,7 @@ impl Blas {
                     size(p.out_stride),
                 )
             };
-            return check("cublasSgemm", status);
+            return ("cublasSgemm", status);
         }
         // SAFETY: as above.
         let status = unsafe {
@@ -181,7 +218,7 @@ impl Blas {
                 sys::cublasGemmAlgo_t::CUBLAS_GEMM_DFALT,
             )
         };
-        check("cublasGemmEx", status)
+        ("cublasGemmEx", status)
     }
 }
 

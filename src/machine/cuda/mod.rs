@@ -21,6 +21,7 @@ use super::arena::Region;
 use super::lanes::Worker;
 use super::memory::{Memory, RemoteArena};
 use super::nvml;
+use crate::dtype::Dtype;
 use crate::tier::Lane;
 use crate::units::show_bytes;
 use api::{Context, CudaError, DeviceBuffer, PinnedRange};
@@ -101,7 +102,7 @@ impl Gpu {
         let compute = timelines[Lane::GpuCompute].clone();
         let stream = compute.as_ref().expect("just made").stream();
         let workspace = arena.at(places.blas.offset, places.blas.bytes);
-        let blas = Blas::new(&context, stream, (workspace, places.blas.bytes))
+        let mut blas = Blas::new(&context, stream, (workspace, places.blas.bytes))
             .map_err(|why| blas_error(&why))?;
         let unused = (arena.at(0, places.blas.offset), places.blas.offset);
         // SAFETY: nothing uses the arena yet; the range ends where cuBLAS's workspace begins.
@@ -142,6 +143,7 @@ impl Gpu {
             };
             lanes.push((lane, worker(&self.context, lane, &self.timelines, work)));
         }
+        let multiplies_bf16 = self.blas.multiplies(Dtype::Bf16);
         let lane = Lane::GpuCompute;
         let places = TablePlaces {
             host: self.places.host_tables,
@@ -160,6 +162,7 @@ impl Gpu {
         lanes.push((lane, worker(&self.context, lane, &self.timelines, work)));
         let held = Held {
             refused,
+            multiplies_bf16,
             _pinned: pinned,
             _kernels: self.kernels,
             _memory: memory.clone(),
@@ -191,6 +194,8 @@ pub struct Refused {
 /// What outlives the lanes: page locks go before the memory that they lock.
 pub struct Held {
     pub refused: Option<Refused>,
+    /// Old GPUs do not.
+    pub multiplies_bf16: bool,
     _pinned: Arc<Pinned>,
     _kernels: Arc<Kernels>,
     _memory: Arc<Memory>,
