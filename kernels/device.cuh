@@ -47,15 +47,25 @@ DEVICE f32 exp2_fast(f32 x) {
   return value;
 }
 
-/// 16 bytes from global to shared memory, both aligned, or zeros where not `there`; done after `copies_done` by the
-/// same thread (and a barrier, for the others). Before sm_80 it is done at once.
-DEVICE void copy_async(void* to, const void* from, bool there) {
+/// Copies of 16 bytes each from global memory, which nobody writes meanwhile, to shared memory, all aligned; zeros
+/// where not `there`, from where it may be read all the same. Done after `copies_done` by the same thread (and a
+/// barrier, for the others). Before sm_80 they are done at once, all read before the first one is written.
+template <u32 COUNT>
+DEVICE void copy_async(void* const (&to)[COUNT], const void* const (&from)[COUNT], const bool (&there)[COUNT]) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "{ .reg .u64 a; .reg .u32 s; cvta.to.shared.u64 a, %0; cvt.u32.u64 s, a;"
-      " cp.async.cg.shared.global [s], [%1], 16, %2; }" ::"l"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+  UNROLL
+  for (u32 i = 0; i < COUNT; i++) {
+    asm volatile(
+        "{ .reg .u64 a; .reg .u32 s; cvta.to.shared.u64 a, %0; cvt.u32.u64 s, a;"
+        " cp.async.cg.shared.global [s], [%1], 16, %2; }" ::"l"(to[i]), "l"(from[i]), "r"(there[i] ? 16 : 0)
+        : "memory");
+  }
 #else
-  *(uint4*)to = there ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+  uint4 words[COUNT];
+  UNROLL
+  for (u32 i = 0; i < COUNT; i++) words[i] = __ldg((const uint4*)from[i]);
+  UNROLL
+  for (u32 i = 0; i < COUNT; i++) *(uint4*)to[i] = there[i] ? words[i] : make_uint4(0, 0, 0, 0);
 #endif
 }
 DEVICE void copies_done() {
@@ -242,7 +252,7 @@ template <> struct KvFormat<Q4> {
 
 /// Where the K row (side 0) or V row (side 1) of a token begins.
 template <class C> DEVICE u8* kv_row(const KvItem& item, u32 token, u32 side, u32 hidden) {
-  u64 record = item.slots ? ((const u32*)item.slots)[token] : token;
+  u64 record = item.slots ? __ldg((const u32*)item.slots + token) : token;
   return (u8*)item.records + (2 * record + side) * KvFormat<C>::row_bytes(hidden);
 }
 

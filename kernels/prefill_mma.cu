@@ -1,19 +1,24 @@
 // Attention of many query rows on tensor cores: out = causal softmax(q · k / √head_size) · v, products in fp16
 // with sums in f32, no matrix of scores. Head sizes up to D; what is missing to D is zero.
 // Launch: grid (tiles of 64 query rows of all items, heads), block 128; `first_part` counts tiles. A warp has 16
-// of the tile's queries. Keys go by in 64s: brought to shared memory as fp16, whatever the cache's format,
-// scored, and folded into a running maximum, sum and weighted value, all in registers.
+// of the tile's queries. Keys go by in 64s (before sm_80 in 32s for the widest heads): brought to shared memory as
+// fp16, whatever the cache's format, scored, and folded into a running maximum, sum and weighted value, all in registers.
 // Twin: cpu/kernels/prefill.rs.
 #include "device.cuh"
 
-constexpr u32 THREADS = 128, QUERIES = 64, KEYS = 64, WARP_QUERIES = 16;
-/// Key columns of a score fragment, and pairs of them per turn.
-constexpr u32 FRAGMENT = 8, FRAGMENTS = KEYS / FRAGMENT;
+constexpr u32 THREADS = 128, QUERIES = 64, WARP_QUERIES = 16;
+/// Key columns of a score fragment.
+constexpr u32 FRAGMENT = 8;
 
-/// Eight elements of a head as fp16, zeros past its end.
-template <class C> DEVICE uint4 halves_of(const u8* row, u32 start, u32 d, u32 head_size, bool vectors) {
-  f32 x[EACH];
-  read_head<C>(row, start, d, head_size, vectors, x);
+/// Keys of a turn, for heads of up to D: the buffers of two blocks are to fit a multiprocessor, of 64 KiB on sm_75.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <u32 D> constexpr u32 KEYS_OF = D > 80 ? 32 : 64;
+#else
+template <u32 D> constexpr u32 KEYS_OF = 64;
+#endif
+
+/// Eight elements as fp16.
+DEVICE uint4 halves(const f32 (&x)[EACH]) {
   return make_uint4(half_pair(x[0], x[1]), half_pair(x[2], x[3]), half_pair(x[4], x[5]), half_pair(x[6], x[7]));
 }
 
@@ -25,22 +30,54 @@ struct Tile {
   u32 first_query, queries, keys;
 };
 
+/// `stage` of rows that are not aligned, element by element.
+template <class C, u32 D, u32 KEYS>
+DEVICE void stage_any(const Tile& tile, u32 side, u32 first, Half (&rows)[KEYS][D + EACH]) {
+  constexpr u32 PIECES = D / EACH;
+  for (u32 at = threadIdx.x; at < KEYS * PIECES; at += THREADS) {
+    u32 key = at / PIECES, d = at % PIECES * EACH;
+    f32 x[EACH] = {};
+    if (first + key < tile.keys) {
+      const u8* row = kv_row<C>(tile.item, first + key, side, tile.hidden);
+      read_head<C>(row, tile.start, d, tile.head_size, false, x);
+    }
+    *(uint4*)&rows[key][d] = halves(x);
+  }
+}
+
 /// Starts to bring K (side 0) or V (side 1) of keys first.. to shared memory, zeros past the last key; there after
 /// `copies_done` and a barrier. fp16 rows are copied while the block goes on, others widened by it.
-template <class C, u32 D>
+template <class C, u32 D, u32 KEYS>
 DEVICE void stage(const Tile& tile, u32 side, u32 first, bool vectors, Half (&rows)[KEYS][D + EACH]) {
-  const u32 pieces = D / EACH;
-  for (u32 at = threadIdx.x; at < KEYS * pieces; at += THREADS) {
-    u32 key = at / pieces, d = at % pieces * EACH;
-    bool there = first + key < tile.keys && d < tile.head_size;
-    const u8* row = kv_row<C>(tile.item, there ? first + key : 0, side, tile.hidden);
-    if (sizeof(C) == sizeof(Half) && vectors) {
-      copy_async(&rows[key][d], row + 2 * (there ? tile.start + d : 0), there);
-      continue;
+  constexpr u32 PIECES = D / EACH, TURNS = KEYS * PIECES / THREADS;
+  static_assert(TURNS * THREADS == KEYS * PIECES, "all threads have as many pieces");
+  if (!vectors) return stage_any<C, D>(tile, side, first, rows);
+  // All places are looked up before the first copy, behind which no load would begin. What is not there is read as
+  // the first key's first elements.
+  const u8* row[TURNS];
+  void* to[TURNS];
+  u32 element[TURNS];
+  bool there[TURNS];
+  UNROLL
+  for (u32 turn = 0; turn < TURNS; turn++) {
+    u32 at = turn * THREADS + threadIdx.x, key = at / PIECES, d = at % PIECES * EACH;
+    there[turn] = first + key < tile.keys && d < tile.head_size;
+    row[turn] = kv_row<C>(tile.item, there[turn] ? first + key : 0, side, tile.hidden);
+    element[turn] = tile.start + (there[turn] ? d : 0);
+    to[turn] = &rows[key][d];
+  }
+  if constexpr (sizeof(C) == sizeof(Half)) {
+    const void* from[TURNS];
+    UNROLL
+    for (u32 turn = 0; turn < TURNS; turn++) from[turn] = row[turn] + 2 * element[turn];
+    copy_async(to, from, there);
+  } else {
+    UNROLL
+    for (u32 turn = 0; turn < TURNS; turn++) {
+      f32 x[EACH];
+      read8(row[turn], element[turn], true, x, (C*)0);
+      *(uint4*)to[turn] = there[turn] ? halves(x) : make_uint4(0, 0, 0, 0);
     }
-    uint4 values = make_uint4(0, 0, 0, 0);
-    if (there) values = halves_of<C>(row, tile.start, d, tile.head_size, vectors);
-    *(uint4*)&rows[key][d] = values;
   }
 }
 
@@ -60,13 +97,13 @@ DEVICE void load_queries(const f32* qkv, u32 qkv_stride, const Tile& tile, u32 f
 }
 
 /// scores = q · k for the staged keys.
-template <u32 D>
-DEVICE void score(const u32 (&q)[D / 16][4], const Half (&keys)[KEYS][D + EACH], f32 (&scores)[FRAGMENTS][4]) {
+template <u32 D, u32 KEYS>
+DEVICE void score(const u32 (&q)[D / 16][4], const Half (&keys)[KEYS][D + EACH], f32 (&scores)[KEYS / FRAGMENT][4]) {
   u32 lane = threadIdx.x % 32;
   // Matrices 0, 1: eight keys, dimensions 0..8 and 8..16; matrices 2, 3: the next eight keys.
   u32 key = lane / 16 * 8 + lane % 8, d = lane / 8 % 2 * 8;
   UNROLL
-  for (u32 n = 0; n < FRAGMENTS; n += 2) {
+  for (u32 n = 0; n < KEYS / FRAGMENT; n += 2) {
     UNROLL
     for (u32 k = 0; k < D / 16; k++) {
       u32 b[4];
@@ -78,8 +115,9 @@ DEVICE void score(const u32 (&q)[D / 16][4], const Half (&keys)[KEYS][D + EACH],
 }
 
 /// sums += weights · v for the staged values.
-template <u32 D>
-DEVICE void add_values(const f32 (&weights)[FRAGMENTS][4], const Half (&values)[KEYS][D + EACH], f32 (&sums)[D / 8][4]) {
+template <u32 D, u32 KEYS>
+DEVICE void add_values(const f32 (&weights)[KEYS / FRAGMENT][4], const Half (&values)[KEYS][D + EACH],
+                       f32 (&sums)[D / 8][4]) {
   u32 lane = threadIdx.x % 32;
   // Matrices 0, 1: keys 0..8 and 8..16 of eight dimensions; matrices 2, 3: of the next eight.
   u32 key = lane % 16, d = lane / 16 * 8;
@@ -100,6 +138,7 @@ DEVICE void add_values(const f32 (&weights)[FRAGMENTS][4], const Half (&values)[
 
 /// Scores become weights 2^(score - maximum); `shrink` is what brings older sums to the new maximum. `seen`: keys
 /// of this turn that the lane's two rows see; those behind have no weight.
+template <u32 FRAGMENTS>
 DEVICE void weigh(f32 (&scores)[FRAGMENTS][4], const u32 (&seen)[2], f32 (&maximum)[2], f32 (&total)[2], f32 (&shrink)[2]) {
   u32 column = threadIdx.x % 4 * 2;
   UNROLL
@@ -127,7 +166,7 @@ DEVICE void weigh(f32 (&scores)[FRAGMENTS][4], const u32 (&seen)[2], f32 (&maxim
   }
 }
 
-template <class C, u32 D>
+template <class C, u32 D, u32 KEYS>
 DEVICE void attend_prefill_mma(const f32* qkv, u32 qkv_stride, const KvItem* items, u32 items_count, u32 heads,
                                u32 head_size, f32* out, u32 out_stride) {
   SHARED(Half, keys, [KEYS][D + EACH]);
@@ -151,7 +190,7 @@ DEVICE void attend_prefill_mma(const f32* qkv, u32 qkv_stride, const KvItem* ite
   for (u32 from = 0; from < tile.keys; from += KEYS) {
     // The same for the whole warp: whether its last row sees any of these keys.
     bool sees = visible + first + WARP_QUERIES - 1 > from;
-    f32 scores[FRAGMENTS][4] = {}, shrink[2];
+    f32 scores[KEYS / FRAGMENT][4] = {}, shrink[2];
     copies_done();
     __syncthreads();
     // Values come while scores are made, the next keys while values are added.
@@ -184,11 +223,14 @@ DEVICE void attend_prefill_mma(const f32* qkv, u32 qkv_stride, const KvItem* ite
   }
 }
 
+/// Blocks that should fit a multiprocessor at once, which bounds the registers: a third one where they can be spared.
+template <class C, u32 D> constexpr u32 BLOCKS = D == 80 && sizeof(C) == 1 ? 3 : 2;
+
 #define ATTEND_PREFILL_MMA(name, C, D)                                                                               \
-  KERNEL __launch_bounds__(THREADS, 2) attend_prefill_mma_##name##_##D(const f32* qkv, u32 qkv_stride,                  \
-                                                                    const KvItem* items, u32 items_count, u32 heads, \
-                                                                    u32 head_size, f32* out, u32 out_stride) {       \
-    attend_prefill_mma<C, D>(qkv, qkv_stride, items, items_count, heads, head_size, out, out_stride);                \
+  KERNEL __launch_bounds__(THREADS, BLOCKS<C, D>) attend_prefill_mma_##name##_##D(                                   \
+      const f32* qkv, u32 qkv_stride, const KvItem* items, u32 items_count, u32 heads, u32 head_size, f32* out,      \
+      u32 out_stride) {                                                                                              \
+    attend_prefill_mma<C, D, KEYS_OF<D>>(qkv, qkv_stride, items, items_count, heads, head_size, out, out_stride);    \
   }
 #define ATTEND_PREFILL_MMA_ALL(name, C) \
   ATTEND_PREFILL_MMA(name, C, 32)       \

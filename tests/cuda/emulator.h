@@ -130,7 +130,10 @@ inline float fused(float a, float b, float c) {
 #define fmaf(a, b, c) fused(a, b, c)
 
 /// cp.async: what is copied shows when the thread has waited for it.
-inline void copy_async(void* to, const void* from, bool there) { emulator::promise_copy(to, there ? from : nullptr); }
+template <uint32_t COUNT>
+inline void copy_async(void* const (&to)[COUNT], const void* const (&from)[COUNT], const bool (&there)[COUNT]) {
+  for (uint32_t i = 0; i < COUNT; i++) emulator::promise_copy(to[i], there[i] ? from[i] : nullptr);
+}
 inline void copies_done() { emulator::keep_promises(); }
 
 /// The tensor core's C += A·B for one warp: A 16 × 16, B 16 × 8 in fp16, C 16 × 8 in f32, spread over the

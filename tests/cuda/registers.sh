@@ -35,10 +35,10 @@ for file in kernels/*.cu; do
   report sm_90 "$name" > "$work/$name.90"
 done
 {
-  echo "# Registers a thread on sm_75, sm_80, sm_90, and bytes of shared memory; no kernel spills. tests/cuda/registers.sh"
+  echo "# Registers a thread on sm_75, sm_80, sm_90, and the most bytes of shared memory; no kernel spills. tests/cuda/registers.sh"
   sort "$work"/*.75 "$work"/*.80 "$work"/*.90 | awk '
-    $1 != name { if (name) print name, r["sm_75"], r["sm_80"], r["sm_90"], shared; name = $1 }
-    { r[$2] = $3; shared = $4 }
+    $1 != name { if (name) print name, r["sm_75"], r["sm_80"], r["sm_90"], shared; name = $1; shared = 0 }
+    { r[$2] = $3; if ($4 > shared) shared = $4 }
     END { print name, r["sm_75"], r["sm_80"], r["sm_90"], shared }'
 } > "$work/registers.txt"
 if [ "${1:-check}" = write ]; then
