@@ -110,6 +110,9 @@ DEVICE f32 widen(f32 value) { return value; }
 DEVICE f32 widen(Half value) { return half_to_float(value.bits); }
 DEVICE f32 widen(Bf16 value) { return float_of((u32)value.bits << 16); }
 
+/// A 4-bit code as f32. 2^23 + code is made of bits, without the slow conversion of integers, and exact.
+DEVICE f32 code_value(u32 code) { return float_of(0x4b000000u | code) - 8388608.0f; }
+
 /// Stands for minus infinity, negated: finite, so that differences of two stay numbers.
 #define INFINITE 3.4e38f
 
@@ -246,7 +249,7 @@ template <> struct KvFormat<Q4> {
     const u16* group = (const u16*)(row + element / GROUP * GROUP_BYTES);
     u32 inside = element % GROUP;
     u32 code = group[inside % 16] >> (inside / 16 * 4) & 15;
-    return fmaf((f32)code, half_to_float(group[16]), half_to_float(group[17]));
+    return fmaf(code_value(code), half_to_float(group[16]), half_to_float(group[17]));
   }
 };
 
@@ -287,8 +290,8 @@ DEVICE void read8(const u8* row, u32 first, bool vectors, f32 (&x)[EACH], Q4*) {
     UNROLL
     for (u32 i = 0; i < EACH; i += 2) {
       u32 pair = __ldg(group + (inside % 16 + i) / 2) >> nibble;
-      x[i] = fmaf((f32)(pair & 15), scale, minimum);
-      x[i + 1] = fmaf((f32)(pair >> 16 & 15), scale, minimum);
+      x[i] = fmaf(code_value(pair & 15), scale, minimum);
+      x[i + 1] = fmaf(code_value(pair >> 16 & 15), scale, minimum);
     }
     return;
   }

@@ -64,7 +64,8 @@ KERNEL dequantise_q4_f16(const u8* weights, Half* out, u32 rows, u32 inputs) {
   UNROLL
   for (u32 i = 0; i < PAIRS; i++) {
     u32 pair = codes >> (4 * i);
-    values[i] = half_pair(fmaf((f32)(pair & 15), scale, minimum), fmaf((f32)(pair >> 16 & 15), scale, minimum));
+    f32 first = fmaf(code_value(pair & 15), scale, minimum);
+    values[i] = half_pair(first, fmaf(code_value(pair >> 16 & 15), scale, minimum));
   }
   if (inputs % 8 == 0 && aligned(to, 16)) {
     *(uint4*)to = make_uint4(values[0], values[1], values[2], values[3]);

@@ -89,10 +89,9 @@ template <u32 WIDTH> struct Quantised {
     uint2 two = __ldg((const uint2*)codes);
     words[0] = two.x, words[1] = two.y;
   }
-  /// 2^23 + code is made of bits, without the slow conversion of integers, and exact.
   static DEVICE f32 value(u32 code, u32 ends) {
     f32 scale = half_to_float((u16)ends), minimum = half_to_float((u16)(ends >> 16));
-    return fmaf(float_of(0x4b000000u | code) - 8388608.0f, scale, minimum);
+    return fmaf(code_value(code), scale, minimum);
   }
 };
 
@@ -198,10 +197,11 @@ template <class W, u32 N> DEVICE void few(const Product& p, const W& weights) {
 }
 
 /// N = 8, 16. Launch: grid ceil(rows / 32), block 256. A warp makes four outputs of each row of activations;
-/// the activations of a step lie in shared memory for all eight warps, `[i][quad of a lane][lane]`.
+/// the activations of a step lie in shared memory for all eight warps, `[i][quad of a lane][lane]`. Lanes are followed
+/// by so much room that what eight neighbouring threads store at once lies in as many banks.
 template <class W, u32 N> DEVICE void many(const Product& p, const W& weights) {
-  constexpr u32 QUADS = W::STEP / 4, STRIDE = 32 * W::STEP, SPREAD = 256;
-  SHARED(float4, staged, [N][QUADS][32]);
+  constexpr u32 QUADS = W::STEP / 4, STRIDE = 32 * W::STEP, SPREAD = 256, ROOM = QUADS > 1 ? 8 / QUADS : 0;
+  SHARED(float4, staged, [N][QUADS][32 + ROOM]);
   if (!p.vectors() || !weights.whole) return any_shape(p, weights, ROWS);
   u32 lane = threadIdx.x % 32, first_row = (blockIdx.x * (SPREAD / 32) + threadIdx.x / 32) * ROWS;
   f32 sums[ROWS][N] = {};
