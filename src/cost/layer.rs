@@ -1,5 +1,5 @@
 //! The work of one decoder layer, of a pass's two ends and of the first fill, as affine terms: the
-//! engine's computations and weights counted, each priced by rates.rs. What else moves is traffic.rs's;
+//! engine's computations and weights counted, each priced by rates.rs. Rows are rows.rs's, what else moves traffic.rs's;
 //! which row then binds is terms.rs's.
 
 use crate::cost::affine::{CACHE, ShareVector};
@@ -18,20 +18,8 @@ use crate::tier::{Lane, Phase, Tier};
 /// (rows, how many) of chunks that meet a matrix, and the bytes that pass from one to the next.
 type Met<'a> = (&'a [(f64, f64)], f64);
 
-/// Operations started for one chunk of a layer besides products and attention: two norms, two adds.
-const ROWWISE_LAUNCHES: f64 = 4.0;
-/// A norm reads and writes its rows once; a residual add reads two and writes one: two of each.
-const ROWWISE_PASSES: f64 = 10.0;
-/// With norms after the sums, rows are gathered before a product as well.
-const POST_NORM_LAUNCHES: f64 = 2.0;
-const POST_NORM_PASSES: f64 = 4.0;
 /// Appending and attending.
 const ATTENTION_LAUNCHES: f64 = 2.0;
-/// Rows are looked up (read, written) and get their positions added (two read, one written).
-const EMBEDDING_PASSES: f64 = 5.0;
-const EMBEDDING_LAUNCHES: f64 = 2.0;
-/// The final norm.
-const HEAD_PASSES: f64 = 2.0;
 
 pub struct LayerBuilder<'a> {
     pub(super) model: &'a ModelSpec,
@@ -45,7 +33,7 @@ pub struct LayerBuilder<'a> {
 }
 
 /// The pieces in which a home's part of a matrix is read, shipped or multiplied.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 struct Pieces {
     count: f64,
     bytes: f64,
@@ -177,18 +165,6 @@ impl<'a> LayerBuilder<'a> {
         work
     }
 
-    /// Embedded rows with their positions, and the last rows' norm.
-    fn end_rows(&self, work: &mut Work, step: &Step) {
-        let (tier, lane) = self.computer();
-        let chunks: f64 = step.chunks().iter().map(|c| c.1).sum();
-        let passes = EMBEDDING_PASSES * step.rows + HEAD_PASSES;
-        let bytes = passes * step.sequences() * self.hidden_row_bytes();
-        let launches = EMBEDDING_LAUNCHES * chunks + step.batch_count();
-        let seconds = self.rates.rowwise_s(tier, bytes) + launches * self.rates.launch_s(tier);
-        work.lanes[lane].constant += seconds;
-        work.rowwise.constant += seconds;
-    }
-
     /// Before the first product of a job: the first streamed pieces on their way.
     pub fn fill(&self) -> Work {
         let mut work = Work::default();
@@ -242,7 +218,7 @@ impl<'a> LayerBuilder<'a> {
         let bytes = self.matrix_bytes(matrix);
         let passes: f64 = chunks.iter().map(|c| c.1).sum();
         let (tier, lane) = self.computer();
-        let mut last = (f64::NAN, tier, 0.0);
+        let mut last = None;
         for home in WeightHome::ALL {
             let index = home as usize;
             let beside =
@@ -256,15 +232,14 @@ impl<'a> LayerBuilder<'a> {
                 (tier, lane)
             };
             let pieces = self.pieces(matrix, home);
-            if (last.0, last.1) != (pieces.bytes, tier) {
-                let of_all = pieces.bytes / bytes;
-                let products_s = self.products_s(matrix, (chunks, between_bytes), (tier, of_all));
-                last = (pieces.bytes, tier, products_s);
-            }
+            let all_s = match last {
+                Some((before, all_s)) if before == (pieces, tier) => all_s,
+                _ => self.products_s(matrix, (chunks, between_bytes), (tier, pieces)),
+            };
+            last = Some(((pieces, tier), all_s));
             // The program counts a product's first operation among the layer's.
-            let more = pieces.count - if self.at.is_none() { 1.0 } else { 0.0 };
-            let launches = passes * more / self.part(&[index]);
-            let seconds = last.2 + launches * self.rates.launch_s(tier);
+            let counted = if self.at.is_none() { passes } else { 0.0 };
+            let seconds = all_s - self.rates.apart_s(tier, counted);
             work.lanes[lane].coef[index] += seconds;
             let of = if beside {
                 &mut work.side_products
@@ -279,33 +254,37 @@ impl<'a> LayerBuilder<'a> {
             }
         }
         if self.at.is_none() {
-            let launches = passes * self.rates.launch_s(tier);
-            work.lanes[lane].constant += launches;
-            work.products.constant += launches;
+            let launches_s = self.rates.apart_s(tier, passes);
+            work.lanes[lane].constant += launches_s;
+            work.products.constant += launches_s;
         }
         if self.cpu_side {
             self.side_rows(work, matrix, chunks);
         }
     }
 
-    /// Seconds of all of a matrix, multiplied in pieces of so much of it.
+    /// Seconds of all of a matrix, multiplied in pieces like these, which are as much of it as they are.
     fn products_s(
         &self,
         matrix: &Matrix,
         (chunks, between_bytes): Met,
-        (tier, of_all): (Tier, f64),
+        (tier, pieces): (Tier, Pieces),
     ) -> f64 {
+        let one_of_all = pieces.bytes / self.matrix_bytes(matrix);
+        let of_all = pieces.count * one_of_all;
         let format = self.format(matrix);
         let stored = (format, self.policy.arithmetic(format));
         let (inputs, outputs) = (matrix.inputs as f64, matrix.rows as f64);
-        let piece = (inputs, outputs * of_all);
+        let piece = (inputs, outputs * one_of_all);
         let passes: f64 = chunks.iter().map(|c| c.1).sum();
         let one = |&(m, count): &(f64, f64)| {
             let wide = (format, self.policy.is_wide());
             let met = (m, between_bytes);
             let part = self.rates.met_part(tier, stored, met, passes);
             let products = part * count * self.rates.products(tier, wide, m);
-            products * inputs * outputs * self.rates.weight_s(tier, stored, m, piece)
+            let weight_s = self.rates.weight_s(tier, stored, m, piece);
+            let work_s = products * of_all * inputs * outputs * weight_s;
+            self.rates.operations_s(tier, count * pieces.count, work_s) / of_all
         };
         chunks.iter().map(one).sum()
     }
@@ -380,27 +359,14 @@ impl<'a> LayerBuilder<'a> {
         }
     }
 
-    fn rowwise(&self, work: &mut Work, step: &Step) {
-        let (tier, lane) = self.computer();
-        let rows = step.sequences() * step.rows;
-        let chunks: f64 = step.chunks().iter().map(|c| c.1).sum();
-        let (mut passes, mut launches) = (ROWWISE_PASSES, ROWWISE_LAUNCHES);
-        if !self.model.pre_norm {
-            passes += POST_NORM_PASSES;
-            launches += POST_NORM_LAUNCHES;
-        }
-        let bytes = passes * rows * self.hidden_row_bytes();
-        let seconds =
-            self.rates.rowwise_s(tier, bytes) + chunks * launches * self.rates.launch_s(tier);
-        work.lanes[lane].constant += seconds;
-        work.rowwise.constant += seconds;
-    }
-
     /// Attention by where the cache is at home.
     fn attention(&self, work: &mut Work, step: &Step) {
         let chunks = step.chunks();
         let calls: f64 = chunks.iter().map(|c| c.1).sum();
-        let begin_s = |tier| calls * self.attention_call_s(step.phase, tier);
+        let begin_s = |tier| {
+            let calls_s: f64 = self.attention_calls_s(step.phase, tier).iter().sum();
+            calls * calls_s + self.rates.apart_s(tier, calls * ATTENTION_LAUNCHES)
+        };
         let (on, lane) = self.computer();
         if self.at.is_none() {
             let seconds = begin_s(on);
@@ -420,14 +386,14 @@ impl<'a> LayerBuilder<'a> {
                 .filter(|&h| self.attends_beside(h) == away)
                 .map(|h| CACHE + h as usize)
                 .collect();
-            let mut seconds = self.attend_s(step, tier);
             let part = whole(
                 self.part(&same),
                 step.sequences() / step.batch_count().max(1.0),
             );
-            if self.at.is_some() {
-                seconds += begin_s(tier) / part;
-            }
+            let seconds = match self.at.is_some() {
+                true => self.attend_s(step, tier, (calls, part)) / part,
+                false => self.attend_s(step, tier, (calls, 1.0)) - begin_s(tier),
+            };
             work.lanes[lane].coef[index] += seconds;
             if away || self.on_dram() {
                 work.reads((lane, index), (self.kv_bytes(step), seconds), self.rates);
@@ -441,22 +407,21 @@ impl<'a> LayerBuilder<'a> {
         }
     }
 
-    /// What a chunk's attention takes however little it looks at.
-    fn attention_call_s(&self, phase: Phase, tier: Tier) -> f64 {
-        let append_s = self.rates.append_call_s(tier);
-        let launches_s = ATTENTION_LAUNCHES * self.rates.launch_s(tier) + append_s;
-        match phase {
-            Phase::Prefill => launches_s,
-            Phase::Decode => launches_s + self.rates.decode_call_s(tier, self.policy.kv_format()),
-        }
+    /// What appending and attending a chunk take however little they look at, besides their launches.
+    fn attention_calls_s(&self, phase: Phase, tier: Tier) -> [f64; 2] {
+        let attend_s = match phase {
+            Phase::Prefill => 0.0,
+            Phase::Decode => self.rates.decode_call_s(tier, self.policy.kv_format()),
+        };
+        [self.rates.append_call_s(tier), attend_s]
     }
 
     pub(super) fn attends_beside(&self, home: Tier) -> bool {
         self.gpu && home != Tier::Gpu && self.policy.cpu_cache_compute
     }
 
-    /// Appending the new rows and attending, all sequences on one tier.
-    fn attend_s(&self, step: &Step, tier: Tier) -> f64 {
+    /// Appending the new rows and attending: so many calls of each, for a part of all sequences on one tier.
+    fn attend_s(&self, step: &Step, tier: Tier, (calls, part): (f64, f64)) -> f64 {
         let format = self.policy.kv_format();
         let hidden = self.model.hidden as f64;
         let (work, format_s) = match step.phase {
@@ -478,7 +443,14 @@ impl<'a> LayerBuilder<'a> {
             ),
         };
         let values = 2.0 * step.sequences() * step.rows * self.hidden_row_bytes();
-        self.rates.append_s(tier, format, values) + self.rates.attention_s(tier, format_s, work)
+        let append_s = self.rates.append_s(tier, format, values);
+        let attend_s = self.rates.attention_s(tier, format_s, work);
+        let calls_s = self.attention_calls_s(step.phase, tier);
+        let both = [append_s, attend_s].into_iter().zip(calls_s);
+        let seconds = both.map(|(all_s, call_s)| calls * call_s + part * all_s);
+        seconds
+            .map(|s| self.rates.operations_s(tier, calls, s))
+            .sum()
     }
 
     /// Queries, keys and values go down to the CPU and attended rows come up.

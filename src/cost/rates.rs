@@ -274,7 +274,7 @@ impl Rates {
         }
     }
 
-    fn is_gpu(&self, on: Tier) -> bool {
+    pub(super) fn is_gpu(&self, on: Tier) -> bool {
         self.device == DeviceKind::Cuda && on == Tier::Gpu
     }
 
@@ -328,7 +328,7 @@ impl Rates {
         )
     }
 
-    /// Seconds to start one operation.
+    /// Seconds to start one operation: launches.rs says when they count.
     pub fn launch_s(&self, on: Tier) -> f64 {
         self.calibrated("launch", on.name(), self.on(on).launch_s)
     }

@@ -47,6 +47,23 @@ fn fp32_activations_cost_a_gpu_a_product_for_each_part() {
 }
 
 #[test]
+fn a_gpu_is_handed_operations_while_it_works_and_a_cpu_is_not() {
+    let device = |kind| Rates::new(&t4(), kind, 16).unwrap();
+    let gpu = device(DeviceKind::Cuda);
+    let launch_s = gpu.launch_s(Tier::Gpu);
+    assert!(launch_s > 0.0);
+    let of = |work_s| gpu.operations_s(Tier::Gpu, 10.0, work_s);
+    assert_eq!(of(100.0 * launch_s), 100.0 * launch_s);
+    assert_eq!(of(launch_s), 10.0 * launch_s);
+    assert_eq!(gpu.apart_s(Tier::Gpu, 10.0), 0.0);
+    for rates in [device(DeviceKind::Cpu), device(DeviceKind::Host), gpu] {
+        let apart_s = 10.0 * rates.launch_s(Tier::Cpu);
+        assert_eq!(rates.operations_s(Tier::Cpu, 10.0, 1.0), 1.0 + apart_s);
+        assert_eq!(rates.apart_s(Tier::Cpu, 10.0), apart_s);
+    }
+}
+
+#[test]
 fn a_single_large_point_has_a_floor_of_reading_the_weights() {
     let mut profile = t4();
     let gpu = profile.gpu.as_mut().unwrap();

@@ -73,7 +73,8 @@ impl Pricer {
             Op::Copy { pinned, .. } => self.rates.link_s(lane, bytes, *pinned),
             Op::Compute(compute) => {
                 let on = tier_of(lane);
-                self.rates.launch_s(on) + self.compute_s(on, compute)
+                let work_s = self.compute_s(on, compute);
+                self.rates.operations_s(on, 1.0, work_s)
             }
         }
     }
