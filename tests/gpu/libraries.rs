@@ -78,6 +78,61 @@ fn libraries_of_cuda_12_serve_both_drivers() {
     }
 }
 
+/// The first library that is found may be of a newer CUDA than the driver: one that can be used comes behind it.
+#[test]
+fn libraries_that_are_too_new_are_passed_over() {
+    let Some(gpu) = Gpu::new() else { return };
+    let on_host = gpu.tokens(HOST, SPLIT);
+    let packages = "wheels/lib/python3.12/site-packages/nvidia";
+    lay(&gpu, ("cuda-12", CUBLAS), &format!("{packages}/cublas/lib"));
+    lay(
+        &gpu,
+        ("cuda-12", NVRTC),
+        &format!("{packages}/cuda_nvrtc/lib"),
+    );
+    lay(&gpu, ("default", BOTH), "toolkit/lib64");
+    let place = |name: &str| gpu.home.path(name).display().to_string();
+    let (wheels, toolkit) = (place("wheels"), place("toolkit"));
+    let told = [
+        ("FAKE_CUDA_DRIVER", "12080"),
+        ("VIRTUAL_ENV", wheels.as_str()),
+        ("CUDA_HOME", toolkit.as_str()),
+    ];
+    // In a directory that is looked into before, and where the loader looks, under their sonames and without.
+    let driver = gpu.over("driver-alone").with(&told);
+    assert_eq!(driver.tokens("auto", SPLIT), on_host);
+    let loader = gpu.over("default").with(&told);
+    assert_eq!(loader.tokens("auto", SPLIT), on_host);
+    for name in ["libcublas.so", "libnvrtc.so"] {
+        let to = gpu.home.path("toolkit/lib64").join(format!("{name}.13"));
+        symlink(to, gpu.home.path("toolkit/lib64").join(name)).expect("linked");
+    }
+    let alone = driver.libraries().display();
+    let path = format!("{toolkit}/lib64:{alone}");
+    let developing = driver.with(&[("LD_LIBRARY_PATH", &path)]);
+    assert_eq!(developing.tokens("auto", SPLIT), on_host);
+    // There is nothing else: what is in the way is named.
+    let cause = format!("{toolkit}/lib64/libcublas.so is of CUDA 13 and the driver of CUDA 12.8");
+    let nothing = driver.with(&[("VIRTUAL_ENV", "")]);
+    nothing.run("auto", SPLIT).fails(1, &[&cause, FOR_12]);
+    std::fs::remove_dir_all(gpu.home.path(&format!("{packages}/cuda_nvrtc"))).expect("removed");
+    let cause = format!("{toolkit}/lib64/libnvrtc.so is of CUDA 13 and the driver of CUDA 12.8");
+    driver.run("auto", SPLIT).fails(1, &[&cause, FOR_12]);
+}
+
+/// A link to a library may stand alone where it is found: what belongs to it lies beside the library.
+#[test]
+fn what_belongs_to_a_library_is_looked_for_beside_it() {
+    let Some(gpu) = Gpu::new() else { return };
+    let on_host = gpu.tokens(HOST, SPLIT);
+    let alone = &["libcublas.so", "libnvrtc.so"];
+    lay(&gpu, ("default", alone), "links/lib64");
+    let links = gpu.home.path("links").display().to_string();
+    let driver = gpu.over("driver-alone").with(&[("CUDA_HOME", &links)]);
+    let _ = std::fs::remove_dir_all(gpu.home.path("kernels"));
+    assert_eq!(driver.tokens("auto", SPLIT), on_host);
+}
+
 /// The stand-in compiler knows 9.0 at most, and its machine code runs on the same major version alone.
 #[test]
 fn a_gpu_newer_than_the_compiler_is_served_by_its_driver() {
@@ -110,9 +165,9 @@ fn a_gpu_that_cannot_be_used_is_an_error_with_the_way_out() {
         ("no-cublas", plain, "libcublas was not found", FOR_13),
         ("no-nvrtc", plain, "libnvrtc was not found", FOR_13),
         (
-            "no-nvrtc",
+            "no-cublas",
             ("FAKE_CUDA_DRIVER", "12040"),
-            "libnvrtc was not found",
+            "libcublas was not found",
             FOR_12,
         ),
         ("no-gemm-ex", plain, "has no cublasGemmEx", FOR_13),
@@ -131,13 +186,13 @@ fn a_gpu_that_cannot_be_used_is_an_error_with_the_way_out() {
         (
             "default",
             ("FAKE_CUDA_DRIVER", "12080"),
-            "libnvrtc is of CUDA 13.0 and the driver of CUDA 12.8",
+            "default/libcublas.so.13 is of CUDA 13 and the driver of CUDA 12.8",
             FOR_12,
         ),
         (
             "new-cublas",
             ("FAKE_CUDA_DRIVER", "12080"),
-            "libcublas is of CUDA 13 and the driver of CUDA 12.8",
+            "new-cublas/libcublas.so.13 is of CUDA 13 and the driver of CUDA 12.8",
             FOR_12,
         ),
         (
@@ -151,6 +206,12 @@ fn a_gpu_that_cannot_be_used_is_an_error_with_the_way_out() {
             ("FAKE_CUDA_INIT", "803"),
             "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
             DRIVER,
+        ),
+        (
+            "default",
+            ("FAKE_CUDA_INIT", "34"),
+            "LD_LIBRARY_PATH leads to CUDA's stub driver",
+            "cuda/default out of it",
         ),
     ] {
         for device in ["cuda:0", "auto"] {

@@ -2,8 +2,10 @@
 //! Row-major matrices here, column-major words there.
 
 use super::api::{Context, Stream};
+use super::toolkit::cublas::{
+    self as sys, cublasOperation_t as Operation, cublasStatus_t as Status,
+};
 use crate::dtype::Dtype;
-use cudarc::cublas::sys::{self, cublasOperation_t as Operation, cublasStatus_t as Status};
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -75,15 +77,6 @@ fn warm_product(memory: u64, format: Dtype, m: usize) -> LargeProduct {
         scale: 1.0,
         adds: false,
     }
-}
-
-/// The CUDA that the library belongs to, by its first number; the library is loaded already.
-pub fn major_version() -> Option<u32> {
-    let mut major = 0;
-    let which = sys::libraryPropertyType_t::MAJOR_VERSION;
-    // SAFETY: written to a live integer; no handle is needed.
-    let status = unsafe { sys::cublasGetProperty(which, &mut major) };
-    (status == Status::CUBLAS_STATUS_SUCCESS).then_some(major as u32)
 }
 
 impl Blas {

@@ -8,11 +8,13 @@ mod compute;
 mod copies;
 mod issue;
 mod launch;
+mod libraries;
 mod modules;
 pub mod presence;
 mod product;
 mod tables;
 mod timeline;
+mod toolkit;
 
 pub use api::DeviceFacts;
 

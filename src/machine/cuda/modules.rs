@@ -4,8 +4,8 @@
 
 use super::api::{Context, CudaError};
 use super::launch::{Kernel, Module};
+use super::toolkit::nvrtc;
 use crate::machine::disk::write_atomically;
-use cudarc::nvrtc::sys as nvrtc;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char};

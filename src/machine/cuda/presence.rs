@@ -1,9 +1,10 @@
-//! Whether a GPU can be computed on here: finds the driver's and CUDA's libraries and looks for every
-//! function that is called later, so that nothing panics on the way. Opens no context.
+//! Whether a GPU can be computed on here: has the driver's and CUDA's libraries found, with every function that is
+//! called later, so that nothing panics on the way. Opens no context; where libraries are is libraries.rs's.
 
-use super::api::{self, DeviceFacts};
-use std::ffi::CString;
-use std::path::{Path, PathBuf};
+use super::api::{self, CudaError, DeviceFacts};
+use super::libraries::{Handle, Library, Release, Toolkit};
+use cudarc::driver::sys::CUresult;
+use std::path::Path;
 use std::sync::OnceLock;
 use thiserror::Error;
 
@@ -21,12 +22,6 @@ pub enum GpuError {
     /// There is a GPU; this stands in the way.
     #[error("{cause}; {remedy}")]
     Unusable { cause: String, remedy: String },
-}
-
-/// A library and what is called in it.
-struct Library {
-    stem: &'static str,
-    symbols: &'static [&'static str],
 }
 
 const DRIVER: Library = Library {
@@ -103,6 +98,9 @@ const NVRTC: Library = Library {
     ],
 };
 
+pub(super) static BLAS: Toolkit = Toolkit::new(CUBLAS, "libcublasLt.so", cublas_release);
+pub(super) static COMPILER: Toolkit = Toolkit::new(NVRTC, "libnvrtc-builtins.so", nvrtc_release);
+
 /// The GPU number `index`, once everything that computing on it needs has been found.
 pub fn find_gpu(index: usize) -> Result<DeviceFacts, GpuError> {
     static FOUND: OnceLock<Result<usize, GpuError>> = OnceLock::new();
@@ -128,22 +126,64 @@ pub fn find_gpu(index: usize) -> Result<DeviceFacts, GpuError> {
 const DRIVER_REMEDY: &str =
     "install a driver of CUDA 12.0 or later (Debian, Ubuntu: apt install nvidia-driver)";
 
+fn cublas_release(library: Handle) -> Option<Release> {
+    // SAFETY: so it is declared: which number (0 is the first one), and where to write it.
+    let (status, major) = unsafe {
+        let get: unsafe extern "C" fn(i32, *mut i32) -> i32 =
+            library.function("cublasGetProperty")?;
+        let mut major = 0;
+        (get(0, &mut major), major)
+    };
+    (status == 0).then(|| (major as u32, major.to_string()))
+}
+
+fn nvrtc_release(library: Handle) -> Option<Release> {
+    // SAFETY: so it is declared: where to write both numbers.
+    let (status, major, minor) = unsafe {
+        let get: unsafe extern "C" fn(*mut i32, *mut i32) -> i32 =
+            library.function("nvrtcVersion")?;
+        let (mut major, mut minor) = (0, 0);
+        (get(&mut major, &mut minor), major, minor)
+    };
+    (status == 0).then(|| (major as u32, format!("{major}.{minor}")))
+}
+
+/// The driver's library, by its path: the bindings load the same one.
+fn driver_library() -> Result<String, GpuError> {
+    let Some(driver) = DRIVER.open() else {
+        return Err(GpuError::Absent("no NVIDIA driver is installed".into()));
+    };
+    let path = DRIVER.file(driver);
+    match DRIVER.missing_in(driver) {
+        Some(symbol) => {
+            let cause = format!("the NVIDIA driver ({path}) has no {symbol}: it is too old");
+            Err(unusable(cause, DRIVER_REMEDY))
+        }
+        None => Ok(path),
+    }
+}
+
+/// Why the driver whose library this is tells of no devices.
+fn no_devices(error: &CudaError, library: &str) -> GpuError {
+    const NO_DEVICE: u32 = CUresult::CUDA_ERROR_NO_DEVICE as u32;
+    // By its number: a stub has no names of errors either.
+    const STUB: u32 = CUresult::CUDA_ERROR_STUB_LIBRARY as u32;
+    match error.code {
+        NO_DEVICE => GpuError::Absent("the NVIDIA driver shows no GPU".into()),
+        STUB => {
+            let cause = format!("LD_LIBRARY_PATH leads to CUDA's stub driver ({library})");
+            let directory = Path::new(library).parent().unwrap_or(Path::new("…/stubs"));
+            let remedy = format!("take {} out of it", directory.display());
+            unusable(cause, &remedy)
+        }
+        _ => unusable(error.to_string(), DRIVER_REMEDY),
+    }
+}
+
 /// Libraries, driver and number of GPUs.
 fn look() -> Result<usize, GpuError> {
-    match load(&DRIVER) {
-        Loaded::Whole => {}
-        Loaded::Missing => return Err(GpuError::Absent("no NVIDIA driver is installed".into())),
-        Loaded::Lacks(path, symbol) => {
-            let cause = format!("the NVIDIA driver ({path}) has no {symbol}: it is too old");
-            return Err(unusable(cause, DRIVER_REMEDY));
-        }
-    }
-    let count = api::device_count().map_err(|e| match e.text.as_str() {
-        "CUDA_ERROR_NO_DEVICE" | "CUDA_ERROR_STUB_LIBRARY" => {
-            GpuError::Absent("the NVIDIA driver shows no GPU".into())
-        }
-        _ => unusable(e.to_string(), DRIVER_REMEDY),
-    })?;
+    let library = driver_library()?;
+    let count = api::device_count().map_err(|e| no_devices(&e, &library))?;
     if count == 0 {
         return Err(GpuError::Absent("the NVIDIA driver shows no GPU".into()));
     }
@@ -156,51 +196,15 @@ fn look() -> Result<usize, GpuError> {
         return Err(unusable(cause, DRIVER_REMEDY));
     }
     let remedy = toolkit_remedy(driver);
-    for library in [&CUBLAS, &NVRTC] {
-        match load(library) {
-            Loaded::Whole => {}
-            Loaded::Missing => {
-                let cause = format!("lib{} was not found", library.stem);
-                return Err(unusable(cause, &remedy));
-            }
-            Loaded::Lacks(path, symbol) => {
-                return Err(unusable(format!("{path} has no {symbol}"), &remedy));
-            }
-        }
+    for library in [&BLAS, &COMPILER] {
+        let chosen = library.choose(driver);
+        chosen.map_err(|cause| unusable(cause, &remedy))?;
     }
-    let compiler = super::modules::compiler_version();
-    let compiler = compiler.map(|(major, minor)| (major, format!("{major}.{minor}")));
-    check_release(&NVRTC, compiler, (driver, &remedy))?;
-    let blas = super::blas::major_version().map(|major| (major, major.to_string()));
-    check_release(&CUBLAS, blas, (driver, &remedy))?;
     Ok(count)
 }
 
-/// A compiler of a newer CUDA than the driver's makes kernels that the driver refuses, and such a cuBLAS has no
-/// others, and says no more than "not initialised". `release`: the library's CUDA by its first number, and in full.
-fn check_release(
-    library: &Library,
-    release: Option<(u32, String)>,
-    (driver, remedy): (u32, &str),
-) -> Result<(), GpuError> {
-    let stem = library.stem;
-    match release {
-        Some((major, shown)) if major > driver / 1000 => {
-            let cause = format!(
-                "lib{stem} is of CUDA {shown} and the driver of CUDA {}",
-                show_version(driver)
-            );
-            Err(unusable(cause, remedy))
-        }
-        Some(_) => Ok(()),
-        None => Err(unusable(
-            format!("lib{stem} does not tell its version"),
-            remedy,
-        )),
-    }
-}
-
-fn show_version(version: u32) -> String {
+/// 12080 is 12.8.
+pub(super) fn show_version(version: u32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
@@ -222,128 +226,6 @@ fn unusable(cause: String, remedy: &str) -> GpuError {
     }
 }
 
-enum Loaded {
-    Whole,
-    Missing,
-    /// Path and the function that it lacks.
-    Lacks(String, &'static str),
-}
-
-/// Loads a library for good, in the order in which its caller will look for it, then from directories
-/// that loaders do not search. What is loaded is found again by its name.
-fn load(library: &Library) -> Loaded {
-    let names = cudarc::get_lib_name_candidates(library.stem);
-    let found = names
-        .iter()
-        .find_map(|name| Some((name.clone(), open(Path::new(name))?)));
-    let found = found.or_else(|| in_directories(library.stem, &names));
-    let Some((path, handle)) = found else {
-        return Loaded::Missing;
-    };
-    let lacks = |symbol: &&&str| !has_symbol(handle, symbol);
-    match library.symbols.iter().find(lacks) {
-        Some(symbol) => Loaded::Lacks(path, symbol),
-        None => Loaded::Whole,
-    }
-}
-
-fn in_directories(stem: &str, names: &[String]) -> Option<(String, *mut libc::c_void)> {
-    for dir in directories() {
-        open_companions(stem, &dir);
-        for name in names {
-            if let Some(handle) = open(&dir.join(name)) {
-                return Some((dir.join(name).display().to_string(), handle));
-            }
-        }
-    }
-    None
-}
-
-/// What a library asks its loader for by name alone lies beside it, where no loader would look: it is loaded
-/// before.
-fn open_companions(stem: &str, dir: &Path) {
-    let companion = match stem {
-        "cublas" => "libcublasLt.so",
-        "nvrtc" => "libnvrtc-builtins.so",
-        _ => return,
-    };
-    for file in entries(dir) {
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with(companion) {
-            open(&file);
-        }
-    }
-}
-
-/// Windows' driver under WSL, toolkits, and the nvidia packages of the active Python environment, else of the
-/// Python in the path: images often have them beside a Python that no environment names.
-fn directories() -> Vec<PathBuf> {
-    let mut dirs = vec![PathBuf::from("/usr/lib/wsl/lib")];
-    for variable in ["CUDA_PATH", "CUDA_HOME"] {
-        dirs.extend(std::env::var_os(variable).map(|home| PathBuf::from(home).join("lib64")));
-    }
-    dirs.push("/usr/local/cuda/lib64".into());
-    dirs.push("/opt/cuda/lib64".into());
-    for home in ["VIRTUAL_ENV", "CONDA_PREFIX"]
-        .into_iter()
-        .filter_map(std::env::var_os)
-    {
-        let lib = PathBuf::from(home).join("lib");
-        dirs.push(lib.clone());
-        dirs.extend(python_packages(&lib));
-    }
-    for lib in python_libs() {
-        dirs.extend(python_packages(&lib));
-    }
-    dirs
-}
-
-/// Directories that hold pythonX.Y: of the Pythons in the path, also Debian's under local, and the user's.
-fn python_libs() -> Vec<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let bins = std::env::split_paths(&path).filter(|bin| bin.join("python3").exists());
-    let prefixes = bins.filter_map(|bin| Some(bin.parent()?.to_owned()));
-    let of_prefix = |prefix: PathBuf| ["lib", "local/lib"].map(|lib| prefix.join(lib));
-    let mut libs: Vec<PathBuf> = prefixes.flat_map(of_prefix).collect();
-    libs.extend(std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/lib")));
-    libs
-}
-
-/// Libraries of the nvidia packages under `lib`: "cublas/lib" of those for CUDA 12, "cu13/lib" of those for 13.
-fn python_packages(lib: &Path) -> Vec<PathBuf> {
-    let pythons = subdirectories(lib).into_iter();
-    let sites = pythons.flat_map(|python| {
-        ["site-packages/nvidia", "dist-packages/nvidia"].map(|site| python.join(site))
-    });
-    let packages = sites.flat_map(|site| subdirectories(&site));
-    packages.map(|package| package.join("lib")).collect()
-}
-
-fn subdirectories(dir: &Path) -> Vec<PathBuf> {
-    let all = entries(dir).into_iter();
-    all.filter(|path| path.is_dir()).collect()
-}
-
-fn entries(dir: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut paths: Vec<PathBuf> = entries.map(|e| e.path()).collect();
-    paths.sort();
-    paths
-}
-
-fn open(path: &Path) -> Option<*mut libc::c_void> {
-    let path = CString::new(path.as_os_str().as_encoded_bytes()).ok()?;
-    // SAFETY: the path ends with a zero; NVIDIA's libraries may be loaded at any time.
-    let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-    (!handle.is_null()).then_some(handle)
-}
-
-fn has_symbol(handle: *mut libc::c_void, symbol: &str) -> bool {
-    let symbol = CString::new(symbol).unwrap_or_default();
-    // SAFETY: the handle is open for good, the name ends with a zero.
-    unsafe { !libc::dlsym(handle, symbol.as_ptr()).is_null() }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -356,17 +238,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_absent_and_no_panic() {
-        let nothing = Library {
-            stem: "loadmaster_no_such_library",
-            symbols: &[],
+    fn a_stub_is_told_from_a_machine_without_a_gpu() {
+        let error = |code| CudaError {
+            call: "cuInit",
+            code,
+            text: format!("error {code}"),
         };
-        assert!(matches!(load(&nothing), Loaded::Missing));
-        let c = Library {
-            stem: "c",
-            symbols: &["no_such_function"],
-        };
-        // libc has another suffix on some systems; where it is found, the function is missed.
-        assert!(!matches!(load(&c), Loaded::Whole));
+        assert!(matches!(
+            no_devices(&error(100), "/lib/libcuda.so.1"),
+            GpuError::Absent(_)
+        ));
+        let said = no_devices(&error(34), "/cuda/stubs/libcuda.so").to_string();
+        assert!(
+            said.contains("stub driver (/cuda/stubs/libcuda.so); take /cuda/stubs out"),
+            "{said}"
+        );
     }
 }
