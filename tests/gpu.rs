@@ -166,6 +166,22 @@ fn what_cannot_be_page_locked_travels_through_the_relay() {
     assert_eq!(stand_in::tokens(&ended), on_host);
 }
 
+/// What a copy down writes to memory that is not page-locked may be there only when the copy is over, not when its call
+/// has returned: the relay is filled after that.
+#[test]
+fn the_relay_waits_for_what_comes_down() {
+    let Some(gpu) = Gpu::new() else { return };
+    let words = "--percent 100 0 100 0 0 100 --gpu-batch-size 1 --num-gpu-batches 3";
+    let on_host = gpu.tokens(HOST, words);
+    let late = gpu.with(&[
+        ("FAKE_CUDA_PINNED", "0"),
+        ("FAKE_CUDA_LATE", "1"),
+        ("FAKE_CUDA_DELAY_STREAM", "2"),
+        ("FAKE_CUDA_DELAY_US", "4000"),
+    ]);
+    assert_eq!(late.tokens("cuda:0", words), on_host);
+}
+
 /// The bytes that were page-locked at most, from the stand-in driver's log.
 fn page_locked_bytes(log: &str) -> u64 {
     let line = log

@@ -267,8 +267,11 @@ impl Stream {
 }
 
 impl Drop for Stream {
+    /// What is queued runs on without its stream. After a failure there may be some, and the memory that it uses is
+    /// given back next: so it is waited for, however it ends.
     fn drop(&mut self) {
         let _ = self.context.use_here();
+        let _ = self.synchronise();
         // SAFETY: the handle is alive and nobody else has it.
         let _ = unsafe { sys::cuStreamDestroy_v2(self.raw) };
     }

@@ -22,11 +22,12 @@ const THREADS: u32 = 256;
 
 /// What launches need.
 pub struct ComputeWork {
+    // First: cuBLAS's handle goes before its stream and its workspace.
+    pub blas: Blas,
     pub device: Arc<DeviceBuffer>,
     pub timeline: Arc<Timeline>,
     pub kernels: Arc<Kernels>,
     pub tables: Tables,
-    pub blas: Blas,
     /// Narrowed activations and widened weights of one product, or attention's parts.
     pub scratch: Region,
 }

@@ -5,10 +5,11 @@ use super::api::{Context, CudaError, DeviceBuffer, Event, PinnedRange};
 use super::gpu_error;
 use super::issue::Work;
 use super::timeline::Timeline;
-use crate::machine::MachineError;
 use crate::machine::arena::Region;
 use crate::machine::memory::Memory;
 use crate::machine::ops::{Copy2d, Op};
+use crate::machine::{Fences, MachineError};
+use crate::tier::Lane;
 use cudarc::driver::sys::{CUDA_MEMCPY2D, CUmemorytype_enum as MemoryType};
 use std::sync::Arc;
 
@@ -42,6 +43,12 @@ pub struct Copies {
 }
 
 impl Work for Copies {
+    fn comes_after(&mut self, after: &Fences) {
+        if let Some(relay) = &mut self.relay {
+            relay.after_down = after.mark(Lane::GpuToCpu);
+        }
+    }
+
     fn queue(&mut self, _: u64, op: Op) -> Result<(), MachineError> {
         let Op::Copy { pieces, .. } = &op else {
             return Err(MachineError::Unsupported(format!(
@@ -142,6 +149,9 @@ pub struct Relay {
     free: [Event; 2],
     used: [bool; 2],
     next: usize,
+    /// The lane that goes down, and which of its copies has to be over before the relay is filled.
+    down: Arc<Timeline>,
+    after_down: u64,
 }
 
 impl Relay {
@@ -149,6 +159,7 @@ impl Relay {
         context: &Arc<Context>,
         memory: Arc<Memory>,
         place: Region,
+        down: Arc<Timeline>,
     ) -> Result<Relay, CudaError> {
         Ok(Relay {
             memory,
@@ -156,18 +167,23 @@ impl Relay {
             free: [Event::new(context)?, Event::new(context)?],
             used: [false; 2],
             next: 0,
+            down,
+            after_down: 0,
         })
     }
 
     /// Queues a copy of DRAM that is not page-locked, piece by piece.
     /// # Safety
-    /// `from` is readable now; `to` is the device's until the stream has passed this.
+    /// `from` is readable once the copy down `after_down` is over; `to` is the device's until the stream has passed this.
     unsafe fn upload(
         &mut self,
         timeline: &Timeline,
         to: u64,
         (from, bytes): (*const u8, u64),
     ) -> Result<(), CudaError> {
+        // The stream waits for what was written on the device, but the relay is filled now, by this thread. A copy
+        // down to such memory is mostly over when its call returns; no driver promises that.
+        self.down.wait_done(self.after_down);
         let half_bytes = self.place.bytes / 2;
         let mut done = 0;
         while done < bytes {

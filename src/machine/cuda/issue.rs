@@ -12,6 +12,10 @@ use std::sync::Arc;
 
 /// Queues one operation's calls on the lane's stream.
 pub trait Work: Send {
+    /// What the next operation comes after, on the device's lanes, which its stream waits for: of use to who touches
+    /// memory on the host's thread.
+    fn comes_after(&mut self, _: &Fences) {}
+
     fn queue(&mut self, number: u64, op: Op) -> Result<(), MachineError>;
 }
 
@@ -80,6 +84,7 @@ impl<W: Work> Issuer for StreamIssuer<W> {
         }
         own.begin(number, waits).map_err(gpu_error)?;
         let own = own.clone();
+        self.work.comes_after(after);
         self.work.queue(number, op)?;
         own.end(number).map_err(gpu_error)
     }

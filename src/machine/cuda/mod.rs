@@ -67,11 +67,12 @@ pub struct GpuChoice {
 
 /// An opened GPU, before its lanes start.
 pub struct Gpu {
+    // First: cuBLAS's handle goes before its stream and its workspace.
+    blas: Blas,
     context: Arc<Context>,
     arena: Arc<DeviceBuffer>,
     kernels: Arc<Kernels>,
     timelines: Timelines,
-    blas: Blas,
     places: GpuPlaces,
 }
 
@@ -110,11 +111,11 @@ impl Gpu {
         // SAFETY: nothing uses the arena yet; the range ends where cuBLAS's workspace begins.
         unsafe { blas.warm_up(stream, unused) }.map_err(|why| blas_error(&why))?;
         Ok(Gpu {
+            blas,
             context,
             arena: Arc::new(arena),
             kernels: Arc::new(kernels),
             timelines,
-            blas,
             places,
         })
     }
@@ -130,7 +131,8 @@ impl Gpu {
         let relay = lock_relay((&self.context, memory), &mut pinned, self.places.relay);
         let refused = refused(regions, relay);
         let pinned = Arc::new(pinned);
-        let relay = Relay::new(&self.context, memory.clone(), relay);
+        let down = self.timeline(Lane::GpuToCpu);
+        let relay = Relay::new(&self.context, memory.clone(), relay, down);
         let mut relay = Some(relay.map_err(gpu_error)?);
         let mut lanes = Vec::new();
         for lane in [Lane::CpuToGpu, Lane::GpuToCpu] {
@@ -154,11 +156,11 @@ impl Gpu {
         };
         let timeline = self.timeline(lane);
         let work = ComputeWork {
+            blas: self.blas,
             device: self.arena.clone(),
             kernels: self.kernels.clone(),
             tables: Tables::new(memory.clone(), self.arena.clone(), timeline.clone(), places),
             timeline,
-            blas: self.blas,
             scratch: self.places.scratch,
         };
         lanes.push((lane, worker(&self.context, lane, &self.timelines, work)));
