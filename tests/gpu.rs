@@ -1,6 +1,8 @@
 //! The program on a GPU that is not there: the whole CUDA machine over stand-in libraries (tests/cuda), as a
 //! user starts it. Tokens are those of the host machine; what is missing is told, with the way out.
 
+#[path = "gpu/again.rs"]
+mod again;
 #[path = "gpu/bench.rs"]
 mod bench;
 #[path = "gpu/books.rs"]

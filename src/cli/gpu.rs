@@ -56,11 +56,12 @@ impl LocalGpu {
         gpu.map_or_else(GpuChoice::default, |gpu| gpu.choice(offload_dir))
     }
 
-    /// Device memory that is free now; None where nobody tells. Of a part of a GPU (MIG), the management library
-    /// tells what is free on the whole.
+    /// Device memory that a machine may take, its context included; None where nobody tells. Asked while none is
+    /// open: what this process still holds, the next machine finds there. Of a part of a GPU (MIG), the management
+    /// library tells what is free on the whole.
     pub fn free_bytes(&self) -> Option<u64> {
-        let gpu = nvml::gpu(Some(&self.facts.bus_id))?;
-        Some(gpu.free_bytes.min(self.facts.total_bytes))
+        let free = nvml::free_without_this_process(&self.facts.bus_id)?;
+        Some(free.min(self.facts.total_bytes))
     }
 }
 

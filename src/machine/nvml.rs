@@ -55,6 +55,18 @@ pub fn before_the_first(bus_id: &str) -> Option<GpuInfo> {
     found.cloned()
 }
 
+/// What would be free on a GPU without this process: cuBLAS may keep the context of a closed machine, and the next
+/// one does not take it again.
+pub fn free_without_this_process(bus_id: &str) -> Option<u64> {
+    let free = gpu(Some(bus_id))?.free_bytes;
+    // Before the first machine there is nothing, whatever a container's numbers of processes say.
+    let held = before_the_first(bus_id).map(|before| {
+        let difference = || before.free_bytes.saturating_sub(free);
+        process_bytes(bus_id).unwrap_or_else(difference)
+    });
+    Some(free + held.unwrap_or(0))
+}
+
 /// Device memory of this process on a GPU, as the driver counts it; None where it does not tell.
 pub fn process_bytes(bus_id: &str) -> Option<u64> {
     let nvml = Nvml::init().ok()?;

@@ -7,7 +7,7 @@ use super::samples::{Series, tidy};
 use super::scale::GpuExtent;
 use crate::cost::rates::Rates;
 use crate::dtype::Dtype;
-use crate::machine::cuda::{DeviceFacts, GpuChoice};
+use crate::machine::cuda::{self, DeviceFacts, GpuChoice};
 use crate::machine::price::Pricer;
 use crate::machine::threaded::{OpenRequest, ThreadedMachine};
 use crate::machine::{Fences, Machine, nvml, os};
@@ -39,7 +39,7 @@ pub fn measure(
     (progress, stop): (&mut dyn FnMut(&str), &AtomicBool),
 ) -> Result<(), ProbeError> {
     progress(&format!("measuring {}", probe.facts.name));
-    let before = Held::now(&probe.facts.bus_id);
+    let before = Held::before(&probe.facts.bus_id);
     let room = Room::within(
         before.device_free.unwrap_or(probe.facts.total_bytes),
         extent,
@@ -80,7 +80,8 @@ pub fn measure(
     // Last: libraries load some of their kernels when these are first used.
     let after = Held::now(&probe.facts.bus_id);
     gpu.context_bytes = after.context_bytes(&before, meter.room.places().arena_bytes);
-    gpu.host_bytes = after.host_bytes(&before, meter.room.cpu_bytes());
+    let host_bytes = after.host_bytes(&before, meter.room.cpu_bytes());
+    gpu.host_bytes = host_bytes.max(cuda::opening_bytes());
     profile.gpu = Some(gpu);
     Ok(())
 }
@@ -95,6 +96,15 @@ struct Held {
 const CONTEXT_BYTES: u64 = 600 * MIB;
 
 impl Held {
+    /// Before the machine is opened. Of the device as if no machine had ever been: the context of an earlier one may
+    /// be there still, and counts as this one's.
+    fn before(bus_id: &str) -> Held {
+        Held {
+            device_free: nvml::free_without_this_process(bus_id),
+            ..Held::now(bus_id)
+        }
+    }
+
     fn now(bus_id: &str) -> Held {
         Held {
             device_free: nvml::gpu(Some(bus_id)).map(|gpu| gpu.free_bytes),

@@ -63,7 +63,7 @@ fn probed(gpu: &Gpu) {
     }
 }
 
-fn measured(dir: &Path) -> HardwareProfile {
+pub fn measured(dir: &Path) -> HardwareProfile {
     let facts = presence::find_gpu(0).expect("the emulated one");
     let choice = GpuChoice {
         index: 0,

@@ -22,7 +22,7 @@ use super::MachineError;
 use super::arena::Region;
 use super::lanes::Worker;
 use super::memory::{Memory, RemoteArena};
-use super::nvml;
+use super::{nvml, os};
 use crate::dtype::Dtype;
 use crate::tier::Lane;
 use crate::units::show_bytes;
@@ -34,6 +34,7 @@ use issue::{Timelines, worker};
 use modules::{Kernels, Target};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tables::{Mapped, TablePlaces, Tables};
 use timeline::Timeline;
 
@@ -82,12 +83,25 @@ impl RemoteArena for DeviceBuffer {
     }
 }
 
+static OPENING_BYTES: AtomicU64 = AtomicU64::new(0);
+
+/// DRAM of this process that opening a GPU took at most. The first machine's opening takes most of it, and what
+/// cuBLAS keeps of that is not taken again.
+pub fn opening_bytes() -> u64 {
+    OPENING_BYTES.load(Ordering::Relaxed)
+}
+
+fn resident_bytes() -> u64 {
+    os::process_memory().map_or(0, |memory| memory.resident_bytes)
+}
+
 impl Gpu {
     /// Context, kernels, cuBLAS and the device's arena: everything that can be missing is missing now.
     pub fn open(choice: &GpuChoice, places: GpuPlaces) -> Result<Gpu, MachineError> {
         let facts = presence::find_gpu(choice.index)
             .map_err(|error| MachineError::Gpu(error.to_string()))?;
         nvml::about_to_open(&facts.bus_id);
+        let before = resident_bytes();
         let context = Context::new(choice.index).map_err(gpu_error)?;
         let target = Target {
             capability: facts.capability,
@@ -110,6 +124,8 @@ impl Gpu {
         let unused = (arena.at(0, places.blas.offset), places.blas.offset);
         // SAFETY: nothing uses the arena yet; the range ends where cuBLAS's workspace begins.
         unsafe { blas.warm_up(stream, unused) }.map_err(|why| blas_error(&why))?;
+        let taken = resident_bytes().saturating_sub(before);
+        OPENING_BYTES.fetch_max(taken, Ordering::Relaxed);
         Ok(Gpu {
             blas,
             context,
