@@ -15,7 +15,7 @@ use crate::policy::DeviceKind;
 use crate::profile::{
     AttentionRates, GemmCurve, GpuFacts, GpuLink, HardwareProfile, QuantiseRates,
 };
-use crate::tier::Lane;
+use crate::tier::{Lane, PerLane};
 use crate::units::MIB;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,10 +40,8 @@ pub fn measure(
 ) -> Result<(), ProbeError> {
     progress(&format!("measuring {}", probe.facts.name));
     let before = Held::before(&probe.facts.bus_id);
-    let room = Room::within(
-        before.device_free.unwrap_or(probe.facts.total_bytes),
-        extent,
-    );
+    let free = before.device_free.unwrap_or(probe.facts.total_bytes);
+    let room = Room::within((free, probe.facts.l2_bytes), extent);
     let request = OpenRequest {
         device: DeviceKind::Cuda,
         gpu_bytes: room.places().arena_bytes,
@@ -57,7 +55,9 @@ pub fn measure(
         machine: ThreadedMachine::open(request)?,
         room,
         stop,
+        turns: PerLane::default(),
     };
+    meter.fill()?;
     let memory = meter.memory()?;
     let mut gpu = GpuFacts {
         name: probe.facts.name.clone(),
@@ -132,9 +132,34 @@ struct Meter<'a> {
     machine: ThreadedMachine,
     room: Room,
     stop: &'a AtomicBool,
+    /// Operations that were begun.
+    turns: PerLane<u64>,
 }
 
+/// What is put into the arenas at once.
+const FILLING_BYTES: u64 = 4 * MIB;
+
 impl Meter<'_> {
+    /// Numbers everywhere: hardware may be faster, and clocks higher, with zeros.
+    fn fill(&mut self) -> Result<(), ProbeError> {
+        let numbers = work::numbers(FILLING_BYTES);
+        for (tier, region) in self.room.measured() {
+            let end = region.offset + region.bytes;
+            for offset in (region.offset..end).step_by(FILLING_BYTES as usize) {
+                let bytes = FILLING_BYTES.min(end - offset) as usize;
+                self.machine.put(tier, offset, &numbers[..bytes])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins a task once more.
+    fn submit(&mut self, task: &Task) {
+        let op = task.turn(self.turns[task.lane]);
+        self.turns[task.lane] += 1;
+        self.machine.submit(task.lane, op, &Fences::none());
+    }
+
     /// Seconds that `lane` was busy with `repeats` of a task.
     fn busy(&mut self, task: &Task, repeats: usize) -> Result<f64, ProbeError> {
         if self.stop.load(Ordering::Relaxed) {
@@ -146,8 +171,7 @@ impl Meter<'_> {
         };
         let before = busy(&self.machine);
         for _ in 0..repeats {
-            self.machine
-                .submit(task.lane, task.op.clone(), &Fences::none());
+            self.submit(task);
         }
         let all = self.machine.submitted();
         self.machine.wait(&all)?;
@@ -309,8 +333,7 @@ impl Meter<'_> {
             let tasks = [first, second];
             for turn in 0..counts[0].max(counts[1]) {
                 for (task, _) in tasks.iter().zip(counts).filter(|(_, count)| turn < *count) {
-                    self.machine
-                        .submit(task.lane, task.op.clone(), &Fences::none());
+                    self.submit(task);
                 }
             }
             let all = self.machine.submitted();

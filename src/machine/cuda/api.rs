@@ -70,6 +70,8 @@ pub struct DeviceFacts {
     pub total_bytes: u64,
     /// 80 for compute capability 8.0.
     pub capability: u32,
+    /// Of the last cache before the device's memory.
+    pub l2_bytes: u64,
     /// "0000:01:00.0", to find the same GPU through NVML.
     pub bus_id: String,
 }
@@ -77,7 +79,7 @@ pub struct DeviceFacts {
 pub fn device_facts(index: usize) -> Result<DeviceFacts, CudaError> {
     let mut device = 0;
     let (mut name, mut bus) = ([0 as c_char; 128], [0 as c_char; 32]);
-    let (mut total, mut major, mut minor) = (0usize, 0, 0);
+    let (mut total, mut major, mut minor, mut l2) = (0usize, 0, 0, 0);
     // SAFETY: every target is live and as long as the call is told; names end with a zero.
     unsafe {
         check("cuDeviceGet", sys::cuDeviceGet(&mut device, index as i32))?;
@@ -98,6 +100,7 @@ pub fn device_facts(index: usize) -> Result<DeviceFacts, CudaError> {
                 &mut minor,
                 Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
             ),
+            (&mut l2, Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE),
         ] {
             check(
                 "cuDeviceGetAttribute",
@@ -109,6 +112,7 @@ pub fn device_facts(index: usize) -> Result<DeviceFacts, CudaError> {
         name: text(&name),
         total_bytes: total as u64,
         capability: (10 * major + minor) as u32,
+        l2_bytes: l2.max(0) as u64,
         bus_id: text(&bus),
     })
 }
