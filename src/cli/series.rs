@@ -6,6 +6,7 @@ use super::failure::Failure;
 use super::progress::Talk;
 use super::show_compare;
 use crate::compare::Comparison;
+use crate::machine::cuda;
 use crate::report::RunReport;
 use std::io::Read;
 use std::path::Path;
@@ -28,7 +29,8 @@ pub fn series(args: &SeriesArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(
     std::fs::create_dir_all(&args.out)
         .map_err(|e| Failure::failed(format!("{}: cannot be made ({e})", args.out.display())))?;
     let (mut reports, mut failures) = (Vec::new(), Vec::new());
-    for run in &runs {
+    let mut hint = None;
+    for (number, run) in runs.iter().enumerate() {
         if stop.load(Ordering::Relaxed) {
             failures.push(Failure::failed("interrupted").of(&run.name));
             break;
@@ -36,7 +38,14 @@ pub fn series(args: &SeriesArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(
         talk.note(&format!("run {}", run.name));
         let (report, failure) = one(run, talk, stop);
         reports.extend(report.map(|report| (run.name.clone(), report)));
+        hint = after_a_fault(&runs[number + 1..]);
+        // One that was met only when the machine was closed.
+        let late = || hint.as_ref().and(cuda::fault()).map(Failure::failed);
+        let failure = failure.or_else(late);
         failures.extend(failure.map(|failure| failure.of(&run.name)));
+        if hint.is_some() {
+            break;
+        }
     }
     tell(&Comparison::new(reports), args.json)?;
     if failures.is_empty() {
@@ -45,7 +54,23 @@ pub fn series(args: &SeriesArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(
     let told: Vec<&str> = failures.iter().map(|f| f.message.as_str()).collect();
     let (count, all) = (failures.len(), runs.len());
     let why = format!("{count} of {all} runs failed; {}", told.join("; "));
-    Err(Failure::failed(why).after_document(args.json))
+    let failure = Failure::failed(why).after_document(args.json);
+    Err(match hint {
+        Some(hint) => failure.with_hint(hint),
+        None => failure,
+    })
+}
+
+/// What to do with the runs that are left, where the GPU can no longer be used by this process: each of them would
+/// fail, and with an error that says nothing of why.
+fn after_a_fault(left: &[Run]) -> Option<String> {
+    let fault = cuda::fault().filter(|_| !left.is_empty())?;
+    let names: Vec<&str> = left.iter().map(|run| run.name.as_str()).collect();
+    Some(format!(
+        "after {} the process must be started again: not run are {}; start a series of these",
+        fault.text,
+        names.join(", ")
+    ))
 }
 
 /// A run's report and failure. That a budget does not hold it is a finding.

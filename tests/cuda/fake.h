@@ -34,6 +34,7 @@ enum Result {
   PRIMARY_CONTEXT_ACTIVE = 708,
   ALREADY_REGISTERED = 712,
   NOT_REGISTERED = 713,
+  ILLEGAL_ADDRESS = 700,
   NOT_SUPPORTED = 801,
   SYSTEM_DRIVER_MISMATCH = 803,
 };
@@ -48,6 +49,10 @@ inline uint64_t setting(const char* name, uint64_t otherwise) {
   const char* value = getenv(name);
   return value ? strtoull(value, nullptr, 10) : otherwise;
 }
+
+/// Set once by a kernel that goes wrong: from then on every call that may tell of it does, to the end of the process.
+int fault();
+void set_fault(int result);
 
 /// A kernel with its arguments taken from cuLaunchKernel's array: ready to be run later.
 using Bound = std::function<void()>;

@@ -5,6 +5,7 @@
 #include "fake_stream.h"
 
 #include <algorithm>
+#include <atomic>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -44,6 +45,7 @@ const Named NAMES[] = {
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
     {PRIMARY_CONTEXT_ACTIVE, "CUDA_ERROR_PRIMARY_CONTEXT_ACTIVE", "the primary context is already active"},
+    {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {ALREADY_REGISTERED, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED", "part or all of the requested memory range is already mapped"},
     {NOT_REGISTERED, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED", "pointer does not correspond to a registered memory region"},
     {SYSTEM_DRIVER_MISMATCH, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "system has unsupported display driver / cuda driver combination"},
@@ -193,6 +195,7 @@ EXPORTED int cuMemGetInfo_v2(size_t* free, size_t* total) {
 EXPORTED int cuMemAlloc_v2(uint64_t* at, size_t bytes) {
   if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   if (bytes == 0) return INVALID_VALUE;
+  if (fault()) return fault();
   *at = uint64_t(memory().allocate(bytes));
   return *at ? SUCCESS : OUT_OF_MEMORY;
 }
@@ -279,6 +282,7 @@ EXPORTED int cuPointerGetAttribute(void* value, int attribute, uint64_t at) {
 
 EXPORTED int cuModuleLoadData(void** module, const void* image) {
   if (!fakeCudaHasContext()) return INVALID_CONTEXT;
+  if (fault()) return fault();
   const char* text = static_cast<const char*>(image);
   int built_for = 0;
   bool cubin = sscanf(text, "FAKECUBIN %d", &built_for) == 1;
@@ -319,6 +323,13 @@ EXPORTED int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned g
   uint64_t threads = uint64_t(bx) * by * bz;
   if (!gx || !gy || !gz || gx > 2147483647 || gy > 65535 || gz > 65535 || !threads || threads > 1024) return INVALID_VALUE;
   if (shared_bytes > 48 * 1024 || extra) return INVALID_VALUE;
+  if (fault()) return fault();
+  static std::atomic<uint64_t> launches{0};
+  static const uint64_t faulty = setting("FAKE_CUDA_FAULT", 0);
+  if (++launches == faulty) {
+    fakeCudaEnqueue(stream, "fault", new std::function<void()>([] { set_fault(ILLEGAL_ADDRESS); }));
+    return SUCCESS;
+  }
   const Kernel* kernel = static_cast<const Kernel*>(function);
   fakeCudaCount(("launch " + kernel->name).c_str(), 1);
   auto* task = new std::function<void()>([=, body = kernel->bind(arguments)] {

@@ -69,6 +69,8 @@ void write_books() {
   fclose(file);
 }
 
+std::atomic<int> g_fault{0};
+
 bool is_device(uint64_t at, uint64_t bytes) { return memory().device.holds(reinterpret_cast<void*>(at), bytes); }
 
 void require_device(uint64_t at, uint64_t bytes) {
@@ -82,6 +84,7 @@ int copy(void* stream, const char* what, std::function<void()> work, const void*
   bool pinned = host && memory().pinned.holds(host, bytes);
   if (host && !pinned && memory().pinned.overlaps(host, bytes)) return INVALID_VALUE;
   fakeCudaCount(what, 1);
+  if (fault()) return fault();
   Stream& queue = stream_of(stream);
   queue.enqueue(what, std::move(work));
   static const bool late = setting("FAKE_CUDA_LATE", 0);
@@ -108,6 +111,9 @@ constexpr unsigned HOST = 1, DEVICE_KIND = 2;
 constexpr size_t MAX_PITCH = 2147483647;
 
 }  // namespace
+
+int fake::fault() { return g_fault; }
+void fake::set_fault(int result) { g_fault = result; }
 
 void fakeCudaCount(const char* what, uint64_t by) {
   std::lock_guard<std::mutex> lock(books().mutex);
@@ -144,7 +150,7 @@ EXPORTED int cuStreamDestroy_v2(void* handle) {
 EXPORTED int cuStreamSynchronize(void* stream) {
   if (!fakeCudaHasContext()) return INVALID_CONTEXT;
   stream_of(stream).synchronise();
-  return SUCCESS;
+  return fault();
 }
 EXPORTED int cuStreamQuery(void* stream) { return stream_of(stream).idle() ? SUCCESS : NOT_READY; }
 EXPORTED int cuCtxSynchronize() {
@@ -188,7 +194,7 @@ EXPORTED int cuEventSynchronize(void* handle) {
   Event& event = *event_of(handle);
   std::string who = event.recorded_here() ? "its thread" : "another thread";
   if (!drops_wait(who + " > " + event.place().stream)) event.wait(event.latest());
-  return SUCCESS;
+  return fault();
 }
 EXPORTED int cuEventQuery(void* event) {
   return event_of(event)->reached(event_of(event)->latest()) ? SUCCESS : NOT_READY;

@@ -1,5 +1,5 @@
 //! A process that uses the GPU more than once: what cuBLAS keeps of one machine is there for the next, and is counted
-//! once.
+//! once; after a fault there is no next one.
 
 use crate::probe::measured;
 use crate::stand_in::{Gpu, RAGGED};
@@ -130,4 +130,35 @@ fn probed_twice_then_run(dir: &Path) {
     );
     let cli = Cli::try_parse_from(words.split_whitespace()).expect("a command");
     dispatch(cli, &AtomicBool::new(false)).expect("it has run");
+}
+
+/// The driver fails every later call: further runs would only say so in other words.
+#[test]
+fn a_series_ends_with_a_fault() {
+    let Some(gpu) = Gpu::new() else { return };
+    gpu.home.write("in.jsonl", RAGGED);
+    let lines = ["one", "two", "three"].map(|run| format!("{run} {RESIDENT}\n"));
+    gpu.home.write("runs", &lines.concat());
+    let faulty = gpu.with(&[("FAKE_CUDA_FAULT", "40")]);
+    let words =
+        "series runs --out out -- --model GOLDEN --gen-len 6 --input in.jsonl --device cuda:0";
+    let output = faulty.output(words);
+    let said = said(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    for part in [
+        "1 of 3 runs failed; one: ",
+        "CUDA_ERROR_ILLEGAL_ADDRESS",
+        "start the program again",
+        "the process must be started again: not run are two, three",
+    ] {
+        assert!(said.contains(part), "no {part:?}: {said}");
+    }
+    assert!(!gpu.home.path("out/two.json").exists());
+    // One that fails in another way ends nothing.
+    gpu.home.write(
+        "runs",
+        &format!("one {RESIDENT} --gpu-mem 1MiB\ntwo {RESIDENT}\n"),
+    );
+    gpu.output(words);
+    assert!(gpu.home.path("out/two.json").exists());
 }

@@ -19,6 +19,19 @@ impl CudaError {
     pub fn is_out_of_memory(&self) -> bool {
         self.code == CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32
     }
+
+    /// A kernel went wrong on the device (bad addresses and instructions, time-out, assertion, failed launch): the
+    /// process's context is lost with it, and every later call fails in the same way.
+    pub fn is_fault(&self) -> bool {
+        matches!(self.code, 700 | 702 | 710 | 714..=719 | 721)
+    }
+}
+
+static FAULT: OnceLock<CudaError> = OnceLock::new();
+
+/// The first fault that this process has met, where it has: no machine can be opened on a GPU in it any more.
+pub fn fault() -> Option<&'static CudaError> {
+    FAULT.get()
 }
 
 pub fn check(call: &'static str, result: CUresult) -> Result<(), CudaError> {
@@ -35,11 +48,15 @@ pub fn check(call: &'static str, result: CUresult) -> Result<(), CudaError> {
             CStr::from_ptr(name).to_string_lossy().into_owned()
         }
     };
-    Err(CudaError {
+    let error = CudaError {
         call,
         code: result as u32,
         text,
-    })
+    };
+    if error.is_fault() {
+        FAULT.get_or_init(|| error.clone());
+    }
+    Err(error)
 }
 
 /// Starts the driver and counts its GPUs.

@@ -16,7 +16,7 @@ mod tables;
 mod timeline;
 mod toolkit;
 
-pub use api::DeviceFacts;
+pub use api::{DeviceFacts, fault};
 
 use super::MachineError;
 use super::arena::Region;
@@ -39,7 +39,13 @@ use tables::{Mapped, TablePlaces, Tables};
 use timeline::Timeline;
 
 fn gpu_error(error: CudaError) -> MachineError {
-    MachineError::Gpu(error.to_string())
+    let remedy = match error.is_fault() {
+        true => {
+            ": a kernel went wrong, and this process can no longer use the GPU; start the program again, and please report it if that does not help"
+        }
+        false => "",
+    };
+    MachineError::Gpu(format!("{error}{remedy}"))
 }
 
 /// Where things of the machine itself lie in the two arenas; everything else is the engine's.
