@@ -62,7 +62,6 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
     let policy = job.plan.to_policy().map_err(Failure::failed)?;
     let device = job.plan.device_kind().map_err(Failure::failed)?;
     let gpu = gpu_of(job.plan, device)?;
-    check_model(job.plan, job.model)?;
     let rates = Rates::new(job.profile, device, policy.threads).map_err(Failure::failed)?;
     check_places(job.results)?;
     let mut setup = SetupFigures::after_probe(job.probe_s);
@@ -293,8 +292,7 @@ fn load(
     let began = Instant::now();
     let (machine, facts) = started.load(run, &mut Waiting { talk, stop, began })?;
     setup.load_s += began.elapsed().as_secs_f64();
-    let spill = facts.footprint.spill;
-    setup.written_bytes += spill.rows + spill.cache * u64::from(facts.block.kv_tokens.disk > 0);
+    setup.written_bytes += facts.footprint.spill.rows + facts.cache_file_bytes();
     Ok((machine, facts))
 }
 

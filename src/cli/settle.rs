@@ -76,9 +76,9 @@ impl Model {
             }
             Err(error) => return Err(Failure::failed(error)),
         };
-        let spec = match (&source, &location) {
-            (Some(source), _) => source.spec().clone(),
-            (None, location) => location.spec().map_err(Failure::failed)?,
+        let spec = match &source {
+            Some(source) => source.spec().clone(),
+            None => location.spec().map_err(Failure::failed)?,
         };
         let tokenizer = match &location {
             ModelLocation::Synth(_) => Some(Tokenizer::byte_level(spec.vocab)),

@@ -33,6 +33,22 @@ pub struct Shrunk<'a> {
     pub offload_dir: &'a Path,
 }
 
+impl Shrunk<'_> {
+    /// What the plan counts on, and what came.
+    fn inputs(&self) -> (Input, Input) {
+        let came = Input::of(&prompts::workload(self.lines));
+        (Input::planned(self.plan), came)
+    }
+
+    /// Bytes of DRAM that play the GPU of the host machine.
+    fn played_bytes(&self) -> u64 {
+        match self.plan.device_kind() {
+            Ok(DeviceKind::Host) => self.plan.budget.gpu_bytes.unwrap_or(0),
+            _ => 0,
+        }
+    }
+}
+
 /// Bytes of memory that this process may hold at this moment, what it holds already included.
 pub fn free_bytes() -> Result<u64, Failure> {
     os::release_free_heap();
@@ -69,14 +85,9 @@ fn needed_bytes(shrunk: &Shrunk, policy: &Policy, input: Input) -> Result<u64, F
 /// Why the plan cannot be carried out as it is: there is more input than it was made for, whose lines take more
 /// memory than may be used.
 fn outgrown(shrunk: &Shrunk, policy: &Policy) -> Result<Option<String>, Failure> {
-    let planned = Input::planned(shrunk.plan);
-    let came = Input::of(&prompts::workload(shrunk.lines));
+    let (planned, came) = shrunk.inputs();
     let needed = needed_bytes(shrunk, policy, planned.at_least(came))?;
-    let played = match shrunk.plan.device_kind() {
-        Ok(DeviceKind::Host) => shrunk.plan.budget.gpu_bytes.unwrap_or(0),
-        _ => 0,
-    };
-    let budget = shrunk.plan.budget.cpu_bytes + played;
+    let budget = shrunk.plan.budget.cpu_bytes + shrunk.played_bytes();
     if needed <= budget || needed == needed_bytes(shrunk, policy, planned)? {
         return Ok(None);
     }
@@ -96,9 +107,8 @@ fn shortage(shrunk: &Shrunk, policy: &Policy, free: u64) -> Result<Option<String
     if let Some(why) = outgrown(shrunk, policy)? {
         return Ok(Some(why));
     }
-    let came = Input::of(&prompts::workload(shrunk.lines));
-    let input = Input::planned(shrunk.plan).at_least(came);
-    let needed = needed_bytes(shrunk, policy, input)?;
+    let (planned, came) = shrunk.inputs();
+    let needed = needed_bytes(shrunk, policy, planned.at_least(came))?;
     Ok((needed > free).then(|| {
         format!(
             "memory has shrunk since planning: the plan needs {} and {} are free",
@@ -175,11 +185,7 @@ fn solve_again(
     let (plan, spec) = (shrunk.plan, &shrunk.model.spec);
     let workload = prompts::workload(shrunk.lines);
     let device = plan.device_kind().map_err(Failure::failed)?;
-    // DRAM plays the GPU of the host machine.
-    let played = match device {
-        DeviceKind::Host => plan.budget.gpu_bytes.unwrap_or(0),
-        _ => 0,
-    };
+    let played = shrunk.played_bytes();
     let sure = (free as f64 * SURE_PART) as u64;
     let budget = PlanBudget {
         cpu_bytes: sure.saturating_sub(played).min(plan.budget.cpu_bytes),

@@ -40,6 +40,11 @@ pub struct RunFacts {
 }
 
 impl RunFacts {
+    /// Bytes of the cache's file; none where all of the cache is in memory.
+    pub fn cache_file_bytes(&self) -> u64 {
+        self.footprint.spill.cache * u64::from(self.block.kv_tokens.disk > 0)
+    }
+
     /// File and offset of a panel of the token table.
     pub fn looked_up(&self, panel: usize) -> (FileId, u64) {
         match self.own.looked_up(&self.placement, panel) {

@@ -152,7 +152,7 @@ pub fn start(job: &RunJob, loading: &mut dyn Loading) -> Result<Started, EngineE
     let mut facts = facts(job);
     let layout = Layout::new(&facts.model, &facts.placement, &facts.footprint);
     let files = open_files(job, &facts)?;
-    write_out(&files[FileId::CACHE.0], kept_cache_bytes(&facts), loading)?;
+    write_out(&files[FileId::CACHE.0], facts.cache_file_bytes(), loading)?;
     let rows = files[FileId::ROWS.0].clone();
     let places = || (job.gpu.clone(), gpu_places(&facts, &layout));
     let machine = ThreadedMachine::open(OpenRequest {
@@ -231,7 +231,7 @@ fn open_files(job: &RunJob, facts: &RunFacts) -> Result<Vec<Arc<DiskFile>>, Mach
     };
     let bytes = facts.footprint.spill;
     let block = &facts.block;
-    let cache = kept_cache_bytes(facts);
+    let cache = facts.cache_file_bytes();
     let hidden = bytes.hidden * u64::from(block.hidden_rows.disk > 0);
     Ok(vec![
         store.clone(),
@@ -239,11 +239,6 @@ fn open_files(job: &RunJob, facts: &RunFacts) -> Result<Vec<Arc<DiskFile>>, Mach
         spill(hidden)?,
         spill(bytes.rows)?,
     ])
-}
-
-/// Bytes of the cache's file; none where all of the cache is in memory.
-fn kept_cache_bytes(facts: &RunFacts) -> u64 {
-    facts.footprint.spill.cache * u64::from(facts.block.kv_tokens.disk > 0)
 }
 
 /// The cache's file once from end to end: new tokens are few bytes in many places.

@@ -79,20 +79,8 @@ fn signals_leave_whole_lines() {
 #[test]
 fn a_signal_while_packing_leaves_no_half_store() {
     let home = Home::new();
-    let mut child = home
-        .command("run --model synth:opt-1.3b --prompt-len 4 --gen-len 2 --num-prompts 1")
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("started");
-    let mut reader = BufReader::new(child.stderr.take().expect("a pipe"));
-    let mut talk = String::new();
-    while !talk.contains("packing the weights") {
-        assert_ne!(reader.read_line(&mut talk).expect("UTF-8"), 0, "{talk}");
-    }
-    send("TERM", child.id());
-    std::io::Read::read_to_string(&mut reader, &mut talk).expect("UTF-8");
-    assert_eq!(child.wait().expect("ended").code(), Some(1), "{talk}");
+    let words = "run --model synth:opt-1.3b --prompt-len 4 --gen-len 2 --num-prompts 1";
+    let talk = failed_after(&home, words, ("packing the weights", "TERM"));
     assert!(
         talk.lines()
             .last()
@@ -112,23 +100,9 @@ fn a_signal_while_packing_leaves_no_half_store() {
 fn a_signal_while_a_file_is_written_out_ends_it_and_loses_nothing() {
     let home = Home::packed();
     home.write("out.jsonl", "of before\n");
-    let mut child = home
-        .command(
-            "run --model synth:opt-125m --prompt-len 1000 --gen-len 1000 --num-prompts 48 --report report.json \
-             --output out.jsonl --overwrite --percent 0 100 0 0 0 100 --gpu-batch-size 48 --num-gpu-batches 1",
-        )
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("started");
-    let mut reader = BufReader::new(child.stderr.take().expect("a pipe"));
-    let mut talk = String::new();
-    while !talk.contains("mapping memory") {
-        assert_ne!(reader.read_line(&mut talk).expect("UTF-8"), 0, "{talk}");
-    }
-    send("INT", child.id());
-    std::io::Read::read_to_string(&mut reader, &mut talk).expect("UTF-8");
-    assert_eq!(child.wait().expect("ended").code(), Some(1), "{talk}");
+    let words = "run --model synth:opt-125m --prompt-len 1000 --gen-len 1000 --num-prompts 48 --report report.json \
+         --output out.jsonl --overwrite --percent 0 100 0 0 0 100 --gpu-batch-size 48 --num-gpu-batches 1";
+    let talk = failed_after(&home, words, ("mapping memory", "INT"));
     assert!(talk.contains("interrupted before the first pass"), "{talk}");
     assert!(!talk.contains("generating"), "{talk}");
     assert_eq!(home.json("report.json")["outcome"], "interrupted");
@@ -136,6 +110,25 @@ fn a_signal_while_a_file_is_written_out_ends_it_and_loses_nothing() {
         std::fs::read_to_string(home.path("out.jsonl")).expect("kept"),
         "of before\n"
     );
+}
+
+/// What a run says that gets a signal at this stage and fails.
+fn failed_after(home: &Home, words: &str, (stage, signal): (&str, &str)) -> String {
+    let mut child = home
+        .command(words)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("started");
+    let mut reader = BufReader::new(child.stderr.take().expect("a pipe"));
+    let mut talk = String::new();
+    while !talk.contains(stage) {
+        assert_ne!(reader.read_line(&mut talk).expect("UTF-8"), 0, "{talk}");
+    }
+    send(signal, child.id());
+    std::io::Read::read_to_string(&mut reader, &mut talk).expect("UTF-8");
+    assert_eq!(child.wait().expect("ended").code(), Some(1), "{talk}");
+    talk
 }
 
 fn send(signal: &str, pid: u32) {
