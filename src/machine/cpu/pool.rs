@@ -17,6 +17,9 @@ pub const SCRATCH_FLOATS: usize = 160 * 1024;
 /// How long an idle worker looks for the next job before it sleeps. Kernels of one layer follow
 /// each other within this time; a wake-up from sleep costs about as much.
 const SPIN: Duration = Duration::from_micros(50);
+/// Looks between two offers of the core to whoever wants it: 5 µs or so. A lane of the disk that has woken up on
+/// the core of a worker with nothing to do would else wait until that falls asleep.
+const LOOKS: u32 = 128;
 
 const OPEN: u64 = 1 << 31;
 const JOINED: u64 = OPEN - 1;
@@ -172,7 +175,8 @@ impl Shared {
                 self.state.fetch_sub(1, Ordering::Release);
                 idle_since = Instant::now();
             } else if idle_since.elapsed() < SPIN {
-                (0..16).for_each(|_| std::hint::spin_loop());
+                (0..LOOKS).for_each(|_| std::hint::spin_loop());
+                thread::yield_now();
             } else {
                 self.sleep(thread - 1, last_epoch);
                 idle_since = Instant::now();
@@ -198,7 +202,7 @@ impl Shared {
         while self.state.load(Ordering::Acquire) & JOINED != 0 {
             looks += 1;
             // A worker may have lost its core to another process: give ours up now and then.
-            if looks.is_multiple_of(4096) {
+            if looks.is_multiple_of(32 * LOOKS) {
                 thread::yield_now()
             } else {
                 std::hint::spin_loop()
