@@ -16,6 +16,10 @@ use thiserror::Error;
 
 /// Longest input line that is read; no model's positions need more text.
 const MOST_LINE_BYTES: u64 = 16 << 20;
+/// A line, its request, its lengths and what is counted of it, beside its ids (350 bytes with 300,000 lines).
+const LINE_BYTES: u64 = 384;
+/// A token id of a prompt is held with its line, and again with its sequence.
+const PROMPT_TOKEN_BYTES: u64 = 8;
 /// Ids below this are special tokens in every OPT vocabulary.
 const FIRST_TEXT_ID: u32 = 4;
 
@@ -286,11 +290,18 @@ fn random_lines(prompts: usize, tokens: u32, rules: &Rules) -> Result<Vec<Line>,
         .collect())
 }
 
-/// Before any is drawn: an allocation that fails would end the program without a word. A token id is held with its
-/// line, and again with its sequence.
+/// What a run holds of so many lines with so many prompt tokens in all.
+pub fn lines_bytes(lines: u64, prompt_tokens: u64) -> u64 {
+    let tokens_bytes = PROMPT_TOKEN_BYTES.saturating_mul(prompt_tokens);
+    LINE_BYTES
+        .saturating_mul(lines)
+        .saturating_add(tokens_bytes)
+}
+
+/// Before any is drawn: an allocation that fails would end the program without a word.
 fn check_memory(prompts: usize, tokens: u32) -> Result<(), PromptError> {
-    let line_bytes = size_of::<Line>() as u64 + 8 * u64::from(tokens);
-    let needed_bytes = line_bytes.saturating_mul(prompts as u64);
+    let lines = prompts as u64;
+    let needed_bytes = lines_bytes(lines, lines.saturating_mul(tokens.into()));
     let free_bytes = os::memory_now().map_or(u64::MAX, |now| now.free_bytes);
     if needed_bytes <= free_bytes {
         return Ok(());

@@ -5,6 +5,7 @@ use super::args::{LimitArgs, WorkArgs};
 use super::failure::Failure;
 use super::gpu::LocalGpu;
 use super::progress::Talk;
+use super::prompts::lines_bytes;
 use super::values::DeviceChoice;
 use crate::checkpoint::{CheckpointError, ModelLocation, WeightSource, find_model};
 use crate::cost::footprint::HostBytes;
@@ -34,8 +35,6 @@ pub const PROCESS_BYTES: u64 = 26 * MIB;
 const PROCESS_THREADS: usize = 2;
 /// Scratch and touched stack of a further thread.
 const THREAD_BYTES: u64 = 4 * SCRATCH_FLOATS as u64 + 64 * 1024;
-/// A line, its request, its lengths and what is counted of it, beside its ids (350 bytes with 300,000 lines).
-const LINE_BYTES: u64 = 384;
 /// A disk of another machine, where nothing else is said.
 const FOREIGN_DISK_BYTES: u64 = 1 << 50;
 
@@ -145,7 +144,7 @@ impl Input {
 
     /// A token id is held with its line, and again with its sequence.
     fn bytes(self) -> u64 {
-        LINE_BYTES * self.lines + 8 * self.prompt_tokens
+        lines_bytes(self.lines, self.prompt_tokens)
     }
 }
 
