@@ -20,10 +20,13 @@ use std::collections::BTreeMap;
 #[derive(Default)]
 pub struct Measured {
     pub budget: PlanBudget,
-    /// (line, prompt tokens, most generated tokens) of every line that was started.
+    /// (line, prompt tokens, most generated tokens) of every line that is to be run.
     pub lines: Vec<(usize, usize, usize)>,
-    /// Generated tokens of finished lines.
+    /// Generated tokens of every line that was started, so far.
     generated: BTreeMap<usize, usize>,
+    /// Of lines that are done.
+    prompt_tokens: u64,
+    progress: Progress,
     pub lanes: PerLane<LaneFigures>,
     pub outcome: Outcome,
     pub peak_bytes: u64,
@@ -77,40 +80,72 @@ impl Measured {
     pub fn watch<'s>(&'s mut self, sink: &'s mut dyn Sink) -> Box<dyn Sink + 's> {
         Box::new(Watch {
             generated: &mut self.generated,
+            prompt_tokens: &mut self.prompt_tokens,
+            last: &mut self.progress,
             sink,
         })
     }
 
-    /// Lengths as they came: lines that ended early count with what they generated.
+    /// What a run did that broke off, as of its last whole pass.
+    pub fn so_far(&self) -> Outcome {
+        let Progress {
+            lines_done,
+            generated_tokens,
+            prefill_s,
+            decode_s,
+            ..
+        } = self.progress;
+        Outcome {
+            prompt_tokens: self.prompt_tokens,
+            generated_tokens,
+            first_tokens: (self.generated.len() as u64).min(generated_tokens),
+            prefill_s,
+            decode_s,
+            lines_done,
+            ..Outcome::default()
+        }
+    }
+
+    /// Lengths as they came: lines that ended early count with what they generated, those that were not begun not at
+    /// all. All as they were to be where none was begun.
     fn workload(&self) -> Workload {
-        let line = |&(line, prompt, most): &(usize, usize, usize)| LineLength {
-            prompt_tokens: prompt as u32,
-            gen_tokens: self.generated.get(&line).copied().unwrap_or(most) as u32,
+        let none = self.generated.is_empty();
+        let line = |&(line, prompt, most): &(usize, usize, usize)| {
+            let came = self.generated.get(&line).copied();
+            let gen_tokens = came.or(none.then_some(most))? as u32;
+            Some(LineLength {
+                prompt_tokens: prompt as u32,
+                gen_tokens,
+            })
         };
         Workload {
-            lines: self.lines.iter().map(line).collect(),
+            lines: self.lines.iter().filter_map(line).collect(),
         }
     }
 }
 
 struct Watch<'s> {
     generated: &'s mut BTreeMap<usize, usize>,
+    prompt_tokens: &'s mut u64,
+    last: &'s mut Progress,
     sink: &'s mut dyn Sink,
 }
 
 impl Sink for Watch<'_> {
     fn finished(&mut self, line: Finished) -> Result<(), EngineError> {
         self.generated.insert(line.line, line.token_ids.len());
+        *self.prompt_tokens += line.prompt_tokens as u64;
         self.sink.finished(line)
     }
     fn refused(&mut self, line: usize, why: String) -> Result<(), EngineError> {
-        self.generated.insert(line, 0);
         self.sink.refused(line, why)
     }
     fn progress(&mut self, progress: &Progress) {
+        *self.last = *progress;
         self.sink.progress(progress);
     }
     fn logits(&mut self, line: usize, generated: usize, logits: &[f32]) {
+        self.generated.insert(line, generated + 1);
         self.sink.logits(line, generated, logits);
     }
 }

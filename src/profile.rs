@@ -268,6 +268,15 @@ pub struct QuantiseRates {
     pub append_bytes_per_s: f64,
 }
 
+impl QuantiseRates {
+    pub fn times(self, factor: f64) -> QuantiseRates {
+        QuantiseRates {
+            pack_bytes_per_s: self.pack_bytes_per_s * factor,
+            append_bytes_per_s: self.append_bytes_per_s * factor,
+        }
+    }
+}
+
 impl HardwareProfile {
     /// Parses and checks a profile. Errors name the key and the rule it breaks.
     pub fn from_toml(text: &str) -> Result<Self, ProfileError> {

@@ -7,7 +7,9 @@ use loadmaster::machine::cpu::kernels::{Isa, PackSource, pack_panels};
 use loadmaster::machine::cpu::pool::Pool;
 use loadmaster::model::ModelSpec;
 use loadmaster::model::families::named_size;
-use loadmaster::store::{PackJob, Store, StoreError, find, list, pack, prune, remove, store_dir};
+use loadmaster::store::{
+    PackJob, Store, StoreError, clear_leftover, find, list, pack, prune, remove, store_dir,
+};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -136,6 +138,72 @@ fn an_interrupted_pack_leaves_nothing() {
         .expect("there")
         .flatten();
     assert_eq!(left.filter(|e| e.path().is_dir()).count(), 0);
+}
+
+/// The file by which processes lock the only store.
+fn lock_file(home: &Path) -> std::fs::File {
+    let entries = std::fs::read_dir(store_dir(home)).expect("there").flatten();
+    let is_lock = |path: &std::path::PathBuf| path.extension().is_some_and(|e| e == "lock");
+    let path = entries.map(|e| e.path()).find(is_lock).expect("one lock");
+    std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .expect("a lock")
+}
+
+#[test]
+fn who_waits_while_another_packs_reads_with_it_afterwards() {
+    let home = temporary();
+    let source = SynthSource::new(odd_spec(Dtype::F16), 3);
+    let dir = try_pack(&source, home.path(), false, false)
+        .expect("packed")
+        .dir()
+        .to_owned();
+    // As if it were being packed: locked, and not whole.
+    let other = lock_file(home.path());
+    other.lock().expect("free");
+    let (whole, hidden) = (dir.join("manifest.json"), dir.join("hidden"));
+    std::fs::rename(&whole, &hidden).expect("a manifest");
+    let (told, found) = std::sync::mpsc::channel();
+    let waits = |home: std::path::PathBuf| {
+        let source = SynthSource::new(odd_spec(Dtype::F16), 3);
+        let _ = told.send(try_pack(&source, &home, false, false).map(|store| store.name()));
+    };
+    std::thread::scope(|scope| {
+        let home = home.path().to_owned();
+        scope.spawn(move || waits(home));
+        let early = found.recv_timeout(std::time::Duration::from_millis(300));
+        assert!(early.is_err(), "it is not whole yet");
+        std::fs::rename(&hidden, &whole).expect("hidden");
+        // The other reads it now, for as long as its run takes.
+        other.lock_shared().expect("its own");
+        let late = found.recv_timeout(std::time::Duration::from_secs(20));
+        other.unlock().expect("its own");
+        assert!(
+            late.is_ok_and(|found| found.is_ok()),
+            "waited for the reader"
+        );
+    });
+}
+
+#[test]
+fn what_a_killed_process_left_goes_unless_another_packs() {
+    let home = temporary();
+    let source = SynthSource::new(odd_spec(Dtype::F16), 3);
+    let name = try_pack(&source, home.path(), false, false)
+        .expect("packed")
+        .name();
+    let partial = store_dir(home.path()).join(format!(".{name}.partial"));
+    std::fs::create_dir(&partial).expect("made");
+    std::fs::write(partial.join("weights.bin"), "half").expect("written");
+    let other = lock_file(home.path());
+    other.lock().expect("free");
+    clear_leftover(home.path(), &source, false.into()).expect("left alone");
+    assert!(partial.exists());
+    other.unlock().expect("its own");
+    clear_leftover(home.path(), &source, false.into()).expect("cleared");
+    assert!(!partial.exists());
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! `accuracy`: random jobs drawn, planned and written down first, then measured round by round, then
 //! judged. Nothing that is measured changes what was predicted.
 
+use super::accuracy_files::{Folder, begun, read_rows};
 use super::args::AccuracyArgs;
 use super::commands::{say, say_json};
 use super::execute::host_facts;
@@ -14,7 +15,6 @@ use crate::cost::estimate::{EstimateInput, estimate};
 use crate::cost::figures::Figures;
 use crate::cost::rates::Rates;
 use crate::engine::replay::replay;
-use crate::machine::disk::write_atomically;
 use crate::plan::Plan;
 use crate::planner::CompressMode;
 use crate::policy::{Compute, Policy, Shares};
@@ -28,7 +28,7 @@ use crate::units::{MIB, show_bytes, show_seconds};
 use crate::workload::Workload;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -43,6 +43,7 @@ const STEADY: f64 = 0.15;
 const ROUND_REST: Duration = Duration::from_secs(10);
 /// How often a row runs at most until they do.
 const MOST_TRIES: usize = 3;
+const BROKEN_OFF: &str = "interrupted: finished rows are kept; the same command goes on";
 
 /// Draws, plans, measures, judges.
 pub fn accuracy(args: &AccuracyArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
@@ -128,38 +129,6 @@ fn repriced(plan: &Plan, (model, policy, rates): (&Model, &Policy, &Rates)) -> F
     replay(&input).unwrap_or_else(|| estimate(&input))
 }
 
-/// Where a measurement keeps its files.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn of(args: &AccuracyArgs) -> Result<Folder, Failure> {
-        let named = |dir: PathBuf| dir.join("accuracy").join(format!("seed-{}", args.seed));
-        let dir = args
-            .out
-            .clone()
-            .unwrap_or_else(|| named(args.limits.place.offload_dir()));
-        let failed = |e| Failure::failed(format!("{}: cannot be made ({e})", dir.display()));
-        std::fs::create_dir_all(&dir).map_err(failed)?;
-        Ok(Folder(dir))
-    }
-
-    fn rows(&self) -> PathBuf {
-        self.0.join("rows.json")
-    }
-
-    fn save(&self, name: &str, text: &str) -> Result<(), Failure> {
-        write_atomically(&self.0.join(name), text.as_bytes()).map_err(Failure::failed)
-    }
-}
-
-fn read_rows(path: &Path) -> Result<Rows, Failure> {
-    let text = std::fs::read_to_string(path).map_err(|e| {
-        Failure::failed(format!("{}: cannot be read ({e})", path.display()))
-            .with_hint("name the rows.json that `loadmaster accuracy` has written")
-    })?;
-    Rows::from_json(&text).map_err(|e| Failure::failed(format!("{}: {e}", path.display())))
-}
-
 fn sha256(text: &str) -> String {
     Sha256::digest(text.as_bytes())
         .iter()
@@ -188,6 +157,10 @@ fn measured_rows(args: &AccuracyArgs, talk: &mut Talk, stop: &AtomicBool) -> Res
     for round in finished.unwrap_or(0) + 1..=args.runs {
         rest(ROUND_REST, stop);
         for (place, &index) in order.iter().enumerate() {
+            if stop.load(Ordering::Relaxed) {
+                talk.note(BROKEN_OFF);
+                return Ok(rows);
+            }
             if rows.rows[index].runs.len() >= round {
                 continue;
             }
@@ -202,7 +175,7 @@ fn measured_rows(args: &AccuracyArgs, talk: &mut Talk, stop: &AtomicBool) -> Res
             match steady_run((&rows, index), &folder, &offload_dir, (talk, stop)) {
                 Ok(run) => rows.rows[index].runs.push(run),
                 Err(_) if stop.load(Ordering::Relaxed) => {
-                    talk.note("interrupted: finished rows are kept; the same command goes on");
+                    talk.note(BROKEN_OFF);
                     return Ok(rows);
                 }
                 Err(failure) => return Err(failure),
@@ -228,21 +201,6 @@ fn rest(time: Duration, stop: &AtomicBool) {
     }
 }
 
-/// A measurement is gone on with only by the same flags.
-fn begun(args: &AccuracyArgs, rows: &Rows) -> Result<Rows, Failure> {
-    let same = rows.seed == args.seed && rows.max_row_s == args.max_row_s;
-    if !same || rows.rows.len() != args.rows {
-        return Err(Failure::usage(format!(
-            "rows of another measurement are there (seed {}, {} rows of at most {} s)",
-            rows.seed,
-            rows.rows.len(),
-            rows.max_row_s
-        ))
-        .with_hint("give another --out DIR, or the same --seed, --rows and --max-row-seconds"));
-    }
-    Ok(rows.clone())
-}
-
 /// A run around which the bursts agree: where they do not, nobody can say how fast the machine was meanwhile, and
 /// the row runs again. That is decided by the bursts alone; after `MOST_TRIES` the steadiest run counts.
 fn steady_run(
@@ -253,7 +211,7 @@ fn steady_run(
 ) -> Result<RunRecord, Failure> {
     let mut steadiest = run_apart(row, folder, offload_dir, (talk, stop))?;
     for _ in 1..MOST_TRIES {
-        if steadiest.change() <= STEADY {
+        if steadiest.change() <= STEADY || stop.load(Ordering::Relaxed) {
             break;
         }
         let again = run_apart(row, folder, offload_dir, (talk, stop))?;
@@ -278,7 +236,7 @@ fn run_apart(
     let program = std::env::current_exe().map_err(Failure::failed)?;
     let out = Command::new(program)
         .args(["accuracy", "--visit", &index.to_string(), "--out"])
-        .arg(&folder.0)
+        .arg(folder.path())
         .arg("--offload-dir")
         .arg(offload_dir)
         .stdin(Stdio::null())
@@ -336,7 +294,7 @@ fn planned(
         host: host_facts(None),
         profile_sha256: sha256(&profile),
         profile: target.profile.clone(),
-        rows: Vec::with_capacity(args.rows),
+        rows: Vec::new(),
     };
     for number in 0..args.rows {
         if stop.load(Ordering::Relaxed) {

@@ -274,6 +274,7 @@ impl WhatIfArgs {
             link_bytes_per_s: self.link,
             cpu_speed: self.cpu_speed,
             gpu_speed: self.gpu_speed,
+            ..Changes::default()
         }
     }
 }

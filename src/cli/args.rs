@@ -15,7 +15,7 @@ use crate::units::parse_bytes;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What Hugging Face writes: the same as `checkpoint::DEFAULT_SHARD_BYTES`.
 const DEFAULT_SHARD_SIZE: &str = "5GB";
@@ -355,17 +355,32 @@ fn check_results(
         let why = "--json prints one document on stdout: write the results with --output FILE";
         return Err((ErrorKind::MissingRequiredArgument, why.to_owned()));
     }
+    if results.report.as_deref() == Some(Path::new(DASH)) {
+        return conflict("--report names a file: --json prints the report on stdout".to_owned());
+    }
     if results.overwrite && file.is_none() && results.report.is_none() {
         return conflict("--overwrite needs --output FILE or --report FILE".to_owned());
     }
-    if file.is_some() && file == work.input.as_deref() {
+    if is_same(file, work.input.as_deref()) {
         let why = "--output is the --input file: results would replace the prompts".to_owned();
         return conflict(why);
     }
-    if file.is_some() && file == results.report.as_deref() {
+    if is_same(file, results.report.as_deref()) {
         return conflict("--output and --report name the same file: give two".to_owned());
     }
     Ok(())
+}
+
+/// Whether two places are one file, however they are spelled.
+fn is_same(one: Option<&Path>, other: Option<&Path>) -> bool {
+    let whole = |path: &Path| {
+        let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
+        let dir = std::fs::canonicalize(parent.unwrap_or(Path::new("."))).ok()?;
+        let there = std::fs::canonicalize(path).ok();
+        there.or_else(|| Some(dir.join(path.file_name()?)))
+    };
+    let same = |(a, b): (&Path, &Path)| a == b || whole(a).is_some_and(|a| whole(b) == Some(a));
+    one.zip(other).is_some_and(same)
 }
 
 #[cfg(test)]

@@ -201,6 +201,14 @@ fn the_smaller_commands_read() {
 }
 
 #[test]
+fn one_file_has_one_purpose_however_it_is_spelled() {
+    let twice = "run --model m --output r.jsonl --report ./r.jsonl";
+    assert!(refusal(twice).contains("name the same file"));
+    let over = "run --model m --input Cargo.toml --output src/../Cargo.toml --overwrite";
+    assert!(refusal(over).contains("would replace the prompts"));
+}
+
+#[test]
 fn the_offload_directory_follows_the_environment() {
     let from = |set: &[(&str, &str)]| {
         offload_dir_from(|name| {

@@ -26,6 +26,8 @@ struct Job {
     policy: Policy,
     model: Model,
     measured: Figures,
+    /// Lines that were done.
+    lines: u64,
 }
 
 #[derive(Serialize)]
@@ -112,14 +114,15 @@ fn shown(d: &Document) -> String {
 
 fn fitted(profile: &HardwareProfile, jobs: &[Job]) -> Result<Fit, Failure> {
     let sample = |job: &'_ Job| -> Result<_, Failure> {
-        let w = &job.plan.workload;
-        let lines = w.prompts.max(1);
+        // What came, which need not be what was planned.
+        let came = &job.measured;
+        let lines = job.lines.max(1);
         Ok((
             job.plan.device_kind().map_err(Failure::failed)?,
             Workload::uniform(
-                w.prompts as usize,
-                (w.prompt_tokens / lines) as u32,
-                (w.gen_tokens / lines) as u32,
+                job.lines as usize,
+                (came.prompt_tokens / lines) as u32,
+                (came.generated_tokens / lines) as u32,
             ),
         ))
     };
@@ -153,21 +156,20 @@ fn read_jobs(paths: &[PathBuf]) -> Result<Vec<Job>, Failure> {
         if let Ok(rows) = Rows::from_json(&text) {
             for row in rows.rows.into_iter().filter(|r| !r.runs.is_empty()) {
                 let runs: Vec<Figures> = row.runs.into_iter().map(|r| r.measured).collect();
-                jobs.push(job(
-                    format!("{name}:{}", row.name),
-                    row.plan,
-                    median_figures(&runs),
-                )?);
+                let lines = row.plan.workload.prompts;
+                let name = format!("{name}:{}", row.name);
+                jobs.push(job(name, row.plan, (median_figures(&runs), lines))?);
             }
             continue;
         }
         let report = RunReport::from_json(&text).map_err(|e| failed(e.to_string()))?;
-        if report.outcome != RunOutcome::Done {
+        if report.outcome != RunOutcome::Done || report.lines.ok == 0 {
             return Err(failed(
                 "the run did not end well, so its figures teach nothing".to_owned(),
             ));
         }
-        jobs.push(job(name.clone(), report.plan, report.measured)?);
+        let measured = (report.measured, report.lines.ok);
+        jobs.push(job(name.clone(), report.plan, measured)?);
     }
     match jobs.is_empty() {
         true => Err(Failure::failed("there is no finished run in these files")),
@@ -175,7 +177,7 @@ fn read_jobs(paths: &[PathBuf]) -> Result<Vec<Job>, Failure> {
     }
 }
 
-fn job(name: String, plan: Plan, measured: Figures) -> Result<Job, Failure> {
+fn job(name: String, plan: Plan, (measured, lines): (Figures, u64)) -> Result<Job, Failure> {
     Ok(Job {
         name,
         policy: plan.to_policy().map_err(Failure::failed)?,
@@ -183,6 +185,7 @@ fn job(name: String, plan: Plan, measured: Figures) -> Result<Job, Failure> {
             .or_else(|_| Model::find(&plan.model.name, 0, true))?,
         plan,
         measured,
+        lines,
     })
 }
 
@@ -205,11 +208,14 @@ fn profile_of(args: &CalibrateArgs, jobs: &[Job]) -> Result<(PathBuf, HardwarePr
     }
     let profile = named_profile(&name, &offload_dir)?;
     let as_file = Path::new(&name);
+    // The file that it was read from; a profile's own name need not be its file's.
+    let saved = |name: &str| profiles_dir(&offload_dir).join(format!("{name}.toml"));
     let path = match as_file.is_file() {
         true => as_file.to_owned(),
-        false => profiles_dir(&offload_dir).join(format!("{}.toml", profile.machine.name)),
+        false if saved(&name).is_file() => saved(&name),
+        false => saved(&profile.machine.name),
     };
-    if let Some(dir) = path.parent().filter(|d| !d.as_os_str().is_empty()) {
+    if let (Some(dir), false) = (path.parent(), args.dry_run) {
         std::fs::create_dir_all(dir).map_err(Failure::failed)?;
     }
     Ok((path, profile))

@@ -4,7 +4,9 @@
 use super::args::CampaignArgs;
 use super::commands::{say, say_json};
 use super::failure::Failure;
+use super::next_command::ENOUGH;
 use super::progress::Talk;
+use super::results::check_place;
 use super::settle::{Model, Target, make_offload_dir};
 use super::solve::plan_fixed;
 use super::trial::Trial;
@@ -75,8 +77,11 @@ pub fn campaign(args: &CampaignArgs, talk: &mut Talk, stop: &AtomicBool) -> Resu
     let begin = Instant::now();
     // Where no group can be made, say so before anything is packed.
     drop(MemoryGroup::new(&group_name(0), 64 * MIB).map_err(Failure::failed)?);
+    if let Some(path) = &args.out {
+        check_place(path, true).map_err(Failure::failed)?;
+    }
     let campaign = Campaign::new(args, talk, stop)?;
-    let mut outcomes: Vec<Outcome> = Vec::with_capacity(args.triples);
+    let mut outcomes: Vec<Outcome> = Vec::new();
     for number in 1..=args.triples {
         if stop.load(Ordering::Relaxed) {
             break;
@@ -147,8 +152,12 @@ fn shown(d: &Document) -> String {
     let ran = || d.outcomes.iter().filter(|o| o.seen.done);
     let most = ran().map(over).fold(f64::MIN, f64::max) / MIB as f64;
     let least = ran().map(over).fold(f64::MAX, f64::min) / MIB as f64;
+    let above = match ran().next() {
+        Some(_) => format!("{least:.1} to {most:.1} MiB"),
+        None => "-".to_owned(),
+    };
     let mut text = format!(
-        "| seed | triples | refused | kills | failed charges | over plan | plan above VmHWM | faults | time |\n|---|---|---|---|---|---|---|---|---|\n| {} | {} | {} | {} | {} | {} | {least:.1} to {most:.1} MiB | {} | {} |\n",
+        "| seed | triples | refused | kills | failed charges | over plan | plan above VmHWM | faults | time |\n|---|---|---|---|---|---|---|---|---|\n| {} | {} | {} | {} | {} | {} | {above} | {} | {} |\n",
         d.seed,
         d.triples,
         d.refused,
@@ -451,7 +460,9 @@ fn told(child: &Child) -> Vec<String> {
 /// "this is enough: --cpu-mem 120MiB --disk-space 300MiB" of a refusal's document.
 fn enough_bytes(stdout: &str) -> Option<u64> {
     let document: serde_json::Value = serde_json::from_str(stdout).ok()?;
+    // A plan that found no room for itself has other words, and is a fault.
     let hint = document.get("hint")?.as_str()?;
+    let hint = hint.strip_prefix(ENOUGH)?;
     let words: Vec<&str> = hint.split_whitespace().collect();
     let at = words.iter().position(|w| *w == "--cpu-mem")?;
     crate::units::parse_bytes(words.get(at + 1)?).ok()
@@ -466,6 +477,8 @@ mod tests {
         let text = r#"{"schema": "loadmaster.error/1", "kind": "failed", "message": "nothing fits",
             "hint": "this is enough: --cpu-mem 120MiB --disk-space 300MiB"}"#;
         assert_eq!(enough_bytes(text), Some(120 * MIB));
+        let no_room = text.replace("this is enough:", "end other programs, or plan again with");
+        assert_eq!(enough_bytes(&no_room), None);
         assert_eq!(enough_bytes(r#"{"schema": "loadmaster.run/1"}"#), None);
         assert_eq!(enough_bytes(""), None);
     }

@@ -2,8 +2,8 @@
 
 use super::accuracy;
 use super::args::{
-    Cli, Command, CompareArgs, DASH, ExecArgs, PlanArgs, ProbeArgs, RunArgs, StoreAction,
-    StoreArgs, SynthArgs,
+    Cli, Command, CompareArgs, DASH, ExecArgs, PlanArgs, ProbeArgs, ResultArgs, RunArgs,
+    StoreAction, StoreArgs, SynthArgs,
 };
 use super::calibrate;
 use super::campaign;
@@ -11,6 +11,7 @@ use super::execute::{Executed, Execution, check_model, execute};
 use super::failure::Failure;
 use super::flexllmgen;
 use super::gpu::{LocalGpu, gpu_index};
+use super::next_command::enough_flags;
 use super::progress::{Talk, Unit};
 use super::prompt_lines::Line;
 use super::prompts::Source;
@@ -26,14 +27,14 @@ use crate::compare::Comparison;
 use crate::machine::disk::write_atomically;
 use crate::machine::os;
 use crate::model::ModelSpec;
-use crate::plan::{Plan, PlanBudget};
+use crate::plan::Plan;
 use crate::policy::DeviceKind;
 use crate::probe;
 use crate::profile::HardwareProfile;
-use crate::report::RunReport;
+use crate::report::{RunReport, SetupFigures};
 use crate::store;
 use crate::tier::Tier;
-use crate::units::{MIB, show_bytes};
+use crate::units::show_bytes;
 use serde::Serialize;
 use std::io::Write;
 use std::path::Path;
@@ -157,18 +158,6 @@ fn shortfall(plan: &Plan) -> Failure {
     }
 }
 
-fn enough_flags(enough: &PlanBudget) -> String {
-    let mib = |bytes: u64| bytes.div_ceil(MIB);
-    let gpu = enough
-        .gpu_bytes
-        .map_or(String::new(), |b| format!("--gpu-mem {}MiB ", mib(b)));
-    format!(
-        "this is enough: {gpu}--cpu-mem {}MiB --disk-space {}MiB",
-        mib(enough.cpu_bytes),
-        mib(enough.disk_bytes)
-    )
-}
-
 fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure> {
     let plan = read_plan(&args.plan)?;
     feasible(&plan)?;
@@ -204,13 +193,13 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
         results: &args.results,
         offload_dir: &offload_dir,
         ignore_eos: args.work.ignore_eos,
-        probe_s: 0.0,
+        setup: SetupFigures::default(),
         unpacked: false,
         may_replan: !args.strict,
     };
     let done = match execute(execution, talk, stop)? {
-        Some(done) => done,
-        None => {
+        Ok(done) => done,
+        Err(setup) => {
             let plan = without_pins(&Shrunk {
                 plan: execution.plan,
                 ..shrunk
@@ -219,19 +208,17 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
             let again = Execution {
                 plan: &plan,
                 may_replan: false,
+                setup,
                 ..execution
             };
-            execute(again, talk, stop)?.expect("a plan that may not be made anew is carried out")
+            execute(again, talk, stop)?
+                .unwrap_or_else(|_| unreachable!("a plan that may not be made anew is carried out"))
         }
     };
     if args.json {
         say_json(&done.report)?;
     } else {
-        let name = args
-            .results
-            .report
-            .as_ref()
-            .map_or("this run".to_owned(), |p| p.display().to_string());
+        let name = report_name(&args.results);
         talk.note(&show_compare::show(&Comparison::new(vec![(
             name,
             done.report,
@@ -266,6 +253,12 @@ fn exec_profile(
         true => profile.without_calibration(),
         false => profile,
     })
+}
+
+/// What a comparison calls a run.
+fn report_name(results: &ResultArgs) -> String {
+    let file = results.report.as_ref();
+    file.map_or("this run".to_owned(), |path| path.display().to_string())
 }
 
 /// What a run that was told of ends with.
@@ -330,13 +323,19 @@ pub(super) enum Ran {
     DoesNotFit(Failure),
 }
 
+/// A run whose weights could not be page-locked as planned: what was read, which need not be there a second time, and
+/// what the set-up took so far.
+struct Unpinned {
+    lines: Option<Vec<Line>>,
+    setup: SetupFigures,
+}
+
 /// Plans and runs, with another plan where the weights cannot be page-locked.
 pub(super) fn ran(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<Ran, Failure> {
-    let first = plan_and_run((args, false), talk, stop)?;
-    match first {
-        Some(ran) => Ok(ran),
-        None => Ok(plan_and_run((args, true), talk, stop)?
-            .expect("a plan that may not be made anew is carried out")),
+    match plan_and_run((args, None), talk, stop)? {
+        Ok(ran) => Ok(ran),
+        Err(unpinned) => Ok(plan_and_run((args, Some(unpinned)), talk, stop)?
+            .unwrap_or_else(|_| unreachable!("a plan that may not be made anew is carried out"))),
     }
 }
 
@@ -345,11 +344,7 @@ fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure
         Ran::Done(plan, done) => (plan, done),
         Ran::DoesNotFit(failure) => return Err(failure),
     };
-    let name = args
-        .results
-        .report
-        .as_ref()
-        .map_or("this run".to_owned(), |p| p.display().to_string());
+    let name = report_name(&args.results);
     let comparison = Comparison::new(vec![(name, done.report.clone())]);
     if args.solve.json {
         let schema = "loadmaster.run/1";
@@ -365,14 +360,17 @@ fn run(args: &RunArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failure
     ended(done.failure, args.solve.json)
 }
 
-/// None where the weights could not be page-locked as planned, and the flags leave that open.
+/// `Unpinned` where the weights could not be page-locked as planned, and the flags leave that open.
 fn plan_and_run(
-    (args, unpinned): (&RunArgs, bool),
+    (args, before): (&RunArgs, Option<Unpinned>),
     talk: &mut Talk,
     stop: &AtomicBool,
-) -> Result<Option<Ran>, Failure> {
+) -> Result<Result<Ran, Unpinned>, Failure> {
+    let unpinned = before.is_some();
+    let (lines, setup) = before.map_or((None, None), |b| (b.lines, Some(b.setup)));
     let asked = Asked {
         results: Some(&args.results),
+        lines: lines.as_deref(),
         unpinned,
         unpacked: args.unpacked,
         ..Asked::default()
@@ -380,7 +378,7 @@ fn plan_and_run(
     let solved = solve(&args.solve, asked, talk, stop)?;
     talk.note(&show_plan::show_plan(&solved.plan, false));
     if let Err(failure) = feasible(&solved.plan) {
-        return Ok(Some(Ran::DoesNotFit(failure)));
+        return Ok(Ok(Ran::DoesNotFit(failure)));
     }
     let made = match &solved.lines {
         Some(_) => Vec::new(),
@@ -394,12 +392,19 @@ fn plan_and_run(
         results: &args.results,
         offload_dir: &args.solve.limits.place.offload_dir(),
         ignore_eos: args.solve.work.ignore_eos,
-        probe_s: solved.target.probe_s,
+        setup: setup.unwrap_or(SetupFigures::after_probe(solved.target.probe_s)),
         unpacked: args.unpacked,
         may_replan: !unpinned && args.solve.policy.pin_weight.is_none(),
     };
     let done = execute(execution, talk, stop)?;
-    Ok(done.map(|done| Ran::Done(Box::new(solved.plan), Box::new(done))))
+    let plan = solved.plan;
+    Ok(match done {
+        Ok(done) => Ok(Ran::Done(Box::new(plan), Box::new(done))),
+        Err(setup) => Err(Unpinned {
+            lines: solved.lines,
+            setup,
+        }),
+    })
 }
 
 /// Random prompts that fill the block that was planned.

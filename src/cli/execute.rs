@@ -40,7 +40,8 @@ pub struct Execution<'a> {
     pub results: &'a ResultArgs,
     pub offload_dir: &'a Path,
     pub ignore_eos: bool,
-    pub probe_s: f64,
+    /// What the set-up took so far.
+    pub setup: SetupFigures,
     /// The weights come straight from their source: no store is made or looked for.
     pub unpacked: bool,
     /// Nothing is run where the weights cannot be page-locked as planned: there will be another plan.
@@ -53,8 +54,8 @@ pub struct Executed {
     pub failure: Option<Failure>,
 }
 
-/// None where another plan is wanted: nothing has been written then.
-pub type Attempt = Result<Option<Executed>, Failure>;
+/// What the set-up took so far, where another plan is wanted: no results have been written then.
+pub type Attempt = Result<Result<Executed, SetupFigures>, Failure>;
 
 /// Packs where needed, runs, measures.
 pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
@@ -64,7 +65,7 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
     let gpu = gpu_of(job.plan, device)?;
     let rates = Rates::new(job.profile, device, policy.threads).map_err(Failure::failed)?;
     check_places(job.results)?;
-    let mut setup = SetupFigures::after_probe(job.probe_s);
+    let mut setup = job.setup;
     let run = RunJob {
         model: &job.model.spec,
         policy: &policy,
@@ -94,7 +95,7 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
     measured.gpu_bus_id = gpu.as_ref().map(|gpu| gpu.facts.bus_id.clone());
     let started = begin(&run, (&mut measured, &mut setup), talk, stop);
     if job.may_replan && is_unpinned(&started, talk) {
-        return Ok(None);
+        return Ok(Err(setup));
     }
     let rates = as_locked(&job, (&run, rates), &started, talk);
     let loaded = load((&run, started), &mut setup, talk, stop);
@@ -108,12 +109,12 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
         stop,
     );
     talk.end();
-    let counts = results.counts();
+    let counts = results.counts_of(job.lines.len());
     let failure = how_it_ended(&ran, (counts.failed, bad.first()), results.is_closed());
     let report = RunReport {
         schema: REPORT_SCHEMA.to_owned(),
         plan: job.plan.clone(),
-        outcome: outcome_of(&ran, &failure),
+        outcome: outcome_of(&ran, &failure, results.is_closed()),
         started_at,
         finished_at: probe::timestamp(),
         lines: counts,
@@ -122,8 +123,9 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
         repriced: repriced_figures(&run, &rates, &measured),
         measured: measured_figures(&run, &measured),
     };
-    save(&report, job.results)?;
-    Ok(Some(Executed { report, failure }))
+    // Where it cannot be saved it is returned all the same, with the run's own failure first.
+    let failure = failure.or(save(&report, job.results).err());
+    Ok(Ok(Executed { report, failure }))
 }
 
 fn save(report: &RunReport, to: &ResultArgs) -> Result<(), Failure> {
@@ -165,10 +167,14 @@ fn open_results<'a>(
         true => Results::open(file, overwrite, tokenizer).map_err(Failure::failed)?,
         false => Results::nowhere(),
     };
-    bad.iter()
-        .try_for_each(|(line, error)| results.failed(*line, error))
-        .map_err(Failure::failed)?;
-    Ok(results)
+    let written = bad
+        .iter()
+        .try_for_each(|(line, error)| results.failed(*line, error));
+    match written {
+        // Nobody reads any more: the first good line will say so again.
+        Err(_) if results.is_closed() => Ok(results),
+        written => written.map(|()| results).map_err(Failure::failed),
+    }
 }
 
 /// (line, prompt tokens, most generated tokens) of every request.
@@ -195,7 +201,10 @@ pub(super) fn check_model(plan: &Plan, model: &Model) -> Result<(), Failure> {
         (Some(planned), Some(here)) if *planned != here => Err(Failure::failed(format!(
             "the plan was made for other weights than {name} has now (files that were copied or downloaded anew count as others)"
         ))
-        .with_hint("plan again with this model")),
+        .with_hint(match name.starts_with("synth:") {
+            true => "give the --seed that it was planned with: it draws the weights, too; or plan again",
+            false => "plan again with this model",
+        })),
         (None, _) if other_size => Err(Failure::failed(format!(
             "the plan was made for a model of {} parameters in {}; {name} has {parameters} in {}",
             planned.parameters,
@@ -317,6 +326,7 @@ fn generate(
     let settled = machine.wait(&all);
     measured.lanes = machine.lane_figures();
     measured.peaks();
+    measured.outcome = measured.so_far();
     let outcome = outcome?;
     settled?;
     measured.outcome = outcome;
@@ -350,8 +360,13 @@ fn how_it_ended(
     }
 }
 
-fn outcome_of(ran: &Result<Outcome, EngineError>, failure: &Option<Failure>) -> RunOutcome {
+fn outcome_of(
+    ran: &Result<Outcome, EngineError>,
+    failure: &Option<Failure>,
+    closed: bool,
+) -> RunOutcome {
     match (ran, failure) {
+        (Err(_), _) if closed => RunOutcome::Interrupted,
         (Ok(outcome), _) if outcome.interrupted => RunOutcome::Interrupted,
         (Err(EngineError::Interrupted), _) => RunOutcome::Interrupted,
         (_, Some(_)) => RunOutcome::Failed,

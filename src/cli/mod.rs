@@ -1,6 +1,7 @@
 //! The door: what a person sees. Rendering of a plan lives in show_plan; nothing is decided here.
 
 pub mod accuracy;
+mod accuracy_files;
 pub mod arg_groups;
 pub mod args;
 pub mod calibrate;

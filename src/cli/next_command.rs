@@ -1,8 +1,9 @@
 //! What to type after a plan: `exec` of the file that it was saved to, with the flags of `plan` that a plan does not
-//! hold. Every word is one that a shell reads back.
+//! hold; after a refusal, a budget that is enough. Every word is one that a shell reads back.
 
 use super::args::{DASH, DEFAULT_GEN_LEN, SolveArgs, WorkArgs, default_offload_dir};
-use crate::plan::Plan;
+use crate::plan::{Plan, PlanBudget};
+use crate::units::MIB;
 use std::path::Path;
 
 /// Where a plan goes that was not saved, or was written to standard output.
@@ -67,6 +68,22 @@ fn quoted(word: &str) -> String {
         true => word.to_owned(),
         false => format!("'{}'", word.replace('\'', r"'\''")),
     }
+}
+
+/// How a refusal's hint begins that names a budget.
+pub(super) const ENOUGH: &str = "this is enough:";
+
+/// A budget that is enough, as flags.
+pub(super) fn enough_flags(enough: &PlanBudget) -> String {
+    let mib = |bytes: u64| bytes.div_ceil(MIB);
+    let gpu = enough
+        .gpu_bytes
+        .map_or(String::new(), |b| format!("--gpu-mem {}MiB ", mib(b)));
+    format!(
+        "{ENOUGH} {gpu}--cpu-mem {}MiB --disk-space {}MiB",
+        mib(enough.cpu_bytes),
+        mib(enough.disk_bytes)
+    )
 }
 
 #[cfg(test)]

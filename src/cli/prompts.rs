@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 /// Longest input line that is read; no model's positions need more text.
-const MOST_LINE_BYTES: u64 = 16 << 20;
+const MOST_LINE_BYTES: u64 = 2 << 20;
 /// A line, its request, its lengths and what is counted of it, beside its ids (350 bytes with 300,000 lines).
 const LINE_BYTES: u64 = 384;
 /// A token id of a prompt is held with its line, and again with its sequence.

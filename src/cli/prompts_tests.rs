@@ -164,7 +164,7 @@ fn files_that_are_no_work_say_so() {
     );
     assert!(message("p.json", b"{}").contains(".jsonl"));
     let long = vec![b'a'; MOST_LINE_BYTES as usize + 2];
-    assert!(message("p.txt", &long).contains("16 MiB"));
+    assert!(message("p.txt", &long).contains("2 MiB"));
     let missing = with_rules(|r| read_lines(Source::Input(Path::new("/no/such.txt")), r));
     let missing = Failure::from(missing.expect_err("missing"));
     assert!(missing.message.contains("/no/such.txt"), "{missing}");

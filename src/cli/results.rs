@@ -149,10 +149,10 @@ impl<'a> Results<'a> {
         Ok(())
     }
 
-    /// Lines written so far.
-    pub fn counts(&self) -> LineCounts {
+    /// Lines written so far, of so many.
+    pub fn counts_of(&self, lines: usize) -> LineCounts {
         LineCounts {
-            total: self.ok + self.failed,
+            total: lines as u64,
             ok: self.ok,
             failed: self.failed,
         }
@@ -194,6 +194,13 @@ impl<'a> Results<'a> {
 pub fn check_place(path: &Path, overwrite: bool) -> Result<(), ResultError> {
     match std::fs::metadata(path) {
         Ok(meta) if meta.is_file() && !overwrite => Err(ResultError::Exists(path.to_owned())),
+        Ok(meta) if meta.is_file() || meta.is_dir() => {
+            let opened = OpenOptions::new().write(true).open(path);
+            opened.map(drop).map_err(|cause| ResultError::Open {
+                path: path.to_owned(),
+                cause,
+            })
+        }
         Ok(_) => Ok(()),
         Err(_) => {
             // Made and removed: permissions alone do not tell whether a file can be written.

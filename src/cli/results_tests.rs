@@ -78,7 +78,7 @@ fn lines_have_exactly_the_keys_of_their_kind() {
         {\"index\":0,\"text\":\"\",\"token_ids\":[],\"finish_reason\":\"length\",\"prompt_tokens\":3}\n";
     assert_eq!(text, expected);
     assert_eq!(
-        results.counts(),
+        results.counts_of(3),
         LineCounts {
             total: 3,
             ok: 2,
@@ -127,7 +127,7 @@ fn a_full_disk_leaves_whole_lines() {
         serde_json::from_str::<serde_json::Value>(line).expect("whole");
     }
     assert!(!results.is_closed());
-    assert_eq!(results.counts().ok, 2);
+    assert_eq!(results.counts_of(2).ok, 2);
 }
 
 #[cfg(target_os = "linux")]
@@ -170,7 +170,7 @@ fn the_sink_counts_says_once_and_goes_on() {
         "{written}"
     );
     assert_eq!(
-        results.counts(),
+        results.counts_of(3),
         LineCounts {
             total: 3,
             ok: 2,
@@ -198,4 +198,17 @@ fn a_closed_stdout_is_noticed() {
     assert!(said.any(|line| line.is_ok_and(|l| l.contains("\"index\":0,"))));
     drop(stdout);
     assert_eq!(child.wait().expect("ended").code(), Some(0));
+}
+
+#[test]
+fn a_directory_is_no_place_for_a_file() {
+    let dir = tempfile::tempdir().expect("a directory");
+    for overwrite in [false, true] {
+        let error = check_place(dir.path(), overwrite).expect_err("a directory");
+        assert!(matches!(error, ResultError::Open { .. }), "{error}");
+    }
+    let there = dir.path().join("r.jsonl");
+    std::fs::write(&there, "of before").expect("written");
+    check_place(&there, true).expect("may be replaced");
+    assert_eq!(std::fs::read_to_string(&there).expect("kept"), "of before");
 }

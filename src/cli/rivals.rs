@@ -74,6 +74,8 @@ pub fn rivals(args: &RivalsArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(
         }
     }
     talk.end();
+    let whole =
+        duels.len() == rivals.len().min(FINALISTS) && duels.iter().all(|d| d.pairs == args.pairs);
     let document = Document {
         schema: "loadmaster.rivals/1",
         seed: args.seed,
@@ -82,12 +84,19 @@ pub fn rivals(args: &RivalsArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(
         choice: &choice,
         rivals: &rivals,
         duels: &duels,
-        holds: duels.iter().all(|d| d.holds),
+        holds: whole && !duels.is_empty() && duels.iter().all(|d| d.holds),
     };
     match args.json {
-        true => say_json(&document),
-        false => say(&shown(&document)),
+        true => say_json(&document)?,
+        false => say(&shown(&document))?,
     }
+    let why = match (document.holds, duels.is_empty(), whole) {
+        (true, ..) => return Ok(()),
+        (_, true, true) => "no other feasible policy was found to compare with",
+        (.., false) => "interrupted before all pairs were measured",
+        _ => "the interval of a ratio does not reach 0.97: a rival is faster than the choice",
+    };
+    Err(Failure::failed(why).after_document(args.json))
 }
 
 fn shown(d: &Document) -> String {
@@ -199,7 +208,7 @@ impl<'a> Arena<'a> {
     ) -> Result<(), Failure> {
         let mut draws = Draws::new(self.args.seed, 0);
         let lines = self.args.num_prompts;
-        for number in 0..MOST_DRAWS * self.args.policies {
+        for number in 0..MOST_DRAWS.saturating_mul(self.args.policies) {
             if found.len() >= self.args.policies {
                 break;
             }
@@ -263,7 +272,7 @@ impl<'a> Arena<'a> {
         other: &Rival,
         (talk, stop): (&mut Talk, &AtomicBool),
     ) -> Result<Vec<f64>, Failure> {
-        let mut ratios = Vec::with_capacity(self.args.pairs);
+        let mut ratios = Vec::new();
         for pair in 0..self.args.pairs {
             if stop.load(Ordering::Relaxed) {
                 break;

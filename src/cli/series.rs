@@ -8,6 +8,7 @@ use super::show_compare;
 use crate::compare::Comparison;
 use crate::machine::cuda;
 use crate::report::RunReport;
+use std::collections::BTreeSet;
 use std::io::Read;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,6 +27,13 @@ pub fn series(args: &SeriesArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(
     let lines = text.lines().filter(|line| !line.trim().is_empty());
     let runs: Result<Vec<Run>, Failure> = lines.map(|line| parse(line, args)).collect();
     let runs = runs?;
+    let mut names = BTreeSet::new();
+    if let Some(twice) = runs.iter().find(|run| !names.insert(&run.name)) {
+        return Err(
+            Failure::usage(format!("two lines are called {}", twice.name))
+                .with_hint("a run's files have its name: give each line one of its own"),
+        );
+    }
     std::fs::create_dir_all(&args.out)
         .map_err(|e| Failure::failed(format!("{}: cannot be made ({e})", args.out.display())))?;
     let (mut reports, mut failures) = (Vec::new(), Vec::new());

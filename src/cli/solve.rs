@@ -44,6 +44,8 @@ pub struct Asked<'a> {
     pub explain: bool,
     /// Where the plan is to be saved.
     pub out: Option<&'a Path>,
+    /// Lines that were read before.
+    pub lines: Option<&'a [Line]>,
     /// Where error lines go when no line is any good; None where nothing is to be generated.
     pub results: Option<&'a ResultArgs>,
     /// The weights in DRAM cannot be page-locked.
@@ -78,9 +80,12 @@ pub fn solve(
 ) -> Result<Solved, Failure> {
     let model = Model::find(&args.model, args.work.seed, asked.sizes_do)?;
     let (drawn, times) = random_prompts(args, asked);
-    let lines = has_work(&args.work)
-        .then(|| read_lines(args, &model, drawn))
-        .transpose()?;
+    let lines = match asked.lines {
+        Some(lines) => Some(lines.to_vec()),
+        None => has_work(&args.work)
+            .then(|| read_lines(args, &model, drawn))
+            .transpose()?,
+    };
     if let Some(lines) = &lines {
         some_good(lines, asked.results)?;
     }

@@ -64,7 +64,7 @@ impl<'a> Trial<'a> {
             results: &nowhere,
             offload_dir,
             ignore_eos: true,
-            probe_s: 0.0,
+            setup: SetupFigures::default(),
             may_replan: false,
             unpacked: false,
         };

@@ -65,7 +65,10 @@ pub fn to_pack_bytes(job: &Execution, policy: &Policy) -> Result<u64, Failure> {
     let (source, packing) = (source_of(job.model)?, packing(job.plan, policy)?);
     Ok(match find_store(job, source, packing) {
         Some(_) => 0,
-        None => source.spec().weights_bytes(packing.compress),
+        None => {
+            store::clear_leftover(job.offload_dir, source, packing).map_err(Failure::failed)?;
+            source.spec().weights_bytes(packing.compress)
+        }
     })
 }
 

@@ -420,7 +420,7 @@ fn cpu_rates(profile: &HardwareProfile, slow: f64) -> Result<ComputeRates, Rates
         rowwise_bytes_per_s: rowwise / slow,
         append_bytes_per_s: cpu.append_bytes_per_s.unwrap_or(rowwise) / slow,
         append_call_s: cpu.append_call_s,
-        quantise,
+        quantise: quantise.times(1.0 / slow),
         launch_s: cpu.launch_s,
     })
 }

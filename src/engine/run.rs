@@ -140,7 +140,11 @@ impl<'m> Engine<'m> {
                 self.outcome.interrupted = true;
                 break;
             }
-            self.pass(sink)?;
+            if let Err(error) = self.pass(sink) {
+                // What was done so far is known all the same.
+                sink.progress(&self.progress());
+                return Err(error);
+            }
         }
         Ok(self.outcome)
     }

@@ -20,6 +20,9 @@ pub struct Changes {
     pub disk_write_bytes_per_s: Option<f64>,
     /// Both directions between DRAM and GPU.
     pub link_bytes_per_s: Option<f64>,
+    /// Times as fast in both directions, whatever the size of a request.
+    pub disk_speed: Option<f64>,
+    pub link_speed: Option<f64>,
     /// Times as fast, DRAM included.
     pub cpu_speed: Option<f64>,
     /// Times as fast, its memory included.
@@ -37,6 +40,8 @@ impl Changes {
             rate("disk read", self.disk_read_bytes_per_s),
             rate("disk written", self.disk_write_bytes_per_s),
             rate("GPU link", self.link_bytes_per_s),
+            speed("disk", self.disk_speed),
+            speed("GPU link", self.link_speed),
             speed("CPU and DRAM", self.cpu_speed),
             speed("GPU", self.gpu_speed),
         ];
@@ -62,6 +67,24 @@ impl Changes {
             let both = [&mut links.cpu_to_gpu, &mut links.gpu_to_cpu];
             for link in both {
                 link_to(link.as_mut().ok_or_else(|| no_gpu("--link"))?, rate);
+            }
+        }
+        if let Some(factor) = self.disk_speed {
+            let links = &mut other.links;
+            let write = &mut links.cpu_to_disk;
+            let curves = [
+                &mut links.disk_to_cpu.direct,
+                &mut write.fresh,
+                &mut write.overwrite,
+            ];
+            let points = curves.into_iter().flatten();
+            points.for_each(|p| p.2 *= factor);
+        }
+        if let Some(factor) = self.link_speed {
+            let both = [&mut other.links.cpu_to_gpu, &mut other.links.gpu_to_cpu];
+            for link in both.into_iter().flatten() {
+                let points = link.pinned.iter_mut().chain(&mut link.unpinned);
+                points.for_each(|p| p.1 *= factor);
             }
         }
         if let Some(factor) = self.cpu_speed {
@@ -98,6 +121,8 @@ fn faster_cpu(profile: &mut HardwareProfile, factor: f64) {
     cpu.dram_copy_bytes_per_s *= factor;
     cpu.rowwise_bytes_per_s = cpu.rowwise_bytes_per_s.map(|r| r * factor);
     cpu.append_bytes_per_s = cpu.append_bytes_per_s.map(|r| r * factor);
+    cpu.sampling_bytes_per_s = cpu.sampling_bytes_per_s.map(|r| r * factor);
+    cpu.quantise = cpu.quantise.map(|rates| rates.times(factor));
     for rates in cpu.attention.values_mut() {
         rates.all_mut().for_each(|rate| *rate *= factor);
     }
@@ -107,6 +132,7 @@ fn faster_gpu(profile: &mut HardwareProfile, factor: f64) -> Option<()> {
     let gpu = profile.gpu.as_mut()?;
     faster_gemm(&mut gpu.gemm, factor);
     gpu.copy_bytes_per_s *= factor;
+    gpu.quantise = gpu.quantise.map(|rates| rates.times(factor));
     let widen = gpu.widen_q4_bytes_per_s.iter_mut();
     widen.for_each(|point| point.1 *= factor);
     for rates in gpu.attention.values_mut() {
@@ -122,12 +148,9 @@ fn faster_gemm(tables: &mut BTreeMap<String, GemmCurve>, factor: f64) {
 
 /// A part and the change that makes it twice as fast.
 pub fn twice_as_fast(profile: &HardwareProfile, gpu: bool) -> Vec<(&'static str, Changes)> {
-    let twice = |rates: f64| Some(2.0 * rates);
-    let links = &profile.links;
     let none = Changes::default();
     let disk = Changes {
-        disk_read_bytes_per_s: twice(fastest(links.disk_to_cpu.direct.iter().map(|p| p.2))),
-        disk_write_bytes_per_s: twice(fastest(links.cpu_to_disk.fresh.iter().map(|p| p.2))),
+        disk_speed: Some(2.0),
         ..none
     };
     let cpu = Changes {
@@ -138,9 +161,9 @@ pub fn twice_as_fast(profile: &HardwareProfile, gpu: bool) -> Vec<(&'static str,
         ("a disk twice as fast", disk),
         ("a CPU and DRAM twice as fast", cpu),
     ];
-    if let (true, Some(up)) = (gpu && profile.gpu.is_some(), &links.cpu_to_gpu) {
+    if gpu && profile.gpu.is_some() && profile.links.cpu_to_gpu.is_some() {
         let link = Changes {
-            link_bytes_per_s: twice(fastest(up.pinned.iter().map(|p| p.1))),
+            link_speed: Some(2.0),
             ..none
         };
         let gpu = Changes {
@@ -156,7 +179,38 @@ pub fn twice_as_fast(profile: &HardwareProfile, gpu: bool) -> Vec<(&'static str,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::profile::compiled_in;
+    use crate::profile::{QuantiseRates, compiled_in};
+
+    #[test]
+    fn twice_as_fast_is_twice_for_every_rate_of_a_part() {
+        let mut t4 = HardwareProfile::from_toml(compiled_in("t4-gcp").unwrap()).unwrap();
+        let slow = |points: &mut Vec<DiskPoint>| points.iter_mut().for_each(|p| p.2 *= 0.5);
+        slow(&mut t4.links.cpu_to_disk.overwrite);
+        let back = t4.links.gpu_to_cpu.as_mut().unwrap();
+        back.pinned.iter_mut().for_each(|p| p.1 *= 0.25);
+        let quantise = QuantiseRates {
+            pack_bytes_per_s: 1e9,
+            append_bytes_per_s: 2e9,
+        };
+        (t4.cpu.quantise, t4.cpu.sampling_bytes_per_s) = (Some(quantise), Some(3e9));
+        let parts = twice_as_fast(&t4, true);
+        let with = |part: &str| {
+            let change = parts.iter().find(|(name, _)| name.contains(part)).unwrap();
+            change.1.apply(&t4).unwrap()
+        };
+        let rates = |points: &[DiskPoint]| points.iter().map(|p| p.2).collect::<Vec<_>>();
+        let twice = |points: &[DiskPoint]| points.iter().map(|p| 2.0 * p.2).collect::<Vec<_>>();
+        let (disk, link, cpu) = (with("disk"), with("link"), with("CPU"));
+        let (now, then) = (&t4.links.cpu_to_disk, &disk.links.cpu_to_disk);
+        assert_eq!(rates(&then.overwrite), twice(&now.overwrite));
+        assert_eq!(rates(&then.fresh), twice(&now.fresh));
+        let direct = |p: &HardwareProfile| p.links.disk_to_cpu.direct.clone();
+        assert_eq!(rates(&direct(&disk)), twice(&direct(&t4)));
+        let back = |p: &HardwareProfile| p.links.gpu_to_cpu.as_ref().unwrap().pinned[0].1;
+        assert_eq!(back(&link), 2.0 * back(&t4));
+        assert_eq!(cpu.cpu.quantise, Some(quantise.times(2.0)));
+        assert_eq!(cpu.cpu.sampling_bytes_per_s, Some(6e9));
+    }
 
     #[test]
     fn a_change_replaces_what_it_names_and_nothing_else() {

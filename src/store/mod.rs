@@ -7,7 +7,7 @@ mod shelf;
 pub mod stream;
 
 pub use layout::{LAYOUT_REVISION, StoreLayout};
-pub use pack::{PackJob, pack};
+pub use pack::{PackJob, clear_leftover, pack};
 pub use shelf::{Removed, StoreInfo, find, list, prune, remove, store_dir, store_name};
 
 use crate::checkpoint::CheckpointError;

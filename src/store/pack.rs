@@ -13,7 +13,7 @@ use crate::machine::disk::{check_disk_tier, write_atomically};
 use crate::model::{Matrix, ModelSpec};
 use crate::units::PAGE_BYTES;
 use std::fs::{File, TryLockError};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -49,36 +49,79 @@ pub fn pack(job: PackJob) -> Result<Store, StoreError> {
     std::fs::create_dir_all(&root).map_err(|e| StoreError::io(&root, e))?;
     check_disk_tier(&root)?;
     let dir = root.join(store_name(spec, &fingerprint, job.packing));
-    let lock = lock_exclusive(&dir, job.stop)?;
+    let lock = match lock_exclusive(&dir, (&job, &fingerprint))? {
+        Turn::Locked(lock) => lock,
+        Turn::Packed(store) => return Ok(*store),
+    };
     // Another process may have packed the same weights while this one waited for the lock.
     let there = Manifest::read(&dir).is_ok_and(|m| is_of(&m, spec, &fingerprint, job.packing));
     if !there {
         write_beside(job, &dir, fingerprint)?;
     }
-    lock.unlock().map_err(|e| StoreError::io(&dir, e))?;
+    // Shared, not let go: others may read now, and whoever waits to pack does not come between.
+    lock.lock_shared().map_err(|e| StoreError::io(&dir, e))?;
     Store::open(&dir)
 }
 
-/// Waits until no other process packs or reads this store.
-fn lock_exclusive(dir: &Path, stop: &AtomicBool) -> Result<File, StoreError> {
+/// How waiting for other processes ended.
+enum Turn {
+    /// No other packs or reads the store.
+    Locked(File),
+    /// Another has packed it, and reads it now.
+    Packed(Box<Store>),
+}
+
+fn lock_exclusive(dir: &Path, (job, fingerprint): (&PackJob, &str)) -> Result<Turn, StoreError> {
     let path = lock_path(dir);
     let lock = open_lock(&path).map_err(|e| StoreError::io(&path, e))?;
     loop {
         match lock.try_lock() {
-            Ok(()) => return Ok(lock),
-            Err(TryLockError::WouldBlock) if stop.load(Ordering::Relaxed) => {
+            Ok(()) => return Ok(Turn::Locked(lock)),
+            Err(TryLockError::WouldBlock) if job.stop.load(Ordering::Relaxed) => {
                 return Err(StoreError::Interrupted);
             }
-            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(100)),
+            Err(TryLockError::WouldBlock) => {
+                let spec = job.source.spec();
+                if let Some(store) = find(job.offload_dir, spec, fingerprint, job.packing) {
+                    return Ok(Turn::Packed(Box::new(store)));
+                }
+                std::thread::sleep(Duration::from_millis(100));
+            }
             Err(TryLockError::Error(e)) => return Err(StoreError::io(&path, e)),
         }
     }
 }
 
+/// Takes away what a killed process has left of this store, which nothing else shows and which takes its whole room.
+/// Nothing where another process packs or reads it.
+pub fn clear_leftover(
+    offload_dir: &Path,
+    source: &dyn WeightSource,
+    packing: Packing,
+) -> Result<(), StoreError> {
+    let name = store_name(source.spec(), &source.fingerprint(), packing);
+    let dir = store_dir(offload_dir).join(name);
+    let partial = partial(&dir);
+    if !partial.exists() {
+        return Ok(());
+    }
+    let path = lock_path(&dir);
+    let lock = open_lock(&path).map_err(|e| StoreError::io(&path, e))?;
+    match lock.try_lock() {
+        Ok(()) => remove_if_there(&partial),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Where a store is until it is whole.
+fn partial(dir: &Path) -> PathBuf {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    dir.with_file_name(format!(".{name}.partial"))
+}
+
 /// Writes under another name and renames when whole.
 fn write_beside(job: PackJob, dir: &Path, fingerprint: String) -> Result<(), StoreError> {
-    let name = dir.file_name().unwrap_or_default().to_string_lossy();
-    let partial = dir.with_file_name(format!(".{name}.partial"));
+    let partial = partial(dir);
     // Under the lock, what a killed process left is nobody's.
     remove_if_there(&partial)?;
     std::fs::create_dir(&partial).map_err(|e| StoreError::io(&partial, e))?;

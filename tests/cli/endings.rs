@@ -9,7 +9,7 @@ fn a_closed_stdout_is_no_failure() {
     let home = Home::new();
     home.write("in.jsonl", RAGGED);
     for words in [
-        "run --model GOLDEN --input in.jsonl",
+        "run --model GOLDEN --input in.jsonl --report report.json",
         "plan --model GOLDEN --input in.jsonl",
         "plan --model GOLDEN --input in.jsonl --json",
         "store list",
@@ -24,6 +24,13 @@ fn a_closed_stdout_is_no_failure() {
         let ended = Ended::new(words, child.wait_with_output().expect("ended")).good();
         assert!(!ended.stderr.contains("error:"), "{}", ended.stderr);
     }
+    // Nobody wanted the rest: its figures are those of what was done, and teach no profile anything.
+    let report = home.json("report.json");
+    assert_eq!(report["outcome"], "interrupted");
+    assert!(report["measured"]["total_s"].as_f64() > Some(0.0));
+    assert!(report["measured"]["generated_tokens"].as_u64() > Some(0));
+    home.run("calibrate report.json --dry-run")
+        .fails(1, &["did not end well"]);
 }
 
 #[test]
@@ -65,6 +72,13 @@ fn interrupted_by(signal: &str) {
     let report = home.json("report.json");
     assert_eq!(report["outcome"], "interrupted");
     assert_eq!(report["lines"]["ok"], lines.len());
+    assert_eq!(report["lines"]["total"], 200);
+    let tokens = |of: &str| report[of]["generated_tokens"].as_u64();
+    assert_eq!(
+        tokens("repriced"),
+        tokens("measured"),
+        "of the lines that were begun"
+    );
     let left = std::fs::read_dir(home.path("spill")).map_or(0, Iterator::count);
     assert_eq!(left, 0, "spill files are gone");
 }

@@ -80,6 +80,10 @@ fn a_series_runs_what_its_lines_say_in_one_process() {
         assert_eq!(in_order(&home.read(&format!("made/{name}.jsonl"))), alone);
         assert_eq!(home.json(&format!("made/{name}.json"))["outcome"], "done");
     }
+    // Two of one name would write the same files.
+    home.write("runs.txt", "one --cpu-mem 2GiB\none --cpu-mem 3GiB\n");
+    home.run(&format!("series runs.txt --out made -- {shared}"))
+        .fails(2, &["two lines are called one"]);
     // One that fails is named, and the others run all the same.
     let here = golden("opt-like").display().to_string();
     home.write(

@@ -16,6 +16,8 @@ pub const HOST: HostBytes = HostBytes {
 };
 
 pub const NO_CHANGES: Changes = Changes {
+    disk_speed: None,
+    link_speed: None,
     disk_read_bytes_per_s: None,
     disk_write_bytes_per_s: None,
     link_bytes_per_s: None,
