@@ -36,6 +36,12 @@ impl Workload {
         }
     }
 
+    /// As many lines as have these tokens in all, each with the mean of them, rounded down.
+    pub fn of_totals(lines: u64, prompt_tokens: u64, gen_tokens: u64) -> Self {
+        let mean = |tokens: u64| (tokens / lines.max(1)) as u32;
+        Workload::uniform(lines as usize, mean(prompt_tokens), mean(gen_tokens))
+    }
+
     pub fn prompts(&self) -> usize {
         self.lines.len()
     }

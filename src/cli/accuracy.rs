@@ -108,12 +108,7 @@ fn judged(rows: &Rows, reprice: bool) -> Result<Verdict, Failure> {
 
 fn repriced(plan: &Plan, (model, policy, rates): (&Model, &Policy, &Rates)) -> Figures {
     let w = &plan.workload;
-    let mean = |tokens: u64| (tokens / w.prompts.max(1)) as u32;
-    let workload = Workload::uniform(
-        w.prompts as usize,
-        mean(w.prompt_tokens),
-        mean(w.gen_tokens),
-    );
+    let workload = Workload::of_totals(w.prompts, w.prompt_tokens, w.gen_tokens);
     let input = EstimateInput {
         model: &model.spec,
         workload: &workload,

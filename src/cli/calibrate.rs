@@ -116,14 +116,10 @@ fn fitted(profile: &HardwareProfile, jobs: &[Job]) -> Result<Fit, Failure> {
     let sample = |job: &'_ Job| -> Result<_, Failure> {
         // What came, which need not be what was planned.
         let came = &job.measured;
-        let lines = job.lines.max(1);
+        let tokens = (came.prompt_tokens, came.generated_tokens);
         Ok((
             job.plan.device_kind().map_err(Failure::failed)?,
-            Workload::uniform(
-                job.lines as usize,
-                (came.prompt_tokens / lines) as u32,
-                (came.generated_tokens / lines) as u32,
-            ),
+            Workload::of_totals(job.lines, tokens.0, tokens.1),
         ))
     };
     let mut samples = Vec::with_capacity(jobs.len());

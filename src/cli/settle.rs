@@ -142,7 +142,7 @@ impl Input {
         }
     }
 
-    /// A token id is held with its line, and again with its sequence.
+    /// What a run holds of it.
     fn bytes(self) -> u64 {
         lines_bytes(self.lines, self.prompt_tokens)
     }

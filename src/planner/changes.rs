@@ -77,15 +77,14 @@ impl Changes {
                 &mut write.fresh,
                 &mut write.overwrite,
             ];
-            let points = curves.into_iter().flatten();
-            points.for_each(|p| p.2 *= factor);
+            curves
+                .into_iter()
+                .for_each(|curve| faster_disk(curve, factor));
         }
         if let Some(factor) = self.link_speed {
             let both = [&mut other.links.cpu_to_gpu, &mut other.links.gpu_to_cpu];
-            for link in both.into_iter().flatten() {
-                let points = link.pinned.iter_mut().chain(&mut link.unpinned);
-                points.for_each(|p| p.1 *= factor);
-            }
+            let links = both.into_iter().flatten();
+            links.for_each(|link| faster_link(link, factor));
         }
         if let Some(factor) = self.cpu_speed {
             faster_cpu(&mut other, factor);
@@ -105,11 +104,19 @@ fn fastest(rates: impl Iterator<Item = f64>) -> f64 {
 
 fn disk_to(points: &mut [DiskPoint], rate: f64) {
     let factor = rate / fastest(points.iter().map(|p| p.2));
+    faster_disk(points, factor);
+}
+
+fn faster_disk(points: &mut [DiskPoint], factor: f64) {
     points.iter_mut().for_each(|p| p.2 *= factor);
 }
 
 fn link_to(link: &mut GpuLink, rate: f64) {
     let factor = rate / fastest(link.pinned.iter().map(|p| p.1));
+    faster_link(link, factor);
+}
+
+fn faster_link(link: &mut GpuLink, factor: f64) {
     let points = link.pinned.iter_mut().chain(&mut link.unpinned);
     points.for_each(|p| p.1 *= factor);
 }

@@ -7,8 +7,10 @@ mod shelf;
 pub mod stream;
 
 pub use layout::{LAYOUT_REVISION, StoreLayout};
-pub use pack::{PackJob, clear_leftover, pack};
-pub use shelf::{Removed, StoreInfo, find, list, prune, remove, store_dir, store_name};
+pub use pack::{PackJob, pack};
+pub use shelf::{
+    Removed, StoreInfo, clear_leftover, find, list, prune, remove, store_dir, store_name,
+};
 
 use crate::checkpoint::CheckpointError;
 use crate::dtype::{Dtype, WeightLayout};

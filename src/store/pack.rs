@@ -1,7 +1,7 @@
 //! Packing: weights are read or made by two threads in turn, laid out in panels by all cores, and written
 //! by others, each a few buffers ahead of the next. Memory is bounded, an unfinished store vanishes.
 
-use super::shelf::{find, is_of, lock_path, open_lock, store_dir, store_name};
+use super::shelf::{find, is_of, lock_path, open_lock, partial, store_dir, store_name};
 use super::stream::{Sink, StreamJob, write_stream};
 use super::{LAYOUT_REVISION, MANIFEST, Manifest, Packing, SCHEMA, Store, StoreError};
 use super::{StoreLayout, WEIGHTS};
@@ -13,7 +13,7 @@ use crate::machine::disk::{check_disk_tier, write_atomically};
 use crate::model::{Matrix, ModelSpec};
 use crate::units::PAGE_BYTES;
 use std::fs::{File, TryLockError};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -90,33 +90,6 @@ fn lock_exclusive(dir: &Path, (job, fingerprint): (&PackJob, &str)) -> Result<Tu
             Err(TryLockError::Error(e)) => return Err(StoreError::io(&path, e)),
         }
     }
-}
-
-/// Takes away what a killed process has left of this store, which nothing else shows and which takes its whole room.
-/// Nothing where another process packs or reads it.
-pub fn clear_leftover(
-    offload_dir: &Path,
-    source: &dyn WeightSource,
-    packing: Packing,
-) -> Result<(), StoreError> {
-    let name = store_name(source.spec(), &source.fingerprint(), packing);
-    let dir = store_dir(offload_dir).join(name);
-    let partial = partial(&dir);
-    if !partial.exists() {
-        return Ok(());
-    }
-    let path = lock_path(&dir);
-    let lock = open_lock(&path).map_err(|e| StoreError::io(&path, e))?;
-    match lock.try_lock() {
-        Ok(()) => remove_if_there(&partial),
-        Err(_) => Ok(()),
-    }
-}
-
-/// Where a store is until it is whole.
-fn partial(dir: &Path) -> PathBuf {
-    let name = dir.file_name().unwrap_or_default().to_string_lossy();
-    dir.with_file_name(format!(".{name}.partial"))
 }
 
 /// Writes under another name and renames when whole.

@@ -2,6 +2,7 @@
 //! What is inside a store is not looked at beyond its manifest.
 
 use super::{Manifest, Packing, Store, StoreError};
+use crate::checkpoint::WeightSource;
 use crate::dtype::WeightLayout;
 use crate::model::ModelSpec;
 use sha2::{Digest, Sha256};
@@ -143,6 +144,31 @@ pub fn prune(offload_dir: &Path) -> Result<Vec<Removed>, StoreError> {
         }
     }
     Ok(removed)
+}
+
+/// Takes away what a killed process has left of a store, which `list` does not show and which takes its whole room;
+/// nothing where another process packs or reads it.
+pub fn clear_leftover(
+    offload_dir: &Path,
+    source: &dyn WeightSource,
+    packing: Packing,
+) -> Result<(), StoreError> {
+    let name = store_name(source.spec(), &source.fingerprint(), packing);
+    let leftover = partial(&store_dir(offload_dir).join(&name));
+    if !leftover.exists() {
+        return Ok(());
+    }
+    match remove_dir(&leftover, &name) {
+        Ok(_) | Err(StoreError::InUse(_)) => Ok(()),
+        // Its owner has just ended.
+        Err(_) if !leftover.exists() => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Where a store is until it is whole.
+pub(super) fn partial(dir: &Path) -> PathBuf {
+    dir.with_file_name(format!(".{}.partial", name_of(dir)))
 }
 
 /// Removes a directory under the lock of the store called `owner`.
