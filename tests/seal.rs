@@ -9,6 +9,9 @@ use loadmaster::cost::rates::Rates;
 use loadmaster::dtype::Dtype;
 use loadmaster::engine::open::{RunJob, open};
 use loadmaster::engine::{Engine, EngineError, Finished, Progress, RunOptions, Sink};
+use loadmaster::machine::cpu::kernels::kv::record_bytes;
+use loadmaster::machine::cpu::kernels::{AttendArgs, AttendItem, Isa, KvView, Slots, attend};
+use loadmaster::machine::cpu::pool::Pool;
 use loadmaster::machine::price::Pricer;
 use loadmaster::policy::{DeviceKind, Policy};
 use loadmaster::workload::Lengths;
@@ -130,6 +133,7 @@ fn watched(pack: &PackedFile, (policy, device): (&Policy, DeviceKind)) -> Watch 
 fn the_heap_does_not_grow_while_generating() {
     // In one test with the rest, because tests side by side would count each other's bytes.
     growth_would_be_seen();
+    long_sequences_take_no_memory();
     let pack = pack(&SynthSource::new(small_model(Dtype::F16), 11), false);
     let cases = [
         (
@@ -165,6 +169,45 @@ fn the_heap_does_not_grow_while_generating() {
             assert!(peak <= GROWTH_BYTES, "{case}: a peak of {peak} bytes more");
         }
     }
+}
+
+/// Attention of sequences whose keys two threads share by halves: 590 KiB of what is kept of them.
+fn long_sequences_take_no_memory() {
+    let (heads, head_size, keys) = (32, 128, 600);
+    let hidden = heads * head_size;
+    let cache = vec![0u8; keys * record_bytes(Dtype::F16, hidden)];
+    let qkv = vec![0.5f32; 4 * 3 * hidden];
+    let mut out = vec![0f32; 4 * hidden];
+    let pool = Pool::new(2);
+    let slots = Slots::Contiguous { first: 0 };
+    let kv = KvView {
+        bytes: &cache,
+        slots,
+    };
+    let items: Vec<AttendItem> = (0..4)
+        .map(|row| AttendItem {
+            first_row: row,
+            q_rows: 1,
+            past: keys - 1,
+            decode: true,
+            kv,
+        })
+        .collect();
+    PEAK_BYTES.store(LIVE_BYTES.load(Relaxed), Relaxed);
+    let before = LIVE_BYTES.load(Relaxed);
+    let args = AttendArgs {
+        qkv: &qkv,
+        ld: 3 * hidden,
+        heads,
+        head_size,
+        format: Dtype::F16,
+        items: &items,
+        out: &mut out,
+        ldo: hidden,
+    };
+    attend(&pool, Isa::detect(), args);
+    let most = PEAK_BYTES.load(Relaxed) - before;
+    assert!(most <= 4 * 1024, "attention took {most} bytes");
 }
 
 fn growth_would_be_seen() {

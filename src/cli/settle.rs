@@ -10,7 +10,7 @@ use super::values::DeviceChoice;
 use crate::checkpoint::{CheckpointError, ModelLocation, WeightSource, find_model};
 use crate::cost::footprint::HostBytes;
 use crate::machine::cpu::kernels::Isa;
-use crate::machine::cpu::pool::SCRATCH_FLOATS;
+use crate::machine::cpu::pool;
 use crate::machine::os::MemoryNow;
 use crate::machine::{disk, os};
 use crate::model::ModelSpec;
@@ -34,7 +34,7 @@ pub const PROCESS_BYTES: u64 = 26 * MIB;
 /// What `PROCESS_BYTES` has room for.
 const PROCESS_THREADS: usize = 2;
 /// Scratch and touched stack of a further thread.
-const THREAD_BYTES: u64 = 4 * SCRATCH_FLOATS as u64 + 64 * 1024;
+const THREAD_BYTES: u64 = pool::THREAD_BYTES + 64 * 1024;
 /// A disk of another machine, where nothing else is said.
 const FOREIGN_DISK_BYTES: u64 = 1 << 50;
 

@@ -29,7 +29,7 @@ use crate::cost::rates::RatesError;
 use crate::machine::MachineError;
 use crate::machine::arena::MemoryError;
 use crate::machine::cpu::kernels::Isa;
-use crate::machine::cpu::pool::SCRATCH_FLOATS;
+use crate::machine::cpu::pool;
 use crate::machine::disk::{DiskError, check_disk_tier, filesystem_of};
 use crate::machine::nvml;
 use crate::machine::os::{self, OsError};
@@ -63,7 +63,7 @@ pub fn default_budget_bytes(threads: usize) -> u64 {
 
 /// Scratch and touched stacks of the threads that compute.
 fn thread_bytes(threads: usize) -> u64 {
-    threads as u64 * (4 * SCRATCH_FLOATS as u64 + STACK_BYTES)
+    threads as u64 * (pool::THREAD_BYTES + STACK_BYTES)
 }
 
 /// Why a machine could not be measured.

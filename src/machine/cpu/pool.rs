@@ -6,14 +6,20 @@
 use crate::machine::os;
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
+use std::ops::{Deref, DerefMut};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 /// Scratch of each thread, in f32: large enough for a GEMM's blocks and an attention tile in L2.
 pub const SCRATCH_FLOATS: usize = 160 * 1024;
+/// What a call may keep between two runs, for each thread, in f32: halves of the keys of four sequences with 40 heads
+/// of 128 (opt-13b).
+const KEPT_FLOATS: usize = 48 * 1024;
+/// Bytes that the pool holds for each thread.
+pub const THREAD_BYTES: u64 = 4 * (SCRATCH_FLOATS + KEPT_FLOATS) as u64;
 /// How long an idle worker looks for the next job before it sleeps. Kernels of one layer follow
 /// each other within this time; a wake-up from sleep costs about as much.
 const SPIN: Duration = Duration::from_micros(50);
@@ -144,7 +150,8 @@ impl Shared {
         let body = || {
             // SAFETY: scratch[thread] belongs to this thread while it is inside the job, and the
             // caller of `run` waits inside it until every thread has left, so `work` is alive.
-            let (work, scratch) = unsafe { (&*job.work, floats(&mut *self.scratch[thread].get())) };
+            let (work, scratch) =
+                unsafe { (&*job.work, floats_mut(&mut *self.scratch[thread].get())) };
             while let Some(part) = self.take(thread) {
                 work(part, scratch);
             }
@@ -211,7 +218,12 @@ impl Shared {
     }
 }
 
-fn floats(lines: &mut [Line]) -> &mut [f32] {
+fn floats(lines: &[Line]) -> &[f32] {
+    // SAFETY: a Line is sixteen f32 without padding.
+    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 16) }
+}
+
+fn floats_mut(lines: &mut [Line]) -> &mut [f32] {
     // SAFETY: a Line is sixteen f32 without padding.
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 16) }
 }
@@ -224,6 +236,23 @@ pub struct Pool {
     /// The core of whoever calls; empty where threads are not bound.
     core: Vec<usize>,
     turn: Mutex<()>,
+    kept: Mutex<Vec<Line>>,
+}
+
+/// What one caller keeps from a run for the next, as whoever had it before left it.
+pub struct Kept<'a>(MutexGuard<'a, Vec<Line>>);
+
+impl Deref for Kept<'_> {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        floats(&self.0)
+    }
+}
+
+impl DerefMut for Kept<'_> {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        floats_mut(&mut self.0)
+    }
 }
 
 impl Pool {
@@ -251,6 +280,7 @@ impl Pool {
             handles,
             core,
             turn: Mutex::new(()),
+            kept: Mutex::new(vec![Line([0.0; 16]); threads.max(1) * KEPT_FLOATS / 16]),
         }
     }
 
@@ -264,9 +294,9 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Bytes of scratch that the pool holds.
-    pub fn scratch_bytes(&self) -> u64 {
-        (self.shared.scratch.len() * SCRATCH_FLOATS * 4) as u64
+    /// `KEPT_FLOATS` for each thread, until it is dropped.
+    pub fn keep(&self) -> Kept<'_> {
+        Kept(self.kept.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Calls `work(part)` once for every part in `0..parts`, in any order and on any thread.

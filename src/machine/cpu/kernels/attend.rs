@@ -48,7 +48,8 @@ pub struct AttendArgs<'a> {
 /// When a slice is shorter than the shape says, or a head wider than MAX_HEAD_SIZE.
 pub fn attend(pool: &Pool, isa: Isa, args: AttendArgs) {
     check(&args);
-    let cut = Cut::new(&args, pool.threads());
+    let mut kept = pool.keep();
+    let cut = Cut::new(&args, pool.threads(), kept.len());
     let out = Shared::new(args.out);
     let problem = Problem {
         qkv: args.qkv,
@@ -60,14 +61,11 @@ pub fn attend(pool: &Pool, isa: Isa, args: AttendArgs) {
         ldo: args.ldo,
     };
     let shape = (args.heads, args.head_size);
-    // Of fewer than four sequences a thread, so less than a mebibyte: no buffer of the footprint.
-    let room = cut.halved.then(|| States::room(args.items.len(), shape));
-    let mut kept = vec![0.0; room.unwrap_or_default()];
     let states = States::new(&mut kept, shape);
     let parts = args.items.iter().map(|item| cut.parts_of(item)).sum();
     pool.run_with_scratch(parts, &|part, scratch| {
-        let mut index = part;
-        for (number, item) in args.items.iter().enumerate() {
+        let (mut index, mut number) = (part, 0);
+        for item in args.items {
             let own = cut.parts_of(item);
             if index < own {
                 let mut part = problem.part(item, (index, &cut), scratch);
@@ -80,6 +78,7 @@ pub fn attend(pool: &Pool, isa: Isa, args: AttendArgs) {
                 return isa.call(part);
             }
             index -= own;
+            number += usize::from(item.decode);
         }
     });
     if cut.halved {
@@ -93,11 +92,11 @@ fn join_all(
     problem: Problem,
     (items, states): (&[AttendItem], &States),
 ) {
-    pool.run(items.len(), &|number| {
-        let item = items[number];
-        if !item.decode {
+    let decoding = || items.iter().filter(|item| item.decode);
+    pool.run(decoding().count(), &|number| {
+        let Some(&item) = decoding().nth(number) else {
             return;
-        }
+        };
         let all = 0..problem.heads;
         // SAFETY: the run that wrote them is over.
         let halves = [0, 1].map(|half| unsafe { &*states.of((number, half), all.clone()) });
@@ -168,7 +167,8 @@ struct Cut {
 }
 
 impl Cut {
-    fn new(args: &AttendArgs, threads: usize) -> Cut {
+    /// `kept_floats` have room for halves.
+    fn new(args: &AttendArgs, threads: usize, kept_floats: usize) -> Cut {
         let decoding = || args.items.iter().filter(|item| item.decode);
         let count = decoding().count();
         let items = count.max(1);
@@ -179,7 +179,8 @@ impl Cut {
             false => 1,
         };
         // Whole rows rather than some heads of each: what lies between is fetched all the same.
-        let halved = count > 0 && parts.is_multiple_of(2) && decoding().all(is_halved);
+        let fit = States::room(count, (args.heads, args.head_size)) <= kept_floats;
+        let halved = count > 0 && fit && parts.is_multiple_of(2) && decoding().all(is_halved);
         let together = args.heads.div_ceil(if halved { parts / 2 } else { parts });
         let heads = together.clamp(1, decode::heads_that_fit(args.head_size));
         Cut {
@@ -309,5 +310,63 @@ impl Body for Part<'_> {
             (false, Dtype::Q4) => prefill::run::<V, KvQ4>(self),
             (false, _) => prefill::run::<V, KvF16>(self),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Slots;
+    use super::*;
+
+    /// Of `sequences` of 32 heads with so many keys: parts of each, groups of heads and whether by halves.
+    fn cut(sequences: usize, keys: usize, (threads, kept_floats): (usize, usize)) -> Cut {
+        let kv = KvView {
+            bytes: &[],
+            slots: Slots::Contiguous { first: 0 },
+        };
+        let item = AttendItem {
+            first_row: 0,
+            q_rows: 1,
+            past: keys - 1,
+            decode: true,
+            kv,
+        };
+        let args = AttendArgs {
+            qkv: &[],
+            ld: 0,
+            heads: 32,
+            head_size: 64,
+            format: Dtype::F16,
+            items: &vec![item; sequences],
+            out: &mut [],
+            ldo: 0,
+        };
+        Cut::new(&args, threads, kept_floats)
+    }
+
+    #[test]
+    fn few_sequences_keep_all_threads_busy() {
+        for threads in [1, 2, 4, 16] {
+            for sequences in 1..=5 * threads {
+                for keys in [100, 600] {
+                    let cut = cut(sequences, keys, (threads, usize::MAX));
+                    let each = cut.groups * if cut.halved { 2 } else { 1 };
+                    let rounds = (sequences * each).div_ceil(threads);
+                    let idle = 1.0 - (sequences * each) as f64 / (rounds * threads) as f64;
+                    // From four sequences a thread on whole sequences are the parts.
+                    let most = if sequences < 4 * threads { 0.0 } else { 0.2 };
+                    assert!(idle <= most, "{sequences} on {threads}: {idle} idle");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn halves_are_shared_where_there_is_room_for_them() {
+        let room = States::room(3, (32, 64));
+        assert!(cut(3, 600, (2, room)).halved);
+        assert!(!cut(3, 600, (2, room - 1)).halved);
+        assert!(!cut(3, 100, (2, room)).halved);
+        assert!(!cut(8, 600, (2, usize::MAX)).halved);
     }
 }

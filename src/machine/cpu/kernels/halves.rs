@@ -32,7 +32,7 @@ pub(super) fn state_floats(head_size: usize) -> usize {
     head_size.next_multiple_of(LANES) + LANES
 }
 
-/// What is kept of all halves of a call: [item][half][head].
+/// What is kept of all halves of a call: [item that decodes][half][head].
 pub(super) struct States<'a> {
     floats: Shared<'a, f32>,
     heads: usize,
