@@ -13,8 +13,8 @@ use std::sync::{Mutex, PoisonError};
 
 /// From this on a read goes past the page cache: several times faster cold, and the memory that a
 /// plan counts on is not filled with a file that is read once.
-const DIRECT_LEAST_BYTES: usize = 256 << 10;
-/// Direct reads go through a buffer of this, since tensors begin anywhere.
+const PAGES_LEAST_BYTES: usize = 256 << 10;
+/// Such reads go through a buffer of this, since tensors begin anywhere.
 const PIECE_BYTES: u64 = 4 << 20;
 
 /// How a file begins that stands for one that git has not fetched.
@@ -27,8 +27,8 @@ pub(super) struct WeightFile {
     /// Seconds and nanoseconds of the last change, for the fingerprint.
     pub changed: (u64, u32),
     file: File,
-    /// None where direct reading cannot be had, as on a memory filesystem.
-    direct: Option<DiskFile>,
+    /// Past the page cache, or what a read leaves there dropped; none on a memory filesystem, which is one.
+    pages: Option<DiskFile>,
     /// Kept between reads, one for each that was under way at once.
     buffers: Mutex<Vec<AlignedBuffer>>,
 }
@@ -62,7 +62,7 @@ impl WeightFile {
             bytes: meta.len(),
             changed: since.map_or((0, 0), |s| (s.as_secs(), s.subsec_nanos())),
             file,
-            direct: DiskFile::open_read(path).ok().filter(DiskFile::is_direct),
+            pages: DiskFile::open_read(path).ok(),
             buffers: Mutex::new(Vec::new()),
         })
     }
@@ -74,7 +74,7 @@ impl WeightFile {
             let why = format!("it ends at byte {} but more is referred to", self.bytes);
             return Err(CheckpointError::damaged(&self.path, why));
         }
-        if out.len() >= DIRECT_LEAST_BYTES && self.read_direct(offset, out).is_some() {
+        if out.len() >= PAGES_LEAST_BYTES && self.read_pages(offset, out).is_some() {
             return Ok(());
         }
         let read = self.file.read_exact_at(out, offset);
@@ -83,8 +83,8 @@ impl WeightFile {
 
     /// Whole pages into the buffer, what was asked for out of it. None where that fails: the
     /// buffered read that follows then says why, or succeeds.
-    fn read_direct(&self, offset: u64, out: &mut [u8]) -> Option<()> {
-        let file = self.direct.as_ref()?;
+    fn read_pages(&self, offset: u64, out: &mut [u8]) -> Option<()> {
+        let file = self.pages.as_ref()?;
         let kept = || self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = kept().pop();
         let mut buffer = waiting.or_else(|| AlignedBuffer::new(PIECE_BYTES).ok())?;
@@ -157,13 +157,39 @@ mod tests {
             let mut out = vec![0; to - from];
             file.read(from as u64, &mut out).expect("inside");
             assert!(out == bytes[from..to], "{from}..{to}");
-            if file.direct.is_some() {
+            if file.pages.is_some() {
                 out.fill(0);
-                file.read_direct(from as u64, &mut out).expect("direct");
-                assert!(out == bytes[from..to], "direct {from}..{to}");
+                file.read_pages(from as u64, &mut out).expect("pages");
+                assert!(out == bytes[from..to], "pages {from}..{to}");
             }
         }
         assert!(file.read(1, &mut vec![0; end]).is_err());
         assert!(file.read(u64::MAX, &mut [0]).is_err());
+    }
+
+    #[test]
+    fn a_filesystem_without_direct_reads_keeps_nothing_in_its_cache_either() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("weights");
+        std::fs::write(&path, vec![7u8; 8 << 20]).expect("written");
+        let Ok(mut pages) = DiskFile::open_read(&path) else {
+            return; // temporary files lie in memory
+        };
+        pages.clear_direct().expect("an open file's flag");
+        let mut file = WeightFile::open(&path).expect("open");
+        file.file.sync_all().expect("on the disk");
+        file.pages = Some(pages);
+        for direct in [false, true] {
+            if direct {
+                file.pages = DiskFile::open_read(&path).ok();
+            }
+            file.read(3, &mut vec![0; (8 << 20) - 3]).expect("inside");
+            let cached = cached_bytes(&path);
+            assert!(cached <= 1 << 20, "{cached} bytes in the page cache");
+        }
+    }
+
+    fn cached_bytes(path: &Path) -> u64 {
+        crate::machine::disk::cached_bytes(&File::open(path).expect("open")).expect("a mapping")
     }
 }

@@ -121,7 +121,7 @@ impl DiskFile {
     }
 
     /// The same descriptor without O_DIRECT: works for files that have no name, too.
-    fn clear_direct(&mut self) -> Result<(), DiskError> {
+    pub(crate) fn clear_direct(&mut self) -> Result<(), DiskError> {
         sys::clear_direct(&self.file).map_err(|e| failed("use buffered I/O on", &self.path, e))?;
         self.direct = false;
         Ok(())

@@ -9,6 +9,8 @@ mod sys;
 pub use file::{DiskFile, write_atomically};
 pub use filesystem::{FileSystem, check_disk_tier, filesystem_of, filesystem_of_at, free_bytes};
 pub use pool::{IoData, IoPool, IoRequest};
+#[cfg(test)]
+pub(crate) use sys::cached_bytes;
 
 use crate::units::show_bytes;
 use std::path::PathBuf;

@@ -18,6 +18,18 @@ pub fn space_bytes(path: &Path) -> io::Result<u64> {
     Ok((stat.f_frsize as u64).saturating_mul(stat.f_bavail as u64))
 }
 
+/// Bytes of the file that are in the page cache, whoever read them.
+#[cfg(test)]
+pub fn cached_bytes(file: &File) -> io::Result<u64> {
+    // SAFETY: nothing is read through the mapping.
+    let map = unsafe { memmap2::MmapOptions::new().map(file)? };
+    let mut resident = vec![0u8; map.len().div_ceil(crate::units::PAGE_BYTES as usize)];
+    // SAFETY: the mapping lives, and `resident` has a byte for each of its pages.
+    check(unsafe { libc::mincore(map.as_ptr() as *mut _, map.len(), resident.as_mut_ptr()) })?;
+    let pages = resident.iter().filter(|&&page| page & 1 == 1).count();
+    Ok(pages as u64 * crate::units::PAGE_BYTES)
+}
+
 fn check(rc: libc::c_int) -> io::Result<()> {
     match rc {
         0 => Ok(()),
