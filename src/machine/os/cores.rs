@@ -111,10 +111,11 @@ impl CpuInfo {
     }
 }
 
-const FLAGS: [&str; 11] = [
+const FLAGS: [&str; 12] = [
     "avx2",
     "fma",
     "f16c",
+    "avx_vnni",
     "avx512f",
     "avx512_bf16",
     "avx512_vnni",

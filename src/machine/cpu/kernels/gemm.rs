@@ -198,7 +198,7 @@ impl<'a> Part<'a> {
             }
             return;
         }
-        let fused = V::WIDE && rows <= TILE_ROWS;
+        let fused = rows <= TILE_ROWS;
         let block = if fused { deepest(rows) } else { BLOCK_INPUTS };
         for from in (0..inputs).step_by(block) {
             let some = from..(from + block).min(inputs);

@@ -1,5 +1,5 @@
 //! Which instruction sets this machine has, and running a body for one of them. No words of any: they are
-//! simd.rs's, x86.rs's and amx.rs's.
+//! simd.rs's, x86.rs's, x86_avx2.rs's and amx.rs's.
 
 use super::simd::{Body, Scalar};
 
@@ -10,7 +10,11 @@ enum Level {
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
+    Avx2Vnni,
+    #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
     #[cfg(target_arch = "x86_64")]
     Avx512Dot,
     #[cfg(target_arch = "x86_64")]
@@ -61,12 +65,18 @@ impl Isa {
             use std::arch::is_x86_feature_detected as has;
             if has!("avx2") && has!("fma") && has!("f16c") {
                 found.push(Isa(Level::Avx2));
+                if has!("avxvnni") {
+                    found.push(Isa(Level::Avx2Vnni));
+                }
                 if has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") {
                     found.push(Isa(Level::Avx512));
-                    if has!("avx512bf16") && has!("avx512vnni") {
-                        found.push(Isa(Level::Avx512Dot));
-                        if super::amx::granted() {
-                            found.push(Isa(Level::Amx));
+                    if has!("avx512vnni") {
+                        found.push(Isa(Level::Avx512Vnni));
+                        if has!("avx512bf16") {
+                            found.push(Isa(Level::Avx512Dot));
+                            if super::amx::granted() {
+                                found.push(Isa(Level::Amx));
+                            }
                         }
                     }
                 }
@@ -82,7 +92,11 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
+            Level::Avx2Vnni => "avx2_vnni",
+            #[cfg(target_arch = "x86_64")]
             Level::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => "avx512_vnni",
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Dot => "avx512_bf16",
             #[cfg(target_arch = "x86_64")]
@@ -97,10 +111,16 @@ impl Isa {
             Level::Scalar | Level::ScalarUnit => body.run::<Scalar>(),
             // SAFETY: an Isa exists only after its features were detected.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => unsafe { super::x86::call_avx2(body) },
+            Level::Avx2 => unsafe { super::x86_avx2::call_avx2(body) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2Vnni => unsafe { super::x86_avx2::call_avx2_vnni(body) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => unsafe { super::x86::call_avx512(body) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => unsafe { super::x86::call_avx512_vnni(body) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Dot | Level::Amx => unsafe { super::x86::call_avx512_dot(body) },

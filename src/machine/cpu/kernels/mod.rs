@@ -36,6 +36,8 @@ mod transpose;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 #[cfg(target_arch = "x86_64")]
+mod x86_avx2;
+#[cfg(target_arch = "x86_64")]
 mod x86_quarters;
 
 pub use attend::{AttendArgs, AttendItem, MAX_HEAD_SIZE, attend};
@@ -50,4 +52,4 @@ pub use rows::{EmbedArgs, Table, add_rows, add_rows_typed, copy_rows, embed_rows
 
 /// Changes whenever a kernel's speed or rounding does, or what is measured of it: profiles are valid for
 /// one revision.
-pub const KERNEL_REVISION: &str = "14";
+pub const KERNEL_REVISION: &str = "15";
