@@ -1,6 +1,7 @@
 //! Kernel rates beside the machine's own ceilings, measured in the same run, just before each section and
-//! after it: products against the peak of their arithmetic, streams against DRAM reads. A section whose
-//! ceilings are under 0.8 of what this machine has shown is void. `cargo bench --bench kernels [-- WORDS]`
+//! after it: products against the peak of their arithmetic, streams against DRAM reads. A section is void when a
+//! ceiling has changed by more than a fifth from its beginning to its end, or is under 0.8 of what the machine is
+//! known to give. `cargo bench --bench kernels [-- WORDS]`
 //! runs the sections whose name contains one of the words; `threads=N` among them sets the threads,
 //! `isa=avx512_bf16` the instruction set.
 
@@ -11,8 +12,9 @@ use loadmaster::machine::cpu::pool::Pool;
 use std::cell::Cell;
 use std::time::Instant;
 
-/// Larger than any cache here, so that weights and KV come from DRAM.
-const STREAM_BYTES: usize = 512 << 20;
+/// Larger than any cache here, so that weights and KV come from DRAM, and than the largest matrix of OPT in fp32 but
+/// those of opt-175b.
+const STREAM_BYTES: usize = 1 << 30;
 
 type Section = fn(&Bench);
 
@@ -135,7 +137,14 @@ fn shapes() -> Vec<(usize, usize)> {
     let asked = std::env::args().find_map(|word| Some(word.strip_prefix("shapes=")?.to_owned()));
     match asked {
         Some(list) => list.split(',').filter_map(of).collect(),
-        None => vec![(2048, 2048), (2048, 8192), (8192, 2048), (7168, 7168)],
+        None => vec![
+            (2048, 2048),
+            (2048, 8192),
+            (8192, 2048),
+            (7168, 7168),
+            (7168, 28672),
+            (28672, 7168),
+        ],
     }
 }
 
@@ -192,6 +201,10 @@ impl Bench {
         let x = numbers(m * inputs, 13);
         let mut out = buffer(4 * m * rows);
         let copies = STREAM_BYTES / bytes;
+        assert!(
+            copies > 0,
+            "{inputs}x{rows} takes more than 1 GiB: ask for a smaller shape"
+        );
         let s = seconds(|run| {
             let weights = &self.memory[run % copies * bytes..][..bytes];
             let (bias, activation) = (None, Activation::None);

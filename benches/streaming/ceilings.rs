@@ -1,4 +1,4 @@
-//! What the machine itself gives: FMA peak, DRAM reads, direct reads and writes of a file. Measured
+//! What the machine itself gives: the peaks of each arithmetic, DRAM reads, direct reads and writes of a file. Measured
 //! between the rows of a table, so that ceilings and figures share the same hour.
 
 use loadmaster::cost::requests::READ_THREADS;
@@ -13,11 +13,15 @@ use std::time::Instant;
 /// One request, of the size in which weights are streamed.
 const BLOCK_BYTES: u64 = 16 << 20;
 const DISK_BYTES: u64 = 512 << 20;
-const MEMORY_BYTES: u64 = 256 << 20;
+/// Many times a usual last cache, which would else give a part of it.
+const MEMORY_BYTES: u64 = 1 << 30;
 
 #[derive(Clone, Copy)]
 pub struct Ceilings {
     pub flop_per_s: f64,
+    /// Of pairs of bf16, and of bytes.
+    pub bf16_flop_per_s: f64,
+    pub int8_op_per_s: f64,
     pub dram_bytes_per_s: f64,
     pub read_bytes_per_s: f64,
     pub write_bytes_per_s: f64,
@@ -29,6 +33,8 @@ impl Ceilings {
         let of = |get: fn(&Ceilings) -> f64| super::median(all.iter().map(get).collect());
         Ceilings {
             flop_per_s: of(|c| c.flop_per_s),
+            bf16_flop_per_s: of(|c| c.bf16_flop_per_s),
+            int8_op_per_s: of(|c| c.int8_op_per_s),
             dram_bytes_per_s: of(|c| c.dram_bytes_per_s),
             read_bytes_per_s: of(|c| c.read_bytes_per_s),
             write_bytes_per_s: of(|c| c.write_bytes_per_s),
@@ -37,8 +43,10 @@ impl Ceilings {
 
     pub fn show(&self) -> String {
         format!(
-            "FMA {:.0} GFLOP/s, DRAM read {:.1} GB/s, disk read {:.2} GB/s, overwrite {:.2} GB/s",
+            "FMA {:.0} GFLOP/s, bf16 {:.0} GFLOP/s, int8 {:.0} Gop/s, DRAM read {:.1} GB/s, disk read {:.2} GB/s, overwrite {:.2} GB/s",
             self.flop_per_s / 1e9,
+            self.bf16_flop_per_s / 1e9,
+            self.int8_op_per_s / 1e9,
             self.dram_bytes_per_s / 1e9,
             self.read_bytes_per_s / 1e9,
             self.write_bytes_per_s / 1e9
@@ -74,17 +82,22 @@ impl Meter {
 
     pub fn measure(&mut self) -> Ceilings {
         let isa = Isa::detect();
-        let (mut flop, mut dram) = (0.0f64, 0.0f64);
+        let (mut peaks, mut dram) = ([0.0f64; 3], 0.0f64);
         for _ in 0..4 {
-            let start = Instant::now();
-            let done = multiply_peak(&self.pool, isa, Arithmetic::Fp32, 1_000_000);
-            flop = flop.max(done / start.elapsed().as_secs_f64());
+            let arithmetics = [Arithmetic::Fp32, Arithmetic::Bf16, Arithmetic::Int8];
+            for (peak, arithmetic) in peaks.iter_mut().zip(arithmetics) {
+                let start = Instant::now();
+                let done = multiply_peak(&self.pool, isa, arithmetic, 1_000_000);
+                *peak = peak.max(done / start.elapsed().as_secs_f64());
+            }
             let start = Instant::now();
             std::hint::black_box(memory_read_sum(&self.pool, isa, &self.memory));
             dram = dram.max(MEMORY_BYTES as f64 / start.elapsed().as_secs_f64());
         }
         Ceilings {
-            flop_per_s: flop,
+            flop_per_s: peaks[0],
+            bf16_flop_per_s: peaks[1],
+            int8_op_per_s: peaks[2],
             dram_bytes_per_s: dram,
             read_bytes_per_s: self.disk(false),
             write_bytes_per_s: self.disk(true),
