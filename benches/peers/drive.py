@@ -2,14 +2,18 @@
 rounds, and prints one table with ratios to the best peer of the same precision."""
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
+
+from machine import Failed, confined, cores
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -19,7 +23,6 @@ STREAMING = pathlib.Path(os.environ["STREAMING"]).absolute()
 KERNELS = pathlib.Path(os.environ["KERNELS"]).absolute()
 MIB = 1 << 20
 WHOLE_CGROUP = "bf16-in-all-of-cgroup"
-CGROUP = pathlib.Path("/sys/fs/cgroup/memory/loadmaster-peers")
 
 # row: (engine, its precision there, precision class that ratios compare within)
 ROWS = {
@@ -42,6 +45,7 @@ ONLY = {
     "--repeat-under": {"resident"},
     "--threads": {"resident", "--products"},
     "--weights-memory": {"--offload"},
+    "--unconfined": {"--offload"},
     "--shapes": {"--products"},
     "--product-rows": {"--products"},
 }
@@ -57,7 +61,7 @@ def arguments():
     parser.add_argument("--gen-len", type=int, default=32)
     parser.add_argument("--rows", default=",".join(ROWS), help="some of " + ", ".join(ROWS))
     parser.add_argument(
-        "--threads", help="swept for the peers, best taken (default: all cores, and half of them)"
+        "--threads", help="swept for the peers, best taken (default: all CPUs of this process, and half of them)"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -67,6 +71,9 @@ def arguments():
     instead.add_argument("--offload", action="store_true", help="Accelerate's disk offload instead")
     parser.add_argument(
         "--weights-memory", type=float, default=1, help="GiB of weights that Accelerate keeps in DRAM"
+    )
+    parser.add_argument(
+        "--unconfined", action="store_true", help="offload without a control group: page cache is not limited"
     )
     instead.add_argument(
         "--products", action="store_true", help="single linear layers beside PyTorch's instead"
@@ -80,8 +87,7 @@ def arguments():
             parser.error(f"{name} means nothing with {table}" if args.offload or args.products
                          else f"{name} goes with {' or '.join(sorted(ONLY[name]))}")  # fmt: skip
     args.batches = [int(b) for b in args.batch.split(",")]
-    cores = os.cpu_count()
-    threads = args.threads or f"{cores},{max(cores // 2, 1)}"
+    threads = args.threads or f"{cores()},{max(cores() // 2, 1)}"
     args.threads_list = list(dict.fromkeys(int(t) for t in threads.split(",")))
     args.rows = args.rows.split(",")
     return args
@@ -291,7 +297,7 @@ def resident(args):
             for row in rows:
                 ours = ROWS[row][0] == "loadmaster"
                 known = table.threads.get((row, batch))
-                sweep = [os.cpu_count()] if ours else [known] if known else args.threads_list
+                sweep = [cores()] if ours else [known] if known else args.threads_list
                 for threads in [] if (row, batch) in slow else sweep:
                     run = once(row, batch, threads)
                     table.add(row, batch, threads, run)
@@ -307,55 +313,49 @@ def resident(args):
     table.show_best(args.batches, rows)
 
 
-def confined(limit):
-    """Puts a child into a memory cgroup of `limit` bytes, page cache included; None without one."""
-    if not (CGROUP.parent / "memory.limit_in_bytes").exists() or os.geteuid():
-        print("no memory cgroup here: the page cache is not limited", file=sys.stderr)
-        return None
-    CGROUP.mkdir(exist_ok=True)
-    (CGROUP / "memory.limit_in_bytes").write_text(str(limit))
-    return lambda: (CGROUP / "cgroup.procs").write_text(str(os.getpid()))
-
-
 def offload(args):
-    source = checkpoint(args.model, "bf16")
-    file = prompts(source, max(args.batches), args.prompt_len)
     memory = int(args.weights_memory * (1 << 30))
     # Both run in this much, files that they read included.
     limit = memory + (2 << 30)
-    inside = confined(limit)
-    weights = sum(f.stat().st_size for f in source.glob("*.safetensors"))
-    print(f"{args.model}, {weights / 1e9:.1f} GB of bf16 weights, {args.prompt_len} + {args.gen_len} tokens; "
-          f"{versions()}; memory cgroup of {limit >> 20} MiB: {'yes' if inside else 'no'}")  # fmt: skip
-    limits = [ceilings()]
-    ROWS["accelerate"] = ("accelerate", "bfloat16", "bf16")
-    ours = offload_rows(100 * memory / weights)
-    for name, flags in ours:
-        ROWS[name] = ("loadmaster", flags, "bf16")  # these weights are bf16, whoever multiplies them
+    with contextlib.nullcontext() if args.unconfined else confined(limit) as inside:
+        source = checkpoint(args.model, "bf16")
+        weights = sum(f.stat().st_size for f in source.glob("*.safetensors"))
+        group = f"in a memory cgroup of {limit >> 20} MiB" if inside else "in NO memory cgroup: page cache is not limited"
+        print(f"{args.model}, {weights / 1e9:.1f} GB of bf16 weights, {args.prompt_len} + {args.gen_len} tokens; "
+              f"{versions()}; {group}")  # fmt: skip
+        limits = [ceilings()]
+        ROWS["accelerate"] = ("accelerate", "bfloat16", "bf16")
+        ours = offload_rows(100 * memory / weights)
+        for name, flags in ours:
+            ROWS[name] = ("loadmaster", flags, "bf16")  # these weights are bf16, whoever multiplies them
+        table = offload_rounds(args, (source, memory, limit), inside, ours)
+    limits.append(ceilings())
+    print(f"this machine before: {limits[0]}\nand after:           {limits[1]}")
+    names = ["accelerate", *(name for name, _ in ours)]
+    table.show(args.batches, names)
+    table.show_best(args.batches, names)
+
+
+def offload_rounds(args, place, inside, ours):
+    source, memory, limit = place
+    file = prompts(source, max(args.batches), args.prompt_len)
     table = Table(args.gen_len)
-    folder = WORK / "offload"
     for batch in args.batches * args.rounds:
-        words = ["run", "accelerate", "bfloat16", os.cpu_count(), batch, args.gen_len, file, source,
-                 "--memory", memory, "--folder", folder]  # fmt: skip
+        words = ["run", "accelerate", "bfloat16", cores(), batch, args.gen_len, file, source,
+                 "--memory", memory, "--folder", WORK / "offload"]  # fmt: skip
         start = time.time()
         run = json.loads(peer(*words, env=environment(), preexec_fn=inside).strip().splitlines()[-1])
         print(f"accelerate batch {batch}: {whole(run):.1f} s ({time.time() - start:.0f} s with loading), "
               f"{run['away']}", file=sys.stderr)  # fmt: skip
-        table.add("accelerate", batch, os.cpu_count(), run)
+        table.add("accelerate", batch, cores(), run)
         peak = run["peak_bytes"] // MIB
         loadmaster(source, file, 1, 1, "")  # packed by now, or packed here
         for name, flags in ours:
             budget = limit // MIB if name == WHOLE_CGROUP else peak
             shape = f"--gpu-batch-size {batch} --num-gpu-batches 1 --cpu-mem {budget}MiB"
             run = loadmaster(source, file, batch, args.gen_len, f"{shape} {flags}", inside)
-            table.add(name, batch, os.cpu_count(), run)
-    limits.append(ceilings())
-    print(f"this machine before: {limits[0]}\nand after:           {limits[1]}")
-    names = ["accelerate", *(name for name, _ in ours)]
-    table.show(args.batches, names)
-    table.show_best(args.batches, names)
-    if inside:
-        CGROUP.rmdir()
+            table.add(name, batch, cores(), run)
+    return table
 
 
 def offload_rows(percent):
@@ -409,7 +409,10 @@ def rate(what, seconds):
 
 if __name__ == "__main__":
     asked = arguments()
-    if asked.products:
-        products(asked)
-    else:
-        offload(asked) if asked.offload else resident(asked)
+    # So that what a row runs in is given back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    work = products if asked.products else offload if asked.offload else resident
+    try:
+        work(asked)
+    except Failed as why:
+        sys.exit(str(why))
