@@ -8,12 +8,12 @@ import os
 import pathlib
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import time
 
 from machine import Failed, confined, cores
+from table import MIB, ROWS, Table, show_failed, tried, whole
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -21,19 +21,7 @@ WORK = ROOT / "target/peers"
 LOADMASTER = pathlib.Path(os.environ["LOADMASTER"]).absolute()
 STREAMING = pathlib.Path(os.environ["STREAMING"]).absolute()
 KERNELS = pathlib.Path(os.environ["KERNELS"]).absolute()
-MIB = 1 << 20
 WHOLE_CGROUP = "bf16-in-all-of-cgroup"
-
-# row: (engine, its precision there, precision class that ratios compare within)
-ROWS = {
-    "transformers-bf16": ("transformers", "bfloat16", "bf16"),
-    "transformers-fp32": ("transformers", "float32", "fp32"),
-    "ctranslate2-float32": ("ctranslate2", "float32", "fp32"),
-    "ctranslate2-int8": ("ctranslate2", "int8", "int8"),
-    "loadmaster-exact": ("loadmaster", "", "fp32"),
-    "loadmaster-bf16": ("loadmaster", "--compute bf16", "bf16"),
-    "loadmaster-4bit": ("loadmaster", "--compress-weight 1", "int8"),
-}
 
 # Options that not every table knows: the resident rows', Accelerate's offload, single products.
 ONLY = {
@@ -61,11 +49,12 @@ def arguments():
     parser.add_argument("--gen-len", type=int, default=32)
     parser.add_argument("--rows", default=",".join(ROWS), help="some of " + ", ".join(ROWS))
     parser.add_argument(
-        "--threads", help="swept for the peers, best taken (default: all CPUs of this process, and half of them)"
+        "--threads",
+        help="swept, best taken (default: all CPUs of this process, and half of them; for loadmaster its own default)",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--repeat-under", type=float, default=20, help="seconds; longer rows run once"
+        "--repeat-under", type=float, default=20, help="seconds; longer rows run once a number of threads"
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--offload", action="store_true", help="Accelerate's disk offload instead")
@@ -89,16 +78,28 @@ def arguments():
     args.batches = [int(b) for b in args.batch.split(",")]
     threads = args.threads or f"{cores()},{max(cores() // 2, 1)}"
     args.threads_list = list(dict.fromkeys(int(t) for t in threads.split(",")))
+    args.ours_list = args.threads_list if args.threads else [None]
     args.rows = args.rows.split(",")
     return args
 
 
 def call(words, **more):
-    """stdout of a command; its failure is this script's."""
-    ended = subprocess.run([str(w) for w in words], capture_output=True, text=True, **more)
+    """stdout of a command that did its work."""
+    words = [str(w) for w in words]
+    try:
+        ended = subprocess.run(words, capture_output=True, text=True, **more)
+    except subprocess.SubprocessError as why:
+        raise Failed(f"{' '.join(words)}\n{why}") from why
     if ended.returncode:
-        sys.exit(f"{' '.join(map(str, words))}\n{ended.stderr}")
+        lines = [" ".join(words), *ended.stderr.splitlines(), fate(ended.returncode)]
+        raise Failed("\n".join(line for line in lines if line.strip()))
     return ended.stdout
+
+
+def fate(code):
+    if code == -signal.SIGKILL:
+        return "killed (SIGKILL), as the kernel does where memory runs out"
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
 def peer(*words, **more):
@@ -144,13 +145,15 @@ def loadmaster(model_dir, prompts_file, batch, gen, flags, inside=None):
          "--ignore-eos", "--report", report, "--output", out, "--overwrite", *flags.split()],
         env=environment(), preexec_fn=inside,
     )  # fmt: skip
-    measured = json.loads(report.read_text())["measured"]
+    said = json.loads(report.read_text())
+    measured = said["measured"]
     results = sorted(map(json.loads, out.read_text().splitlines()), key=lambda r: r["index"])
     return {
         "prefill_s": measured["prefill_s"],
         "decode_s": measured["decode_s"],
         "peak_bytes": measured["tiers"]["cpu"]["peak_bytes"],
         "tokens": [r["token_ids"] for r in results],
+        "threads": said["plan"]["policy"]["threads"],
     }
 
 
@@ -160,102 +163,14 @@ def ceilings():
     return out.strip().splitlines()[-1]
 
 
+def show_ceilings(before):
+    after = tried({}, "ceilings", ceilings) or "not known"
+    print(f"this machine before: {before}\nand after:           {after}")
+
+
 def versions():
     names = [line.split("==") for line in (HERE / "requirements.txt").read_text().split() if "==" in line]
     return ", ".join(f"{name} {version}" for name, version in names)
-
-
-class Table:
-    """Runs by (row, batch), each a list of measurements at the best thread count."""
-
-    def __init__(self, gen):
-        self.gen = gen
-        self.runs = {}
-        self.threads = {}
-
-    def add(self, row, batch, threads, run):
-        known = self.threads.get((row, batch))
-        if known is None or threads == known:
-            self.threads[row, batch] = threads
-            self.runs.setdefault((row, batch), []).append(run)
-        elif whole(run) < min(map(whole, self.runs[row, batch])):
-            self.threads[row, batch] = threads
-            self.runs[row, batch] = [run]
-
-    def median(self, row, batch):
-        runs = self.runs[row, batch]
-        of = lambda key: statistics.median(r[key] for r in runs)  # noqa: E731
-        prefill, decode = of("prefill_s"), of("decode_s")
-        return {
-            "prefill": prefill,
-            "decode": decode,
-            "rate": batch * self.gen / (prefill + decode),
-            "decode_rate": batch * (self.gen - 1) / max(decode, 1e-9),
-            "peak": max(r["peak_bytes"] for r in runs) / MIB,
-        }
-
-    def same(self, row, batch):
-        """Share of tokens that transformers in float32 gives too."""
-        reference = self.runs.get(("transformers-fp32", batch))
-        if not reference:
-            return "-"
-        pairs = [
-            (a, b)
-            for mine, theirs in zip(self.runs[row, batch][0]["tokens"], reference[0]["tokens"])
-            for a, b in zip(mine, theirs)
-        ]
-        return f"{100 * sum(a == b for a, b in pairs) / len(pairs):.0f} %"
-
-    def best_peer(self, row, batch, key):
-        kind = ROWS[row][2]
-        peers = [
-            self.median(other, batch)
-            for other, b in self.runs
-            if b == batch and ROWS[other][2] == kind and ROWS[other][0] != "loadmaster"
-        ]
-        pick = min if key in ("prefill", "decode", "peak") else max
-        return pick((p[key] for p in peers), default=None)
-
-    def show(self, batches, rows):
-        print(
-            f"\n{'row':20} {'batch':>5} {'thr':>3} {'prefill s':>9} {'decode s':>8} {'dec tok/s':>9} "
-            f"{'tok/s':>7} {'peak MiB':>8} {'runs':>4} {'same':>5}   x best peer: prefill, decode, whole"
-        )
-        for batch in batches:
-            for row in rows:
-                if (row, batch) in self.runs:
-                    print(self.line(row, batch))
-
-    def show_best(self, batches, rows):
-        """Each row at whichever of the batches suits it, against the best such peer of its precision."""
-        best = {}
-        for row in rows:
-            rates = [(self.median(row, b)["rate"], b) for b in batches if (row, b) in self.runs]
-            best[row] = max(rates, default=(0, 0))
-        for row, (rate, batch) in best.items():
-            same = [r for r in rows if ROWS[r][2] == ROWS[row][2] and ROWS[r][0] != "loadmaster"]
-            peer_rate = max((best[r][0] for r in same), default=0)
-            ratio = f", {rate / peer_rate:.2f} x the best peer's" if peer_rate else ""
-            print(f"best batch of {row}: {batch}, {rate:.2f} tok/s{ratio}")
-
-    def line(self, row, batch):
-        m = self.median(row, batch)
-        text = (
-            f"{row:20} {batch:5} {self.threads[row, batch]:3} {m['prefill']:9.3f} {m['decode']:8.3f} "
-            f"{m['decode_rate']:9.2f} {m['rate']:7.2f} {m['peak']:8.0f} "
-            f"{len(self.runs[row, batch]):4} {self.same(row, batch):>5}"
-        )
-        if ROWS[row][0] == "loadmaster" and self.best_peer(row, batch, "rate"):
-            best = {key: self.best_peer(row, batch, key) for key in m}
-            text += (
-                f"   {best['prefill'] / m['prefill']:5.2f} {best['decode'] / m['decode']:5.2f} "
-                f"{m['rate'] / best['rate']:5.2f}"
-            )
-        return text
-
-
-def whole(run):
-    return run["prefill_s"] + run["decode_s"]
 
 
 def known_rows(rows):
@@ -271,91 +186,106 @@ def known_rows(rows):
 
 def resident(args):
     source = checkpoint(args.model, "f16")
-    rows = list(known_rows(args.rows))
-    other = converted(args.model, source) if any("ctranslate2" in r for r in rows) else None
     file = prompts(source, max(args.batches), args.prompt_len)
     table = Table(args.gen_len)
     shape = "--percent 0 100 0 100 0 100 --num-gpu-batches 1 --gpu-batch-size"
 
-    def once(row, batch, threads):
+    def once(row, batch, asked):
         engine, how, _ = ROWS[row]
         if engine == "loadmaster":
-            return loadmaster(source, file, batch, args.gen_len, f"{shape} {batch} {how}")
-        model = other if engine == "ctranslate2" else source
-        text = peer(
-            "run", engine, how, threads, batch, args.gen_len, file, model, env=environment()
-        )
-        return json.loads(text.strip().splitlines()[-1])
+            threads = f"--threads {asked}" if asked else ""
+            return loadmaster(source, file, batch, args.gen_len, f"{shape} {batch} {how} {threads}")
+        model = converted(args.model, source) if engine == "ctranslate2" else source
+        text = peer("run", engine, how, asked, batch, args.gen_len, file, model, env=environment())
+        return dict(last_line(text), threads=asked)
 
+    def prepare(row):
+        """Converts, or packs and for each number of threads probes where there is no profile."""
+        if ROWS[row][0] == "ctranslate2":
+            converted(args.model, source)
+        for asked in args.ours_list if ROWS[row][0] == "loadmaster" else []:
+            once(row, 1, asked)
+
+    rows = list(known_rows(args.rows))
     for row in rows:
-        if ROWS[row][0] == "loadmaster":
-            once(row, 1, None)  # packs, and probes where there is no profile
-    limits = [ceilings()]
-    slow = set()
+        tried(table.failed, row, lambda row=row: prepare(row))
+    before = ceilings()
+    sweep(args, [row for row in rows if row not in table.failed], table, once)
+    print(f"{args.model}, {args.prompt_len} + {args.gen_len} tokens, greedy, end token ignored; {versions()}")
+    show_ceilings(before)
+    table.show(args.batches, rows)
+    table.show_best(args.batches, rows)
+    return show_failed(table.failed)
+
+
+def sweep(args, rows, table, once):
+    """Every row on every number of threads, then again on those that may be its best."""
     for round_ in range(args.rounds):
         for batch in args.batches:
             for row in rows:
-                ours = ROWS[row][0] == "loadmaster"
-                known = table.threads.get((row, batch))
-                sweep = [cores()] if ours else [known] if known else args.threads_list
-                for threads in [] if (row, batch) in slow else sweep:
-                    run = once(row, batch, threads)
-                    table.add(row, batch, threads, run)
-                    print(f"round {round_ + 1} {row} batch {batch} threads {threads}: "
-                          f"{whole(run):.2f} s", file=sys.stderr)  # fmt: skip
-                    if whole(run) > args.repeat_under:
-                        slow.add((row, batch))
-                        break  # fewer threads would take longer still
-    limits.append(ceilings())
-    print(f"{args.model}, {args.prompt_len} + {args.gen_len} tokens, greedy, end token ignored; {versions()}")
-    print(f"this machine before: {limits[0]}\nand after:           {limits[1]}")
-    table.show(args.batches, rows)
-    table.show_best(args.batches, rows)
+                threads = args.ours_list if ROWS[row][0] == "loadmaster" else args.threads_list
+                for asked in table.again(row, batch, args.repeat_under) if round_ else threads:
+                    run = table.take(once, row, batch, asked)
+                    if run:
+                        print(f"round {round_ + 1} {row} batch {batch} threads {run['threads']}: "
+                              f"{whole(run):.2f} s", file=sys.stderr)  # fmt: skip
+
+
+def last_line(text):
+    return json.loads(text.strip().splitlines()[-1])
 
 
 def offload(args):
     memory = int(args.weights_memory * (1 << 30))
     # Both run in this much, files that they read included.
     limit = memory + (2 << 30)
+    ROWS["accelerate"] = ("accelerate", "bfloat16", "bf16")
+    table = Table(args.gen_len)
     with contextlib.nullcontext() if args.unconfined else confined(limit) as inside:
         source = checkpoint(args.model, "bf16")
         weights = sum(f.stat().st_size for f in source.glob("*.safetensors"))
-        group = f"in a memory cgroup of {limit >> 20} MiB" if inside else "in NO memory cgroup: page cache is not limited"
-        print(f"{args.model}, {weights / 1e9:.1f} GB of bf16 weights, {args.prompt_len} + {args.gen_len} tokens; "
-              f"{versions()}; {group}")  # fmt: skip
-        limits = [ceilings()]
-        ROWS["accelerate"] = ("accelerate", "bfloat16", "bf16")
         ours = offload_rows(100 * memory / weights)
         for name, flags in ours:
             ROWS[name] = ("loadmaster", flags, "bf16")  # these weights are bf16, whoever multiplies them
-        table = offload_rounds(args, (source, memory, limit), inside, ours)
-    limits.append(ceilings())
-    print(f"this machine before: {limits[0]}\nand after:           {limits[1]}")
+        before = ceilings()
+        offload_rounds(args, (source, memory, limit), inside, ours, table)
+    group = f"in a memory cgroup of {limit >> 20} MiB" if inside else "in NO memory cgroup: page cache is not limited"
+    print(f"{args.model}, {weights / 1e9:.1f} GB of bf16 weights, {args.prompt_len} + {args.gen_len} tokens; "
+          f"{versions()}; {group}")  # fmt: skip
+    show_ceilings(before)
     names = ["accelerate", *(name for name, _ in ours)]
     table.show(args.batches, names)
     table.show_best(args.batches, names)
+    return show_failed(table.failed)
 
 
-def offload_rounds(args, place, inside, ours):
+def offload_rounds(args, place, inside, ours, table):
     source, memory, limit = place
     file = prompts(source, max(args.batches), args.prompt_len)
-    table = Table(args.gen_len)
-    for batch in args.batches * args.rounds:
-        words = ["run", "accelerate", "bfloat16", cores(), batch, args.gen_len, file, source,
+
+    def accelerate(_, batch, threads):
+        words = ["run", "accelerate", "bfloat16", threads, batch, args.gen_len, file, source,
                  "--memory", memory, "--folder", WORK / "offload"]  # fmt: skip
         start = time.time()
-        run = json.loads(peer(*words, env=environment(), preexec_fn=inside).strip().splitlines()[-1])
+        run = last_line(peer(*words, env=environment(), preexec_fn=inside))
         print(f"accelerate batch {batch}: {whole(run):.1f} s ({time.time() - start:.0f} s with loading), "
               f"{run['away']}", file=sys.stderr)  # fmt: skip
-        table.add("accelerate", batch, cores(), run)
-        peak = run["peak_bytes"] // MIB
-        loadmaster(source, file, 1, 1, "")  # packed by now, or packed here
-        for name, flags in ours:
-            budget = limit // MIB if name == WHOLE_CGROUP else peak
+        return dict(run, threads=threads)
+
+    for batch in args.batches * args.rounds:
+        run = table.take(accelerate, "accelerate", batch, cores())
+
+        def mine(name, batch, _, run=run):
+            if name != WHOLE_CGROUP and not run:
+                raise Failed("its budget is Accelerate's peak, which failed")
+            budget = (limit if name == WHOLE_CGROUP else run["peak_bytes"]) // MIB
             shape = f"--gpu-batch-size {batch} --num-gpu-batches 1 --cpu-mem {budget}MiB"
-            run = loadmaster(source, file, batch, args.gen_len, f"{shape} {flags}", inside)
-            table.add(name, batch, cores(), run)
-    return table
+            return loadmaster(source, file, batch, args.gen_len, f"{shape} {ROWS[name][1]}", inside)
+
+        # Packed by now, or packed here; where that fails the rows say so.
+        tried({}, "packing", lambda: loadmaster(source, file, 1, 1, ""))
+        for name, _ in ours:
+            table.take(mine, name, batch, None)
 
 
 def offload_rows(percent):
@@ -376,27 +306,40 @@ GEMM = re.compile(r"gemm +\S+ \S+ +(\d+)->(\d+) +M=(\d+) +([0-9.]+) ms")
 
 def products(args):
     """Products of fp16 or bf16 weights: PyTorch's linear layer, the same in oneDNN's layout, loadmaster's."""
-    rates, limits = {}, [ceilings()]
+    rates, failed, before = {}, {}, ceilings()
+
+    def torch(dtype, threads):
+        found = json.loads(peer("products", dtype, threads, args.shapes, args.product_rows))
+        for what, pair in found.items():
+            for name, seconds in zip(["torch", "oneDNN's layout"], pair):
+                rates.setdefault((what, dtype, name), []).append(rate(what, seconds))
+
+    def ours(dtype, threads):
+        words = [KERNELS, {"float32": "gemm-f16", "bfloat16": "gemm-bf16"}[dtype]]
+        words += [f"shapes={args.shapes}", f"rows={args.product_rows}", *([f"threads={threads}"] if threads else [])]
+        for inputs, outputs, m, ms in GEMM.findall(call(words)):
+            what = f"{inputs}x{outputs} {m}"
+            rates.setdefault((what, dtype, "loadmaster"), []).append(rate(what, float(ms) / 1e3))
+
     for round_ in range(args.rounds):
-        for dtype, section in [("float32", "gemm-f16"), ("bfloat16", "gemm-bf16")]:
+        for dtype in ["float32", "bfloat16"]:
             for threads in args.threads_list:
-                found = json.loads(peer("products", dtype, threads, args.shapes, args.product_rows))
-                for what, pair in found.items():
-                    for name, seconds in zip(["torch", "oneDNN's layout"], pair):
-                        rates.setdefault((what, dtype, name), []).append(rate(what, seconds))
-            words = [KERNELS, section, f"shapes={args.shapes}", f"rows={args.product_rows}"]
-            for inputs, outputs, m, ms in GEMM.findall(call(words)):
-                what = f"{inputs}x{outputs} {m}"
-                rates.setdefault((what, dtype, "loadmaster"), []).append(rate(what, float(ms) / 1e3))
+                tried(failed, f"torch {dtype} threads {threads}", lambda: torch(dtype, threads))
+            for threads in args.ours_list:
+                tried(failed, f"loadmaster {dtype} threads {threads}", lambda: ours(dtype, threads))
             print(f"round {round_ + 1} {dtype}", file=sys.stderr)
-    limits.append(ceilings())
     print(f"linear layers, {versions()}; the best run of each process, best of {args.rounds} rounds and all threads")
-    print(f"this machine before: {limits[0]}\nand after:           {limits[1]}")
+    show_ceilings(before)
+    show_products(rates)
+    return show_failed(failed)
+
+
+def show_products(rates):
     print(f"{'inputs x outputs, rows':24} {'class':9} {'torch':>8} {'oneDNN':>8} {'loadmaster':>10}  GFLOP/s, x the better")
     for what in dict.fromkeys(what for what, _, _ in rates):
         for dtype in ["float32", "bfloat16"]:
             names = ["torch", "oneDNN's layout", "loadmaster"]
-            torch, packed, ours = (max(rates[what, dtype, name]) for name in names)
+            torch, packed, ours = (max(rates.get((what, dtype, name), [float("nan")])) for name in names)
             ratio = ours / max(torch, packed)
             print(f"{what:24} {dtype:9} {torch:8.0f} {packed:8.0f} {ours:10.0f}  {ratio:.2f}")
 
@@ -413,6 +356,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     work = products if asked.products else offload if asked.offload else resident
     try:
-        work(asked)
+        sys.exit(work(asked))
     except Failed as why:
         sys.exit(str(why))
