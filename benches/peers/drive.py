@@ -22,6 +22,8 @@ LOADMASTER = pathlib.Path(os.environ["LOADMASTER"]).absolute()
 STREAMING = pathlib.Path(os.environ["STREAMING"]).absolute()
 KERNELS = pathlib.Path(os.environ["KERNELS"]).absolute()
 WHOLE_CGROUP = "bf16-in-all-of-cgroup"
+# As benches/kernels.rs has it: where a ceiling changes by more, ratios within the run say nothing.
+STEADY = 0.2
 
 # Options that not every table knows: the resident rows', Accelerate's offload, single products.
 ONLY = {
@@ -163,9 +165,18 @@ def ceilings():
     return out.strip().splitlines()[-1]
 
 
-def show_ceilings(before):
+def show_ceilings(before, names):
+    """The machine's limits before and now, above a table of what depends on those of these names."""
     after = tried({}, "ceilings", ceilings) or "not known"
     print(f"this machine before: {before}\nand after:           {after}")
+    print(f"void where {' or '.join(names)} changes by more than {100 * STEADY:.0f} % between the two, or is under "
+          f"{1 - STEADY} of what this machine has shown at other times")  # fmt: skip
+    for name in names:
+        found = re.findall(f"{name} ([0-9.]+)", f"{before}; {after}")
+        low, high = sorted(map(float, found)) if len(found) == 2 else (0, 1)
+        if low < (1 - STEADY) * high:
+            change = f"changed by {100 * (1 - low / high):.0f} %" if low else "is not known before and after"
+            print(f"-- VOID: {name} {change}")
 
 
 def versions():
@@ -212,7 +223,7 @@ def resident(args):
     before = ceilings()
     sweep(args, [row for row in rows if row not in table.failed], table, once)
     print(f"{args.model}, {args.prompt_len} + {args.gen_len} tokens, greedy, end token ignored; {versions()}")
-    show_ceilings(before)
+    show_ceilings(before, ["FMA"])
     table.show(args.batches, rows)
     table.show_best(args.batches, rows)
     return show_failed(table.failed)
@@ -252,7 +263,7 @@ def offload(args):
     group = f"in a memory cgroup of {limit >> 20} MiB" if inside else "in NO memory cgroup: page cache is not limited"
     print(f"{args.model}, {weights / 1e9:.1f} GB of bf16 weights, {args.prompt_len} + {args.gen_len} tokens; "
           f"{versions()}; {group}")  # fmt: skip
-    show_ceilings(before)
+    show_ceilings(before, ["FMA", "disk read"])
     names = ["accelerate", *(name for name, _ in ours)]
     table.show(args.batches, names)
     table.show_best(args.batches, names)
@@ -329,7 +340,7 @@ def products(args):
                 tried(failed, f"loadmaster {dtype} threads {threads}", lambda: ours(dtype, threads))
             print(f"round {round_ + 1} {dtype}", file=sys.stderr)
     print(f"linear layers, {versions()}; the best run of each process, best of {args.rounds} rounds and all threads")
-    show_ceilings(before)
+    show_ceilings(before, ["FMA"])
     show_products(rates)
     return show_failed(failed)
 
