@@ -18,6 +18,8 @@ ROWS = {
     "ctranslate2-float32": ("ctranslate2", "float32", "fp32"),
     "ctranslate2-int8": ("ctranslate2", "int8", "int8"),
     "loadmaster-exact": ("loadmaster", "", "fp32"),
+    # Like for like: the peers of this class keep their cache in fp32.
+    "loadmaster-exact-kv32": ("loadmaster", "--kv f32", "fp32"),
     "loadmaster-bf16": ("loadmaster", "--compute bf16", "bf16"),
     "loadmaster-4bit": ("loadmaster", "--compress-weight 1", "int8"),
 }
