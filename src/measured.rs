@@ -223,11 +223,8 @@ fn tier_bytes(footprint: &Footprint, tier: Tier, measured: &Measured) -> TierFig
             bytes.free_bytes = measured.free_bytes.saturating_sub(bytes.peak_bytes);
         }
         Tier::Gpu if measured.gpu_bus_id.is_some() => {
-            // Where nothing counts it, what was allocated is what is held.
-            bytes.peak_bytes = match measured.gpu_peak_bytes {
-                0 => footprint.total(Tier::Gpu),
-                counted => counted,
-            };
+            // 0 where nothing counts it: what was planned is no measurement.
+            bytes.peak_bytes = measured.gpu_peak_bytes;
             if let Some(before) = &measured.gpu_before {
                 bytes.total_bytes = before.total_bytes;
                 bytes.others_bytes = before.total_bytes - before.free_bytes;
@@ -246,7 +243,7 @@ fn tier_bytes(footprint: &Footprint, tier: Tier, measured: &Measured) -> TierFig
         + bytes.activations_bytes
         + bytes.buffers_bytes
         + bytes.process_bytes;
-    if tier != Tier::Disk {
+    if tier != Tier::Disk && bytes.peak_bytes > 0 {
         bytes.unaccounted_bytes = bytes.peak_bytes as i64 - known as i64;
     }
     bytes

@@ -232,6 +232,14 @@ fn weights_that_cannot_be_page_locked_are_planned_anew() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("planning again without"));
     let lines = stand_in::tokens_of(&output);
     assert_eq!((lines, pins()), (on_host, false.into()));
+    // As it was but for that.
+    let policy = gpu.home.json("report.json")["plan"]["policy"].clone();
+    let batch = (&policy["gpu_batch_size"], &policy["num_gpu_batches"]);
+    assert_eq!(batch, (&2.into(), &2.into()));
+    assert_eq!(
+        policy["percent"],
+        serde_json::json!([0.0, 100.0, 100.0, 0.0, 100.0, 0.0])
+    );
 }
 
 /// The cache is the largest buffer of DRAM here; everything else fits the limit.

@@ -205,6 +205,10 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
                 ..shrunk
             })?;
             feasible(&plan)?;
+            plan.explain
+                .stepped_down
+                .iter()
+                .for_each(|line| talk.note(line));
             let again = Execution {
                 plan: &plan,
                 may_replan: false,

@@ -30,7 +30,7 @@ impl LocalGpu {
         }
     }
 
-    /// What `--device` asks for: `auto` takes the first GPU, and no GPU where there is none. One that is
+    /// What `--device` asks for: `auto` takes the first GPU, and no GPU where nobody knows of one. One that is
     /// there and cannot be used is an error: nobody should find out from a slow run.
     pub fn asked(device: &DeviceChoice) -> Result<Option<LocalGpu>, Failure> {
         match device {
@@ -38,7 +38,7 @@ impl LocalGpu {
             DeviceChoice::Cuda { index } => LocalGpu::find(*index).map(Some),
             DeviceChoice::Auto => match find_gpu(0) {
                 Ok(facts) => Ok(Some(LocalGpu { index: 0, facts })),
-                Err(GpuError::Absent(_)) => Ok(None),
+                Err(GpuError::Absent(why)) => hidden(&why).map_or(Ok(None), Err),
                 Err(GpuError::Unusable { cause, remedy }) => Err(unusable(&cause, &remedy)),
             },
         }
@@ -63,6 +63,24 @@ impl LocalGpu {
         let free = nvml::free_without_this_process(&self.facts.bus_id)?;
         Some(free.min(self.facts.total_bytes))
     }
+}
+
+/// A GPU that the management library sees and CUDA does not, as in a container without CUDA's part of the driver;
+/// none where whoever calls has hidden the GPUs.
+fn hidden(why: &str) -> Option<Failure> {
+    let visible = std::env::var("CUDA_VISIBLE_DEVICES");
+    let asked = visible
+        .as_ref()
+        .is_ok_and(|v| matches!(v.trim(), "" | "-1" | "NoDevFiles"));
+    let gpu = nvml::gpus().filter(|_| !asked)?.into_iter().next()?;
+    let remedy = match visible {
+        Ok(devices) => format!("CUDA_VISIBLE_DEVICES is {devices}: name a device that is there"),
+        Err(_) => "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or load the driver's kernel module anew".into(),
+    };
+    Some(unusable(
+        &format!("{} is there, and CUDA says that {why}", gpu.name),
+        &remedy,
+    ))
 }
 
 fn unusable(cause: &str, remedy: &str) -> Failure {

@@ -11,7 +11,7 @@ use crate::cost::rates::Rates;
 use crate::engine::open::{Packed, RunJob, footprint};
 use crate::machine::os;
 use crate::machine::price::Pricer;
-use crate::plan::{Plan, PlanBudget};
+use crate::plan::{Plan, PlanBudget, cpu_compute_share_percent};
 use crate::planner::changes::Changes;
 use crate::planner::{self, CompressMode, Fixed, Job, PlanRequest};
 use crate::policy::{DeviceKind, Policy, show_percent};
@@ -125,13 +125,17 @@ pub fn step_down(shrunk: &Shrunk, free: u64) -> Result<Option<Plan>, Failure> {
     let Some(short) = shortage(shrunk, &policy, free)? else {
         return Ok(None);
     };
-    let same = Some((policy.compress_weight, policy.compress_cache));
-    let mut tries = vec![same];
+    let mut tries = vec![(policy.compress_weight, policy.compress_cache)];
     if plan.may_become_lossy {
-        tries.extend([Some((true, policy.compress_cache)), Some((true, true))]);
+        tries.extend([(true, policy.compress_cache), (true, true)]);
     }
-    for formats in tries {
-        let mut found = solve_again(shrunk, &policy, (free, formats, None))?;
+    for (weight, cache) in tries {
+        let fixed = Fixed {
+            compress_weight: Some(weight),
+            compress_cache: Some(cache),
+            ..formats_of(&policy)
+        };
+        let mut found = solve_again(shrunk, &policy, (free, fixed))?;
         if !found.feasible {
             continue;
         }
@@ -167,20 +171,52 @@ pub fn refuse_outgrown(shrunk: &Shrunk) -> Result<(), Failure> {
     }
 }
 
-/// The plan to run instead, where the weights in DRAM cannot be page-locked: the same text.
+/// The plan to run instead, where the weights in DRAM cannot be page-locked: the same policy but for that, and where
+/// their relay does not fit beside it another one, which is told.
 pub fn without_pins(shrunk: &Shrunk) -> Result<Plan, Failure> {
     let policy = shrunk.plan.to_policy().map_err(Failure::failed)?;
-    let formats = Some((policy.compress_weight, policy.compress_cache));
-    let mut found = solve_again(shrunk, &policy, (free_bytes()?, formats, Some(false)))?;
+    let free = free_bytes()?;
+    let same = Fixed {
+        percent: Some(policy.shares.percent()),
+        cpu_compute_share: Some(cpu_compute_share_percent(&policy.shares.weights) / 100.0),
+        gpu_batch_size: Some(policy.gpu_batch_size),
+        num_gpu_batches: Some(policy.num_gpu_batches),
+        cpu_cache_compute: Some(policy.cpu_cache_compute),
+        ..formats_of(&policy)
+    };
+    let unpinned = |fixed: Fixed| Fixed {
+        pin_weight: Some(false),
+        ..fixed
+    };
+    let mut found = solve_again(shrunk, &policy, (free, unpinned(same)))?;
+    if !found.feasible {
+        found = solve_again(shrunk, &policy, (free, unpinned(formats_of(&policy))))?;
+        found.explain.stepped_down = Some(told(
+            shrunk.plan,
+            &found,
+            "the weights cannot be page-locked",
+        ));
+    }
     found.may_become_lossy = shrunk.plan.may_become_lossy;
     found.id = found.content_id();
     Ok(found)
 }
 
+/// What makes the text, as it was.
+fn formats_of(policy: &Policy) -> Fixed {
+    Fixed {
+        compress_weight: Some(policy.compress_weight),
+        compress_cache: Some(policy.compress_cache),
+        overlap: Some(policy.overlap),
+        compute: policy.compute,
+        ..Fixed::default()
+    }
+}
+
 fn solve_again(
     shrunk: &Shrunk,
     policy: &Policy,
-    (free, formats, pin_weight): (u64, Option<(bool, bool)>, Option<bool>),
+    (free, fixed): (u64, Fixed),
 ) -> Result<Plan, Failure> {
     let (plan, spec) = (shrunk.plan, &shrunk.model.spec);
     let workload = prompts::workload(shrunk.lines);
@@ -208,14 +244,7 @@ fn solve_again(
         explain: false,
         changes: &Changes::default(),
         budget,
-        fixed: Fixed {
-            compress_weight: formats.map(|f| f.0),
-            compress_cache: formats.map(|f| f.1),
-            overlap: Some(policy.overlap),
-            compute: policy.compute,
-            pin_weight,
-            ..Fixed::default()
-        },
+        fixed,
         compress: CompressMode::Auto,
         kv: policy.kv,
         threads: policy.threads,

@@ -152,9 +152,8 @@ fn a_gpu_newer_than_the_compiler_is_served_by_its_driver() {
     }
 }
 
-const FOR_13: &str = "pip install nvidia-cublas nvidia-cuda-nvrtc (or apt install libcublas-13-0";
-const FOR_12: &str =
-    "pip install nvidia-cublas-cu12 nvidia-cuda-nvrtc-cu12 (or apt install libcublas-12-0";
+const FOR_13: &str = "pip install nvidia-cublas nvidia-cuda-nvrtc (or, from NVIDIA's repository, apt install libcublas-13-0";
+const FOR_12: &str = "pip install nvidia-cublas-cu12 nvidia-cuda-nvrtc-cu12 (or, from NVIDIA's repository, apt install libcublas-12-";
 const DRIVER: &str = "apt install nvidia-driver";
 
 #[test]
@@ -205,7 +204,7 @@ fn a_gpu_that_cannot_be_used_is_an_error_with_the_way_out() {
             "default",
             ("FAKE_CUDA_INIT", "803"),
             "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
-            DRIVER,
+            "restart the machine",
         ),
         (
             "default",
@@ -231,8 +230,69 @@ fn kernels_that_cannot_be_compiled_or_hold_no_context_are_told() {
         gpu.with(&[told]).run("cuda:0", SPLIT).fails(1, parts);
     };
     failing(("FAKE_NVRTC_FAIL", "1"), &["cannot be compiled"]);
-    // Less than the context takes, and less than cuBLAS takes beside it and the arena.
+    // Less than the context takes.
     failing(("FAKE_CUDA_VRAM", "33554432"), &["gpu memory missing"]);
+}
+
+/// Driver, cuBLAS and compiler, and no management library, as in a container that has been given CUDA's part alone.
+fn unmanaged(gpu: &Gpu) -> Gpu {
+    lay(gpu, ("default", BOTH), "toolkit/lib64");
+    let toolkit = gpu.home.path("toolkit").display().to_string();
+    gpu.over("driver-alone").with(&[("CUDA_HOME", &toolkit)])
+}
+
+/// Nobody says what is free: the driver finds out, and what is told names the way out.
+#[test]
+fn memory_that_runs_out_in_the_driver_is_told() {
+    let Some(gpu) = Gpu::new() else { return };
+    let alone = unmanaged(&gpu);
+    let words = format!("{SPLIT} --gpu-mem 900MiB");
+    for (vram, parts) in [
+        (
+            "33554432",
+            ["no memory left for a context", "end other programs"],
+        ),
+        (
+            "68157440",
+            ["of GPU memory are needed in one piece", "--gpu-mem"],
+        ),
+    ] {
+        let small = alone.with(&[("FAKE_CUDA_VRAM", vram)]);
+        small.run("cuda:0", &words).fails(1, &parts);
+    }
+}
+
+#[test]
+fn device_memory_that_nobody_counts_is_not_called_measured() {
+    let Some(gpu) = Gpu::new() else { return };
+    let on_host = gpu.tokens(HOST, SPLIT);
+    assert_eq!(unmanaged(&gpu).tokens("cuda:0", SPLIT), on_host);
+    let report = gpu.home.json("report.json");
+    assert_eq!(report["measured"]["tiers"]["gpu"]["peak_bytes"], 0);
+    let compared = gpu.output("compare report.json --json");
+    let compared: serde_json::Value = serde_json::from_slice(&compared.stdout).expect("JSON");
+    let error = &compared["runs"][0]["error_percent"]["bytes"];
+    assert!(
+        error["gpu"].is_null() && error["cpu"].is_number(),
+        "{error}"
+    );
+}
+
+/// The management library sees it, as in a container whose device files are missing.
+#[test]
+fn a_gpu_that_cuda_does_not_see_is_no_reason_to_compute_on_the_cpu() {
+    let Some(gpu) = Gpu::new() else { return };
+    let words = "--percent 0 50 0 50 0 50 --gpu-batch-size 2";
+    let seen = gpu.with(&[("FAKE_CUDA_INIT", "100")]);
+    let remedy = "NVIDIA_DRIVER_CAPABILITIES=compute,utility";
+    let cause = "is there, and CUDA says that the NVIDIA driver shows no GPU";
+    let said = [cause, remedy, "--device cpu"];
+    seen.run("auto", words).fails(1, &said);
+    seen.run("cpu", words).good();
+    let visible = |devices: &str| seen.with(&[("CUDA_VISIBLE_DEVICES", devices)]);
+    let remedy = "name a device that is there";
+    visible("7").run("auto", words).fails(1, &[cause, remedy]);
+    visible("").run("auto", words).good();
 }
 
 /// Functions of the three libraries that a source calls.

@@ -20,10 +20,14 @@ impl CudaError {
         self.code == CUresult::CUDA_ERROR_OUT_OF_MEMORY as u32
     }
 
-    /// A kernel went wrong on the device (bad addresses and instructions, time-out, assertion, failed launch): the
-    /// process's context is lost with it, and every later call fails in the same way.
+    /// A kernel or the device went wrong (bad addresses and instructions, time-out, assertion, failed launch;
+    /// memory or links beyond repair): the process's context is lost with it, and every later call fails in the
+    /// same way.
     pub fn is_fault(&self) -> bool {
-        matches!(self.code, 700 | 702 | 710 | 714..=719 | 721)
+        matches!(
+            self.code,
+            214 | 220 | 226 | 700 | 702 | 710 | 714..=719 | 721
+        )
     }
 }
 

@@ -153,6 +153,12 @@ impl Toolkit {
         function.unwrap_or_else(|| panic!("{symbol} was looked for before anything was opened"))
     }
 
+    /// Where the chosen library lies.
+    pub fn file(&self) -> String {
+        let chosen = self.chosen.get();
+        chosen.map_or_else(|| self.library.name(), |&handle| self.library.file(handle))
+    }
+
     /// Takes the first library that can be used with the driver, or says why none can: one of a newer CUDA makes
     /// kernels that the driver refuses, or has no others, and says no more than "not initialised".
     pub fn choose(&self, driver: u32) -> Result<(), String> {

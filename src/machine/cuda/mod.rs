@@ -41,7 +41,7 @@ use timeline::Timeline;
 fn gpu_error(error: CudaError) -> MachineError {
     let remedy = match error.is_fault() {
         true => {
-            ": a kernel went wrong, and this process can no longer use the GPU; start the program again, and please report it if that does not help"
+            ": a kernel or the GPU itself went wrong, and this process can no longer use it; start the program again, and please report it if that does not help"
         }
         false => "",
     };
@@ -108,7 +108,7 @@ impl Gpu {
             .map_err(|error| MachineError::Gpu(error.to_string()))?;
         nvml::about_to_open(&facts.bus_id);
         let before = resident_bytes();
-        let context = Context::new(choice.index).map_err(gpu_error)?;
+        let context = Context::new(choice.index).map_err(no_context)?;
         let target = Target {
             capability: facts.capability,
             driver: api::driver_version().map_err(gpu_error)?,
@@ -125,11 +125,12 @@ impl Gpu {
         let compute = timelines[Lane::GpuCompute].clone();
         let stream = compute.as_ref().expect("just made").stream();
         let workspace = arena.at(places.blas.offset, places.blas.bytes);
-        let mut blas = Blas::new(&context, stream, (workspace, places.blas.bytes))
-            .map_err(|why| blas_error(&why))?;
+        let blas_error = |why: String| blas_error(&why, target.driver);
+        let mut blas =
+            Blas::new(&context, stream, (workspace, places.blas.bytes)).map_err(blas_error)?;
         let unused = (arena.at(0, places.blas.offset), places.blas.offset);
         // SAFETY: nothing uses the arena yet; the range ends where cuBLAS's workspace begins.
-        unsafe { blas.warm_up(stream, unused) }.map_err(|why| blas_error(&why))?;
+        unsafe { blas.warm_up(stream, unused) }.map_err(blas_error)?;
         let taken = resident_bytes().saturating_sub(before);
         OPENING_BYTES.fetch_max(taken, Ordering::Relaxed);
         Ok(Gpu {
@@ -227,14 +228,29 @@ pub struct Held {
     _memory: Arc<Memory>,
 }
 
-fn blas_error(why: &str) -> MachineError {
+/// `driver`'s CUDA decides what could be installed instead: a GPU may be newer than the library knows.
+fn blas_error(why: &str, driver: u32) -> MachineError {
     let remedy = match why.contains("ALLOC_FAILED") {
         true => {
-            ": the GPU has no memory left for cuBLAS; end other programs on it or lower --gpu-mem"
+            "the GPU has no memory left for cuBLAS; end other programs on it or lower --gpu-mem"
+                .into()
         }
-        false => "",
+        false => format!(
+            "the library is {}; where it is older than the GPU, {}",
+            presence::BLAS.file(),
+            presence::toolkit_remedy(driver)
+        ),
     };
-    MachineError::Gpu(format!("{why}{remedy}"))
+    MachineError::Gpu(format!("{why}: {remedy}"))
+}
+
+fn no_context(error: CudaError) -> MachineError {
+    match error.is_out_of_memory() {
+        true => MachineError::Gpu(format!(
+            "{error}: the GPU has no memory left for a context; end other programs on it"
+        )),
+        false => gpu_error(error),
+    }
 }
 
 fn no_room(context: &Context, bytes: u64, error: CudaError) -> MachineError {

@@ -110,7 +110,7 @@ pub fn find_gpu(index: usize) -> Result<DeviceFacts, GpuError> {
             "there is no GPU number {index}: the driver shows {count}"
         )));
     }
-    let facts = api::device_facts(index).map_err(|e| unusable(e.to_string(), DRIVER_REMEDY))?;
+    let facts = api::device_facts(index).map_err(|e| unusable(e.to_string(), RESTART_REMEDY))?;
     if facts.capability < LEAST_CAPABILITY {
         let cause = format!(
             "{} has compute capability {}.{}, and the kernels need 7.5",
@@ -123,8 +123,9 @@ pub fn find_gpu(index: usize) -> Result<DeviceFacts, GpuError> {
     Ok(facts)
 }
 
-const DRIVER_REMEDY: &str =
-    "install a driver of CUDA 12.0 or later (Debian, Ubuntu: apt install nvidia-driver)";
+const DRIVER_REMEDY: &str = "install a driver of CUDA 12.0 or later (Debian: apt install nvidia-driver; Ubuntu: ubuntu-drivers install)";
+/// For a driver that is there and does not start, as after it was updated.
+const RESTART_REMEDY: &str = "restart the machine, or load the driver's kernel module anew; nvidia-smi says whether it works";
 
 fn cublas_release(library: Handle) -> Option<Release> {
     // SAFETY: so it is declared: which number (0 is the first one), and where to write it.
@@ -176,7 +177,7 @@ fn no_devices(error: &CudaError, library: &str) -> GpuError {
             let remedy = format!("take {} out of it", directory.display());
             unusable(cause, &remedy)
         }
-        _ => unusable(error.to_string(), DRIVER_REMEDY),
+        _ => unusable(error.to_string(), RESTART_REMEDY),
     }
 }
 
@@ -209,14 +210,16 @@ pub(super) fn show_version(version: u32) -> String {
 }
 
 /// The exact lines for this driver's CUDA.
-fn toolkit_remedy(driver: u32) -> String {
+pub(super) fn toolkit_remedy(driver: u32) -> String {
     let packages = if driver >= 13_000 {
         "nvidia-cublas nvidia-cuda-nvrtc"
     } else {
         "nvidia-cublas-cu12 nvidia-cuda-nvrtc-cu12"
     };
-    let major = driver / 1000;
-    format!("pip install {packages} (or apt install libcublas-{major}-0 cuda-nvrtc-{major}-0)")
+    let release = format!("{}-{}", driver / 1000, driver % 1000 / 10);
+    format!(
+        "pip install {packages} (or, from NVIDIA's repository, apt install libcublas-{release} cuda-nvrtc-{release})"
+    )
 }
 
 fn unusable(cause: String, remedy: &str) -> GpuError {
@@ -233,6 +236,7 @@ mod tests {
     #[test]
     fn the_remedy_fits_the_driver() {
         assert!(toolkit_remedy(12_080).contains("nvidia-cublas-cu12"));
+        assert!(toolkit_remedy(12_080).ends_with("apt install libcublas-12-8 cuda-nvrtc-12-8)"));
         assert!(toolkit_remedy(13_000).contains("pip install nvidia-cublas nvidia-cuda-nvrtc "));
         assert_eq!(show_version(12_080), "12.8");
     }
