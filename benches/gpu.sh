@@ -5,14 +5,15 @@
 # docs/measurements.md, and fails when anything in it does:
 #   benches/gpu.sh goldens     tokens on the GPU against the host machine's (the same in fp32, alike in fp16 and 4 bits),
 #                              random placements against each other, compute-sanitizer where there is one
-#   benches/gpu.sh rows        probe, then predicted against measured under GPU_MEM: all on the GPU, weights and KV in
-#                              DRAM, attention on the CPU, disk, 4-bit; `rows unlimited` without that bound
+#   benches/gpu.sh rows        probe, then predicted against measured under GPU_MEM: the plan's own choice, all on the
+#                              GPU, weights and KV in DRAM, attention on the CPU, disk, 4-bit; `rows unlimited` without
+#                              that bound
 #   benches/gpu.sh large       a model that the GPU does not hold, eight tokens
 #   benches/gpu.sh peer        FlexLLMGen itself at the policies of `rows`, where Python has it and PyTorch, beside what
 #                              `rows` measured; `peer NAME...` those rows alone: each makes its model anew, and on a
 #                              slow machine all of them are more than eight minutes
 # LOADMASTER = binary, GOLDENS = checkpoints, OUT = where reports go, SIZE and LARGE = models (a size or a directory),
-# PROMPT, GEN, BATCH, LARGE_PROMPTS, GPU_MEM = what is run; GOLDEN_PROMPT, GOLDEN_GEN, PLACEMENTS (how many) = of the
+# PROMPT, GEN, BATCH (even), LARGE_PROMPTS, GPU_MEM = what is run; GOLDEN_PROMPT, GOLDEN_GEN, PLACEMENTS (how many) = of the
 # goldens; PYTHON = of the peer.
 set -euo pipefail
 here="$(cd "$(dirname "$0")/.." && pwd)"
@@ -21,7 +22,7 @@ GOLDENS="${GOLDENS:-$here/tests/goldens/models}"
 OUT="${OUT:-$here/target/gpu}"
 SIZE="${SIZE:-opt-6.7b}" LARGE="${LARGE:-opt-30b}" GPU_MEM="${GPU_MEM:-16GiB}"
 GOLDEN_PROMPT="${GOLDEN_PROMPT:-23}" GOLDEN_GEN="${GOLDEN_GEN:-8}"
-PROMPT="${PROMPT:-512}" GEN="${GEN:-16}" BATCH="${BATCH:-16}" LARGE_PROMPTS="${LARGE_PROMPTS:-64}"
+PROMPT="${PROMPT:-512}" GEN="${GEN:-16}" BATCH="${BATCH:-8}" LARGE_PROMPTS="${LARGE_PROMPTS:-64}"
 PLACEMENTS="${PLACEMENTS:-12}" PYTHON="${PYTHON:-python3}"
 # Toolkits put compute-sanitizer there, where few paths lead.
 PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
@@ -58,7 +59,7 @@ program() { bounded "$LOADMASTER" "$@"; }
 model() { if [ -d "$1" ]; then echo "$1"; else echo "synth:$1"; fi; }
 
 # NAME FLAG...: the runs on stdin, one a line, in one process; results, reports and the comparison (NAME.txt) go to
-# $OUT. What a budget does not hold is said, and is no fault.
+# $OUT. What a budget does not hold is said, and is no fault; so is what could not be page-locked as planned.
 series() {
   local name="$1"
   shift
@@ -66,7 +67,7 @@ series() {
     cat "$OUT/$name.log"
     fault "$name: $(tail -n 1 "$OUT/$name.log")"
   fi
-  grep '^[^ ]* does not fit: ' "$OUT/$name.log" || true
+  awk '/^run / { run = $2 } /^note: / { print run " " $0 } /^[^ ]* does not fit: /' "$OUT/$name.log"
 }
 
 # NAME MODEL FLAG...: the runs on stdin, of a few short prompts of a golden checkpoint.
@@ -159,15 +160,17 @@ sanitize() { # TOOLS MODEL FLAG...
 }
 
 # The policies of every table, one a line: name, then flags. The slowest last: if time runs out, the others are there.
+# The CPU attends for one batch while the GPU has another: that row has as many prompts in two.
 policies() {
+  local one="--gpu-batch-size $BATCH --num-gpu-batches 1" two="--gpu-batch-size $((BATCH / 2)) --num-gpu-batches 2"
   cat <<END
-resident --percent 100 0 100 0 100 0
-weights-dram --percent 0 100 100 0 100 0
-weights-dram-unpinned --percent 0 100 100 0 100 0 --pin-weight 0
-kv-dram --percent 0 100 0 100 100 0 --cpu-cache-compute 0
-kv-dram-cpu --percent 0 100 0 100 100 0 --cpu-cache-compute 1
-q4 --percent 0 100 100 0 100 0 --compress-weight 1 --compress-cache 1
-disk --percent 0 0 100 0 100 0
+resident --percent 100 0 100 0 100 0 $one
+weights-dram --percent 0 100 100 0 100 0 $one
+weights-dram-unpinned --percent 0 100 100 0 100 0 $one --pin-weight 0
+kv-dram --percent 0 100 0 100 100 0 $one --cpu-cache-compute 0
+kv-dram-cpu --percent 0 100 0 100 100 0 $two --cpu-cache-compute 1
+q4 --percent 0 100 100 0 100 0 $one --compress-weight 1 --compress-cache 1
+disk --percent 0 0 100 0 100 0 $one
 END
 }
 
@@ -179,6 +182,7 @@ made() {
     --disk-space "$DISK_SPACE" "$@"
   cat "$OUT/$name.txt"
   while read -r run; do
+    echo "$run: $(figure "$OUT/$run.json" plan.flags)"
     device_memory "$run"
   done < <(sed -n 's/^Predicted against measured (\([^ ]*\), plan .*/\1/p' "$OUT/$name.txt")
 }
@@ -188,7 +192,7 @@ figure() {
   awk -v wanted="$2" '
     { depth = (match($0, /[^ ]/) - 1) / 2; key = $1; gsub(/[":]/, "", key)
       keys[depth] = (depth > 1 ? keys[depth - 1] "." : "") key }
-    keys[depth] == wanted { sub(/^[^:]*: /, ""); sub(/,$/, ""); print; exit }' "$1" 2>/dev/null || true
+    keys[depth] == wanted { sub(/^[^:]*: /, ""); gsub(/"|,$/, ""); print; exit }' "$1" 2>/dev/null || true
 }
 
 # RUN: the device memory that the management library counted is the plan's: not above it, and within 3 %. Where it was
@@ -212,13 +216,18 @@ rows() {
   say probe
   program probe --device cuda:0 || fault probe
   say "predicted against measured, GPU memory $limit"
-  # Not from a pipe: behind one, faults would be counted in a shell of their own.
-  made "rows-$limit" "$SIZE" --gen-len "$GEN" --gpu-batch-size "$BATCH" --num-gpu-batches 1 --num-prompts "$BATCH" \
-    "${memory[@]}" < <({ echo planned && policies; } | sed "s/^[^ ]*/&-$limit/")
+  # Not from a pipe: behind one, faults would be counted in a shell of their own. Where a row does not say 4 bits, it
+  # must not get them because 16 do not fit.
+  made "rows-$limit" "$SIZE" --gen-len "$GEN" --num-prompts "$BATCH" "${memory[@]}" \
+    < <({ echo planned && policies; } | sed -e "s/^[^ ]*/&-$limit/" -e '/--compress-/! s/$/ --compress never/')
+  # The bound and the batch are chosen so that it does. Without a bound it is up to the GPU.
+  if [ "$limit" != unlimited ] && grep -q "^resident-$limit does not fit: " "$OUT/rows-$limit.log"; then
+    fault "resident-$limit does not fit: lower BATCH ($BATCH)"
+  fi
 }
 
 large() {
-  made large "$LARGE" --gen-len 8 --num-prompts "$LARGE_PROMPTS" --gpu-mem "$GPU_MEM" <<<large
+  made large "$LARGE" --gen-len 8 --num-prompts "$LARGE_PROMPTS" --gpu-mem "$GPU_MEM" <<<"large --compress never"
 }
 
 peer() {
@@ -233,8 +242,8 @@ peer() {
     # Pinning and who attends are its flags, too.
     say "FlexLLMGen $name"
     bounded "$PYTHON" "$here/benches/flexllmgen.py" --model "facebook/$SIZE" --path _DUMMY_ \
-      --offload-dir "$OUT/peer" --log-file /dev/null --prompt-len "$PROMPT" --gen-len "$GEN" --gpu-batch-size "$BATCH" \
-      --num-gpu-batches 1 $(peer_words "$words") </dev/null | tee "$OUT/peer-$name.log" || fault "FlexLLMGen $name"
+      --offload-dir "$OUT/peer" --log-file /dev/null --prompt-len "$PROMPT" --gen-len "$GEN" $(peer_words "$words") \
+      </dev/null | tee "$OUT/peer-$name.log" || fault "FlexLLMGen $name"
     beside "$name"
   done < <(policies)
 }
