@@ -10,8 +10,13 @@ use std::process::{Command, Output};
 const SANITIZER: &str =
     "#!/bin/sh\nwhile [ \"${1#--}\" != \"$1\" ]; do shift 2; done\nexec \"$@\"\n";
 /// Stands in for a Python that has FlexLLMGen.
-const PEER: &str =
-    "#!/bin/sh\n[ \"$1\" = -c ] || echo 'total latency: 1.000 s total throughput: 0.500 token/s'\n";
+const PEER: &str = "#!/bin/sh\n[ \"$1\" = -c ] || echo \"$* total throughput: 0.500 token/s\"\n";
+/// The program, but for what becomes of its files.
+const SPOILING: &str = r#"#!/bin/sh
+"$REAL" "$@" || exit
+[ "$1" = series ] || exit 0
+cd "$OUT" && eval "$SPOIL"
+"#;
 
 struct Bench {
     gpu: Gpu,
@@ -82,6 +87,18 @@ impl Bench {
         assert!(text.contains("FAILED: "), "{words}: {text}");
         text
     }
+
+    /// What a stage is told, so that this is done to the files of its series.
+    fn spoiled<T>(&self, how: &str, stage: impl FnOnce(&[(&str, &str)]) -> T) -> T {
+        self.tool("spoiling", SPOILING);
+        let spoiling = self.gpu.home.path("bin/spoiling").display().to_string();
+        stage(&[
+            ("LOADMASTER", spoiling.as_str()),
+            ("REAL", env!("CARGO_BIN_EXE_loadmaster")),
+            ("SPOIL", how),
+            ("PLACEMENTS", "1"),
+        ])
+    }
 }
 
 #[test]
@@ -89,11 +106,16 @@ fn every_stage_of_the_bench_runs_at_toy_size() {
     let Some(bench) = Bench::new() else { return };
     let text = bench.good("goldens");
     assert_eq!(text.matches("same tokens").count(), 5, "{text}");
+    assert_eq!(text.matches("transformers' tokens").count(), 2, "{text}");
+    assert_eq!(text.matches("same first tokens").count(), 2, "{text}");
     assert_eq!(text.matches("% of tokens alike").count(), 6, "{text}");
     assert!(text.contains("no compute-sanitizer here"), "{text}");
     let text = bench.good("rows");
     assert!(text.contains("8 runs: mean error of throughput"), "{text}");
     assert_eq!(text.matches("of the roofline").count(), 8, "{text}");
+    // 4 bits where a row says so, and nowhere else.
+    assert_eq!(text.matches("-900MiB: --percent ").count(), 8, "{text}");
+    assert_eq!(text.matches("--compress-").count(), 2, "{text}");
     let text = bench.good("large");
     assert!(
         text.contains("predicted") && text.contains("measured"),
@@ -106,6 +128,7 @@ fn every_stage_of_the_bench_runs_at_toy_size() {
         .lines()
         .filter(|line| line.contains(" 0.500 tok/s, x "));
     assert_eq!(beside.count(), 7, "{text}");
+    assert!(text.contains("--gpu-batch-size 1 --num-gpu-batches 2 --cpu-cache-compute total"));
     assert_eq!(bench.good("peer disk q4").matches(", x ").count(), 2);
     let alone = bench.gpu.home.path("alone").display().to_string();
     let output = bench.stage("peer disk q4", &[("OUT", &alone)]);
@@ -130,6 +153,12 @@ fn a_stage_of_the_bench_fails_with_what_it_runs() {
     for stage in ["goldens", "rows unlimited", "large"] {
         broken.fails(stage, &[]);
     }
+    let text = bench.fails("rows", &[("GPU_MEM", "84MiB")]);
+    assert!(
+        text.contains("FAILED: resident-84MiB does not fit"),
+        "{text}"
+    );
+    assert_eq!(text.matches("FAILED").count(), 1, "{text}");
     bench.tool("python", "#!/bin/sh\n[ \"$1\" = -c ]\n");
     bench.fails("peer", &[]);
     bench.tool("compute-sanitizer", "#!/bin/sh\nexit 9\n");
@@ -141,26 +170,56 @@ fn a_stage_of_the_bench_fails_with_what_it_runs() {
     assert!(text.contains("compute-sanitizer memcheck: --percent 30 30 40 30 50 50"));
 }
 
-/// The program, but for the tokens of one format, which come out wrong from the second on.
-const SPOILING: &str = r#"#!/bin/sh
-"$REAL" "$@" || exit
-[ "$1" = series ] || exit 0
-sed -i 's/"token_ids":\[\([0-9]*\),[0-9,]*/"token_ids":[\1,0,0/' "$OUT"/*-cache4-gpu.jsonl
+/// Wrong from the second token on, lines that are missing, wrong first tokens, another token than transformers'.
+const OTHER_TOKENS: &str = r#"
+sed -i 's/"token_ids":\[\([0-9]*\),[0-9,]*/"token_ids":[\1,0,0/' *-cache4-gpu.jsonl
+sed -i '2,$d' *-weights4-gpu.jsonl
+sed -i 's/"token_ids":\[[0-9]*/"token_ids":[0/' *-fp16-gpu.jsonl
+sed -i '1s/[0-9]*\],/0],/' *-own.jsonl
 "#;
 
 #[test]
 fn a_stage_of_the_bench_fails_with_tokens_that_are_not_alike() {
     let Some(bench) = Bench::new() else { return };
-    bench.tool("spoiling", SPOILING);
-    let spoiling = bench.gpu.home.path("bin/spoiling").display().to_string();
-    let told = [
-        ("LOADMASTER", spoiling.as_str()),
-        ("REAL", env!("CARGO_BIN_EXE_loadmaster")),
-        ("PLACEMENTS", "1"),
-    ];
-    let text = bench.fails("goldens", &told);
-    assert_eq!(text.matches("FAILED: only 33 % of tokens alike").count(), 2);
-    assert_eq!(text.matches("FAILED").count(), 2, "{text}");
+    let text = bench.spoiled(OTHER_TOKENS, |told| bench.fails("goldens", told));
+    for what in [
+        "only 33 % of tokens alike",
+        "only 25 % of tokens alike",
+        "only 66 % of tokens alike",
+        "other first tokens",
+        "not transformers' tokens",
+    ] {
+        let what = format!("FAILED: {what}: ");
+        assert_eq!(text.matches(&what).count(), 2, "{what}{text}");
+    }
+    assert_eq!(text.matches("FAILED").count(), 10, "{text}");
+}
+
+#[test]
+fn a_stage_of_the_bench_fails_with_device_memory_that_is_not_the_plans() {
+    let Some(bench) = Bench::new() else { return };
+    bench.good("large");
+    let report = bench.gpu.home.json("out/large.json");
+    let planned = &report["plan"]["estimate"]["tiers"]["gpu"]["peak_bytes"];
+    let planned = planned.as_u64().expect("bytes");
+    let ends = |held: &str, why: Option<&str>| {
+        let how = format!(
+            "sed -i '/\"measured\":/,$ s/\"peak_bytes\": .*/\"peak_bytes\": {held}/' large.json"
+        );
+        let output = bench.spoiled(&how, |told| bench.stage("large", told));
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.success(), why.is_none(), "{held}: {text}");
+        assert!(text.contains(why.unwrap_or(": 0 failed")), "{held}: {text}");
+    };
+    for nothing in ["null", "0"] {
+        ends(nothing, Some("FAILED: large: device memory is not known"));
+    }
+    let slack = 8 << 20;
+    ends(&(planned + slack).to_string(), None);
+    let above = (planned + slack + 1).to_string();
+    ends(&above, Some("more than the"));
+    ends(&(planned * 98 / 100).to_string(), None);
+    ends(&(planned * 96 / 100).to_string(), Some("3 % less than"));
 }
 
 #[test]
@@ -177,6 +236,7 @@ fn what_hangs_in_a_stage_is_killed() {
         ("STAGE_SECONDS", "1"),
         ("GRACE_SECONDS", "1"),
     ];
-    bench.fails("large", &told);
+    let text = bench.fails("goldens", &told);
+    assert!(text.contains("no time left"), "{text}");
     assert!(start.elapsed().as_secs() < 60);
 }
