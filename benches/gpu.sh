@@ -205,7 +205,8 @@ disk --percent 0 0 100 0 100 0 $one
 END
 }
 
-# NAME MODEL FLAG...: the runs on stdin, with weights made up in memory, and what was predicted beside them.
+# NAME MODEL FLAG...: the runs on stdin, with weights made up in memory, what was predicted beside them, and the flags that
+# each plan came to: what a row does not say is the planner's choice.
 made() {
   local name="$1" model="$2" run
   shift 2
