@@ -356,21 +356,6 @@ fn small_products_are_the_cpus() {
 }
 
 #[test]
-fn the_probe_reads_everything_once() {
-    let words: Vec<u32> = (0..4 * 1000)
-        .map(|i: u32| i.wrapping_mul(0x9e37_79b9))
-        .collect();
-    let case = Case::new("probe_read", (3, 1), 256)
-        .buffer(&words)
-        .long(1000)
-        .buffer(&[0u32]);
-    let wanted = words.iter().fold(0, |a, b| a ^ b);
-    for found in in_every_order(&[case, Case::new("probe_nothing", (2, 1), 64)]) {
-        assert_eq!(found[0][1], wanted.to_le_bytes());
-    }
-}
-
-#[test]
 fn tables_are_copied_to_their_last_word() {
     let words: Vec<u32> = (0..4 * 600).collect();
     for count in [1usize, 256, 599] {

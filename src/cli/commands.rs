@@ -181,10 +181,7 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
         (true, true) => refuse_outgrown(&shrunk).map(|()| None)?,
         (true, false) => step_down(&shrunk, free_bytes()?)?,
     };
-    let told = instead
-        .as_ref()
-        .and_then(|p| p.explain.stepped_down.as_ref());
-    told.into_iter().for_each(|line| talk.note(line));
+    instead.iter().for_each(|plan| say_step(plan, talk));
     let execution = Execution {
         plan: instead.as_ref().unwrap_or(&plan),
         model: &model,
@@ -205,10 +202,7 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
                 ..shrunk
             })?;
             feasible(&plan)?;
-            plan.explain
-                .stepped_down
-                .iter()
-                .for_each(|line| talk.note(line));
+            say_step(&plan, talk);
             let again = Execution {
                 plan: &plan,
                 may_replan: false,
@@ -229,6 +223,13 @@ fn exec(args: &ExecArgs, talk: &mut Talk, stop: &AtomicBool) -> Result<(), Failu
         )])));
     }
     ended(done.failure, args.json)
+}
+
+fn say_step(plan: &Plan, talk: &mut Talk) {
+    plan.explain
+        .stepped_down
+        .iter()
+        .for_each(|line| talk.note(line));
 }
 
 /// The plan's profile where it is still there, else this machine's.

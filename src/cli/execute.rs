@@ -14,6 +14,7 @@ use crate::cost::footprint::HostBytes;
 use crate::cost::rates::Rates;
 use crate::engine::open::{Packed, RunJob, Started, start};
 use crate::engine::{Engine, EngineError, Outcome, Request, RunFacts, RunOptions};
+use crate::machine::cuda;
 use crate::machine::disk::write_atomically;
 use crate::machine::price::Pricer;
 use crate::machine::threaded::ThreadedMachine;
@@ -88,6 +89,7 @@ pub fn execute(job: Execution, talk: &mut Talk, stop: &AtomicBool) -> Attempt {
         packed: &packed,
         ..run
     };
+    compile_kernels(&run)?;
     os::release_free_heap();
     check_room(&run, job.offload_dir, 0)?;
     let (requests, bad) = prompts::split(job.lines);
@@ -232,6 +234,14 @@ pub(super) fn spill_dir(offload_dir: &Path) -> Result<PathBuf, Failure> {
     let failed = |e| Failure::failed(format!("{}: cannot be made ({e})", dir.display()));
     std::fs::create_dir_all(&dir).map_err(failed)?;
     Ok(dir)
+}
+
+/// Before anything is held for the run, which has no memory for the compiler.
+fn compile_kernels(run: &RunJob) -> Result<(), Failure> {
+    match run.device {
+        DeviceKind::Cuda => cuda::compile_kernels(&run.gpu).map_err(Failure::failed),
+        _ => Ok(()),
+    }
 }
 
 /// Opens the machine, as part of the time to load.

@@ -212,12 +212,18 @@ impl LayerBuilder<'_> {
             work.bytes.disk_to_cpu.coef[home as usize] += bytes;
             work.dram_bytes.coef[home as usize] += bytes;
         }
-        let per_byte = self.rates.link_s(Lane::CpuToGpu, run, false) / run;
+        let per_byte = |home: WeightHome| {
+            let pinned = match home.tier() {
+                Tier::Disk => self.rates.takes(Buffer::EmbeddingStage),
+                _ => self.policy.pin_weight && self.rates.takes(Buffer::Weights),
+            };
+            self.rates.link_s(Lane::CpuToGpu, run, pinned) / run
+        };
         let away = WeightHome::ALL
             .into_iter()
             .filter(|h| h.tier() != Tier::Gpu);
         for home in away.filter(|_| self.gpu) {
-            work.lanes.cpu_to_gpu.coef[home as usize] += bytes * per_byte;
+            work.lanes.cpu_to_gpu.coef[home as usize] += bytes * per_byte(home);
             work.bytes.cpu_to_gpu.coef[home as usize] += bytes;
             work.dram_bytes.coef[home as usize] += bytes;
         }

@@ -164,6 +164,10 @@ pub fn start(job: &RunJob, loading: &mut dyn Loading) -> Result<Started, EngineE
         pricer: job.pricer.clone(),
         gpu: (job.device == DeviceKind::Cuda).then(places),
     })?;
+    if !job.policy.compress_weight && !machine.multiplies(job.model.dtype) {
+        let why = "this GPU multiplies no bf16: take a checkpoint in fp16 or fp32, --compress-weight 1, or --device cpu".into();
+        return Err(MachineError::Gpu(why).into());
+    }
     // A relay is made smaller instead.
     let refused = |buffer: &Buffer| {
         let place = region(&layout, (Tier::Cpu, *buffer));

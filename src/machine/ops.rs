@@ -39,6 +39,9 @@ pub struct LoadSpan {
     pub repack: Option<(Dtype, usize)>,
 }
 
+/// What the copy engines of GPUs take from row to row, with room to spare.
+const MOST_STRIDE: u64 = 1 << 30;
+
 /// `rows` pieces of `row_bytes` from one arena to the other.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Copy2d {
@@ -60,6 +63,40 @@ impl Copy2d {
             row_bytes: bytes,
             rows: 1,
         }
+    }
+
+    /// One run of bytes on both sides.
+    pub fn is_flat(&self) -> bool {
+        let whole = |stride| stride == self.row_bytes;
+        self.rows == 1 || (whole(self.from_stride) && whole(self.to_stride))
+    }
+
+    /// Both as one, where the next lies behind this one on both sides, or as a further row of it.
+    pub fn with(&self, next: &Copy2d) -> Option<Copy2d> {
+        let bytes = self.rows * self.row_bytes;
+        let behind = self.from + bytes == next.from && self.to + bytes == next.to;
+        if self.is_flat() && next.is_flat() && behind {
+            let bytes = bytes + next.rows * next.row_bytes;
+            return Some(Copy2d::flat(self.from, self.to, bytes));
+        }
+        let (from_stride, to_stride) = match self.rows {
+            1 => (
+                next.from.checked_sub(self.from)?,
+                next.to.checked_sub(self.to)?,
+            ),
+            _ => (self.from_stride, self.to_stride),
+        };
+        let is_row = |stride: u64| (self.row_bytes..=MOST_STRIDE).contains(&stride);
+        let further = next.rows == 1
+            && next.row_bytes == self.row_bytes
+            && self.from + self.rows * from_stride == next.from
+            && self.to + self.rows * to_stride == next.to;
+        (further && is_row(from_stride) && is_row(to_stride)).then_some(Copy2d {
+            from_stride,
+            to_stride,
+            rows: self.rows + 1,
+            ..*self
+        })
     }
 }
 
@@ -265,5 +302,47 @@ pub fn tier_of(lane: Lane) -> Tier {
         Tier::Gpu
     } else {
         Tier::Cpu
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all(pieces: &[(u64, u64)], bytes: u64) -> Option<Copy2d> {
+        let flat = |&(from, to): &(u64, u64)| Copy2d::flat(from, to, bytes);
+        let (first, rest) = pieces.split_first().expect("a piece");
+        rest.iter()
+            .try_fold(flat(first), |run, piece| run.with(&flat(piece)))
+    }
+
+    #[test]
+    fn neighbours_become_one_copy() {
+        assert_eq!(
+            all(&[(0, 50), (8, 58), (16, 66)], 8),
+            Some(Copy2d::flat(0, 50, 24))
+        );
+        let rows = Copy2d {
+            from_stride: 8,
+            to_stride: 100,
+            rows: 3,
+            ..Copy2d::flat(0, 50, 8)
+        };
+        assert_eq!(all(&[(0, 50), (8, 150), (16, 250)], 8), Some(rows));
+    }
+
+    #[test]
+    fn what_is_no_further_row_stays_apart() {
+        for pieces in [
+            [(0, 50), (8, 150), (16, 240)],
+            [(0, 50), (8, 150), (24, 250)],
+            [(0, 50), (4, 150), (8, 250)],
+            [(0, 350), (8, 250), (16, 150)],
+            [(0, 0), (MOST_STRIDE + 1, 8), (2 * MOST_STRIDE + 2, 16)],
+        ] {
+            assert_eq!(all(&pieces, 8), None, "{pieces:?}");
+        }
+        let row = Copy2d::flat(0, 50, 8);
+        assert_eq!(row.with(&Copy2d::flat(8, 150, 4)), None);
     }
 }

@@ -40,11 +40,17 @@ compile_kernels() { # FILE...
   done
 }
 
+# What an earlier tree's units left would be linked.
+for object in "$objects"/kernels_*.o; do
+  unit="$(basename "$object" .o)"
+  [ -e "$here/units/${unit#kernels_}.cpp" ] || rm -f "$object"
+done
+
 cd "$out"
 (compile_kernels gemm_small rows norm) & first=$!
 (compile_kernels prefill append epilogue) & second=$!
 wait "$first"
-(compile_kernels decode probe tables $(cd "$here/units" && ls prefill_*.cpp 2>/dev/null | sed 's/\.cpp//')) & first=$!
+(compile_kernels decode tables $(cd "$here/units" && ls prefill_*.cpp 2>/dev/null | sed 's/\.cpp//')) & first=$!
 units=(emulator registry fake_driver fake_queue fake_stream fake_memory fake_cublas fake_nvrtc fake_nvml)
 [ "$what" = runner ] && units=(emulator registry runner)
 for unit in "${units[@]}"; do

@@ -41,11 +41,10 @@ pub fn runner() -> &'static Path {
     })
 }
 
-/// An argument: a number of four or eight bytes, or a buffer's address.
+/// An argument: a number of four bytes, or a buffer's address.
 #[derive(Clone, Copy)]
 enum Argument {
     Word(u32),
-    Long(u64),
     Buffer(usize),
     Null,
 }
@@ -117,11 +116,6 @@ impl Case {
         self
     }
 
-    pub fn long(mut self, value: u64) -> Case {
-        self.arguments.push(Argument::Long(value));
-        self
-    }
-
     fn write(&self, to: &mut Vec<u8>) {
         let word = |to: &mut Vec<u8>, value: u32| to.extend(value.to_le_bytes());
         word(to, self.name.len() as u32);
@@ -142,9 +136,8 @@ impl Case {
         for argument in &self.arguments {
             let (kind, value) = match *argument {
                 Argument::Word(value) => (0, value as u64),
-                Argument::Long(value) => (1, value),
-                Argument::Buffer(value) => (2, value as u64),
-                Argument::Null => (2, u64::MAX),
+                Argument::Buffer(value) => (1, value as u64),
+                Argument::Null => (1, u64::MAX),
             };
             word(to, kind);
             to.extend(value.to_le_bytes());

@@ -3,7 +3,7 @@
 // its exact size. Usage: runner CASES RESULTS. All numbers little-endian:
 //   cases:   u32 count, then each: text name; u32 grid[3], block[3]; u32 buffers, each u64 bytes + them;
 //            u32 pointers, each u32 buffer, u32 offset, u32 target, u32 target offset (an address to write);
-//            u32 arguments, each u32 kind (0 four bytes, 1 eight bytes, 2 buffer or null), u64 value or buffer
+//            u32 arguments, each u32 kind (0 four bytes, 1 buffer or null), u64 value or buffer
 //   results: the buffers' bytes, case after case.
 #include "fake.h"
 
@@ -61,8 +61,8 @@ Case read_case(std::istream& from) {
     uint32_t kind = read<uint32_t>(from);
     uint64_t value = read<uint64_t>(from);
     // The first bytes of a little-endian word are what a shorter argument takes.
-    bool null = kind == 2 && value == UINT64_MAX;
-    if (kind == 2) value = null ? 0 : uint64_t(one.buffers.at(value).bytes.get());
+    bool null = kind == 1 && value == UINT64_MAX;
+    if (kind == 1) value = null ? 0 : uint64_t(one.buffers.at(value).bytes.get());
     one.arguments.push_back(value);
   }
   return one;

@@ -98,6 +98,28 @@ fn memory_is_page_locked_once_however_long_a_run_is() {
     assert_eq!(many, few);
 }
 
+/// Rows of sequences that lie beside each other, or equally far apart, go over the links by one call for all of them.
+#[test]
+fn sequences_share_their_copies() {
+    let Some(gpu) = Gpu::new() else { return };
+    let line = "{\"prompt\": [5, 6, 7, 8], \"max_tokens\": 6}\n";
+    for homes in [
+        "100 0 0 100 0 100 --cpu-cache-compute 1",
+        "100 0 0 100 0 100 --cpu-cache-compute 0",
+    ] {
+        let copies = |sequences: usize| {
+            let words = format!(
+                "--model GOLDEN --ignore-eos --gpu-batch-size {sequences} --num-gpu-batches 1 --percent {homes}"
+            );
+            let found = counted(&gpu, &line.repeat(sequences), &words);
+            (found["copy up"], found["copy down"])
+        };
+        let (one, four) = (copies(1), copies(4));
+        assert!(one.0 > 20 && one.1 > 20, "{one:?}");
+        assert_eq!(four, one, "{homes}");
+    }
+}
+
 /// Small tables come by a kernel that reads them in page-locked DRAM: the copy engine has none of them, unless that DRAM
 /// is one that kernels cannot read.
 #[test]
@@ -213,5 +235,6 @@ fn a_gpu_without_bf16_is_told_by_models_in_bf16() {
     };
     run("opt-like").good();
     let told = ["this GPU multiplies no bf16", "--device cpu"];
-    run("wide-embedding").fails(1, &told);
+    let said = run("wide-embedding").fails(1, &told);
+    assert!(!said.contains("loading the weights"), "{said}");
 }

@@ -55,34 +55,53 @@ impl Work for Copies {
                 "another lane for {op:?}"
             )));
         };
-        pieces
-            .iter()
-            .try_for_each(|piece| self.copy(piece))
-            .map_err(gpu_error)
+        self.copy_all(pieces).map_err(gpu_error)
     }
 }
 
 impl Copies {
+    /// Neighbours as one: a call takes the driver as long as a link takes for some ten KiB, which is more than a
+    /// sequence's rows.
+    fn copy_all(&mut self, pieces: &[Copy2d]) -> Result<(), CudaError> {
+        let mut pieces = pieces.iter().filter(|p| p.rows * p.row_bytes > 0);
+        let Some(mut run) = pieces.next().copied() else {
+            return Ok(());
+        };
+        for piece in pieces {
+            match self.joined(&run, piece) {
+                Some(both) => run = both,
+                None => self.copy(&std::mem::replace(&mut run, *piece))?,
+            }
+        }
+        self.copy(&run)
+    }
+
+    /// Not across the end of what is page-locked; rows apart are for memory that is.
+    fn joined(&self, run: &Copy2d, piece: &Copy2d) -> Option<Copy2d> {
+        let both = run.with(piece)?;
+        let locked = |piece: &Copy2d| {
+            let (host, _, stride, _) = self.ends(piece);
+            self.pinned.contains(host, reach(piece, stride))
+        };
+        let all = locked(&both);
+        let alike = all == locked(run) && all == locked(piece);
+        (alike && (all || both.is_flat())).then_some(both)
+    }
+
     /// (host address, device address, host stride, device stride) of a piece.
     fn ends(&self, piece: &Copy2d) -> (*mut u8, u64, u64, u64) {
-        let reach = |stride: u64| (piece.rows.max(1) - 1) * stride + piece.row_bytes;
         let (host, device) = match self.up {
             true => ((piece.from, piece.from_stride), (piece.to, piece.to_stride)),
             false => ((piece.to, piece.to_stride), (piece.from, piece.from_stride)),
         };
-        let address = self.memory.cpu_address(host.0, reach(host.1));
-        let there = self.device.at(device.0, reach(device.1));
+        let address = self.memory.cpu_address(host.0, reach(piece, host.1));
+        let there = self.device.at(device.0, reach(piece, device.1));
         (address, there, host.1, device.1)
     }
 
     fn copy(&mut self, piece: &Copy2d) -> Result<(), CudaError> {
-        if piece.rows == 0 || piece.row_bytes == 0 {
-            return Ok(());
-        }
         let (host, device, host_stride, device_stride) = self.ends(piece);
-        let length = (piece.rows - 1) * host_stride + piece.row_bytes;
-        let flat =
-            piece.rows == 1 || (host_stride == piece.row_bytes && device_stride == piece.row_bytes);
+        let (length, flat) = (reach(piece, host_stride), piece.is_flat());
         let timeline = self.timeline.clone();
         let stream = timeline.stream();
         let rows = self.rows(piece, (host, host_stride), (device, device_stride));
@@ -140,6 +159,11 @@ impl Copies {
             Height: piece.rows as usize,
         }
     }
+}
+
+/// From a piece's first byte to its last, where rows are so far apart.
+fn reach(piece: &Copy2d, stride: u64) -> u64 {
+    (piece.rows.max(1) - 1) * stride + piece.row_bytes
 }
 
 /// Page-locked DRAM for what is not: two halves, each with the event of its last copy.

@@ -90,11 +90,36 @@ impl RemoteArena for DeviceBuffer {
 }
 
 static OPENING_BYTES: AtomicU64 = AtomicU64::new(0);
+static LIBRARY_BYTES: AtomicU64 = AtomicU64::new(0);
 
-/// DRAM of this process that opening a GPU took at most. The first machine's opening takes most of it, and what
-/// cuBLAS keeps of that is not taken again.
+/// DRAM of this process that opening a GPU took at most, its libraries included. The first machine's opening takes
+/// most of it, and what cuBLAS keeps of that is not taken again.
 pub fn opening_bytes() -> u64 {
-    OPENING_BYTES.load(Ordering::Relaxed)
+    OPENING_BYTES.load(Ordering::Relaxed) + LIBRARY_BYTES.load(Ordering::Relaxed)
+}
+
+/// Looks for the libraries, and notes what that takes.
+fn counted<T>(look: impl FnOnce() -> T) -> T {
+    let before = resident_bytes();
+    let found = look();
+    LIBRARY_BYTES.store(resident_bytes().saturating_sub(before), Ordering::Relaxed);
+    found
+}
+
+/// Compiles what is not kept yet, so that a run does not hold what the compiler does beside its own memory.
+pub fn compile_kernels(choice: &GpuChoice) -> Result<(), MachineError> {
+    let facts =
+        presence::find_gpu(choice.index).map_err(|error| MachineError::Gpu(error.to_string()))?;
+    let target = target(choice, &facts)?;
+    modules::compile_missing(&target).map_err(MachineError::Gpu)
+}
+
+fn target<'a>(choice: &'a GpuChoice, facts: &DeviceFacts) -> Result<Target<'a>, MachineError> {
+    Ok(Target {
+        capability: facts.capability,
+        driver: api::driver_version().map_err(gpu_error)?,
+        cache: &choice.kernel_cache,
+    })
 }
 
 fn resident_bytes() -> u64 {
@@ -109,11 +134,7 @@ impl Gpu {
         nvml::about_to_open(&facts.bus_id);
         let before = resident_bytes();
         let context = Context::new(choice.index).map_err(no_context)?;
-        let target = Target {
-            capability: facts.capability,
-            driver: api::driver_version().map_err(gpu_error)?,
-            cache: &choice.kernel_cache,
-        };
+        let target = target(choice, &facts)?;
         let kernels = Kernels::load(&context, &target).map_err(MachineError::Gpu)?;
         let arena = DeviceBuffer::new(&context, places.arena_bytes)
             .map_err(|error| no_room(&context, places.arena_bytes, error))?;

@@ -18,6 +18,13 @@ struct Source {
     text: &'static str,
 }
 
+impl Source {
+    /// As the compiler gets it.
+    fn text(&self) -> String {
+        self.text.replace(INCLUDE, HEADER)
+    }
+}
+
 macro_rules! source {
     ($name:literal) => {
         Source {
@@ -30,7 +37,7 @@ macro_rules! source {
 const HEADER: &str = include_str!("../../../kernels/device.cuh");
 const INCLUDE: &str = "#include \"device.cuh\"";
 
-const SOURCES: [Source; 10] = [
+const SOURCES: [Source; 9] = [
     source!("rows.cu"),
     source!("norm.cu"),
     source!("epilogue.cu"),
@@ -40,11 +47,10 @@ const SOURCES: [Source; 10] = [
     source!("prefill_mma.cu"),
     source!("decode.cu"),
     source!("tables.cu"),
-    source!("probe.cu"),
 ];
 
 /// Entry points by file; `{}` stands for each of the words behind.
-const ENTRIES: [(&str, &[&str], &[&str]); 14] = [
+const ENTRIES: [(&str, &[&str], &[&str]); 12] = [
     (
         "rows.cu",
         &["embed_{}", "add_positions_{}"],
@@ -88,8 +94,6 @@ const ENTRIES: [(&str, &[&str], &[&str]); 14] = [
     ("decode.cu", &["attend_decode_{}"], &["f32", "f16", "q4"]),
     ("decode.cu", &["attend_combine"], &[""]),
     ("tables.cu", &["copy_table"], &[""]),
-    ("probe.cu", &["probe_read"], &[""]),
-    ("probe.cu", &["probe_nothing"], &[""]),
 ];
 
 /// Version of the compiler library; the library is loaded already.
@@ -193,25 +197,45 @@ fn names<'a>(patterns: &'a [&str], words: &'a [&str]) -> impl Iterator<Item = St
     patterns.iter().flat_map(of_pattern)
 }
 
+/// Keeps an image of every source of which there is none.
+pub fn compile_missing(target: &Target) -> Result<(), String> {
+    let code = Code::of(target.capability, &known_to_compiler());
+    for source in &SOURCES {
+        let text = source.text();
+        let path = image_path((source, &text), target, code);
+        if kept(&path).is_none() {
+            keep((&path, target), &compile(source.name, &text, code)?);
+        }
+    }
+    Ok(())
+}
+
 /// A kept image that the driver takes, else a fresh one. A damaged file is made anew.
 fn load_or_compile(
     context: &Arc<Context>,
     source: &Source,
     (target, code): (&Target, Code),
 ) -> Result<Module, String> {
-    let text = source.text.replace(INCLUDE, HEADER);
+    let text = source.text();
     let path = image_path((source, &text), target, code);
     let load = |image: &[u8]| -> Result<Module, CudaError> { Module::load(context, image) };
-    let kept = std::fs::read(&path).ok().and_then(|file| whole(&file));
-    if let Some(module) = kept.and_then(|image| load(&image).ok()) {
+    if let Some(module) = kept(&path).and_then(|image| load(&image).ok()) {
         return Ok(module);
     }
     let image = compile(source.name, &text, code)?;
     let module = load(&image).map_err(|e| format!("{}: {e}", source.name))?;
-    // A full or read-only disk costs a second next time, nothing else.
-    let _ = std::fs::create_dir_all(target.cache);
-    let _ = write_atomically(&path, &sealed(&image));
+    keep((&path, target), &image);
     Ok(module)
+}
+
+fn kept(path: &Path) -> Option<Vec<u8>> {
+    std::fs::read(path).ok().and_then(|file| whole(&file))
+}
+
+/// A full or read-only disk costs a second next time, nothing else.
+fn keep((path, target): (&Path, &Target), image: &[u8]) {
+    let _ = std::fs::create_dir_all(target.cache);
+    let _ = write_atomically(path, &sealed(image));
 }
 
 fn image_path((source, text): (&Source, &str), target: &Target, code: Code) -> PathBuf {

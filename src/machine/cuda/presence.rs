@@ -104,7 +104,7 @@ pub(super) static COMPILER: Toolkit = Toolkit::new(NVRTC, "libnvrtc-builtins.so"
 /// The GPU number `index`, once everything that computing on it needs has been found.
 pub fn find_gpu(index: usize) -> Result<DeviceFacts, GpuError> {
     static FOUND: OnceLock<Result<usize, GpuError>> = OnceLock::new();
-    let count = FOUND.get_or_init(look).clone()?;
+    let count = FOUND.get_or_init(|| super::counted(look)).clone()?;
     if index >= count {
         return Err(GpuError::Absent(format!(
             "there is no GPU number {index}: the driver shows {count}"
