@@ -407,7 +407,7 @@ impl PlanPolicy {
 }
 
 /// Part of the weights outside the GPU that is multiplied where it lies; 100 where all are on the GPU.
-pub fn cpu_compute_share_percent(weights: &WeightShares) -> f64 {
+fn cpu_compute_share_percent(weights: &WeightShares) -> f64 {
     let away = weights.cpu() + weights.disk();
     if away <= 0.0 {
         return 100.0;

@@ -72,7 +72,7 @@ fn hidden(why: &str) -> Option<Failure> {
     let asked = visible
         .as_ref()
         .is_ok_and(|v| matches!(v.trim(), "" | "-1" | "NoDevFiles"));
-    let gpu = nvml::gpus().filter(|_| !asked)?.into_iter().next()?;
+    let gpu = (!asked).then(|| nvml::gpu(None))??;
     let remedy = match visible {
         Ok(devices) => format!("CUDA_VISIBLE_DEVICES is {devices}: name a device that is there"),
         Err(_) => "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility, or load the driver's kernel module anew".into(),

@@ -6,9 +6,9 @@ use super::commands::{say, say_json};
 use super::failure::Failure;
 use super::progress::Talk;
 use super::settle::{Model, Target};
-use super::solve::plan_fixed;
+use super::solve::{fixed_as, plan_fixed};
 use super::trial::Trial;
-use crate::plan::{Plan, PlanPolicy};
+use crate::plan::Plan;
 use crate::planner::{CompressMode, Fixed};
 use crate::proof::draw::{Draws, drawn_policy};
 use crate::proof::duel::{Duel, duel};
@@ -312,19 +312,6 @@ fn rival(name: &str, plan: Plan) -> Rival {
         predicted_tok_s: plan.estimate.as_ref().map_or(0.0, |e| e.throughput_tok_s),
         measured_tok_s: 0.0,
         plan,
-    }
-}
-
-/// A policy as choices that are made.
-fn fixed_as(policy: &PlanPolicy) -> Fixed {
-    Fixed {
-        percent: Some(policy.percent),
-        gpu_batch_size: Some(policy.gpu_batch_size),
-        num_gpu_batches: Some(policy.num_gpu_batches),
-        compress_weight: Some(policy.compress_weight),
-        compress_cache: Some(policy.compress_cache),
-        overlap: Some(policy.overlap),
-        ..Fixed::default()
     }
 }
 

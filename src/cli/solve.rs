@@ -15,7 +15,7 @@ use crate::cost::figures::Figures;
 use crate::cost::footprint::HostBytes;
 use crate::dtype::Dtype;
 use crate::engine::replay::replay;
-use crate::plan::Plan;
+use crate::plan::{Plan, PlanPolicy};
 use crate::planner::changes::Changes;
 use crate::planner::{self, CompressMode, Fixed, Job, PlanError, PlanRequest, Replay, Repricer};
 use crate::policy::DeviceKind;
@@ -224,6 +224,19 @@ fn plan(
         PlanError::Rates(_) => Failure::failed(error),
         _ => Failure::usage(error),
     })
+}
+
+/// A planned policy as choices that are made: what it says of any machine.
+pub fn fixed_as(policy: &PlanPolicy) -> Fixed {
+    Fixed {
+        percent: Some(policy.percent),
+        gpu_batch_size: Some(policy.gpu_batch_size),
+        num_gpu_batches: Some(policy.num_gpu_batches),
+        compress_weight: Some(policy.compress_weight),
+        compress_cache: Some(policy.compress_cache),
+        overlap: Some(policy.overlap),
+        ..Fixed::default()
+    }
 }
 
 /// A plan of known lengths with choices that are made already: what the proving commands try out.

@@ -6,12 +6,12 @@ use super::failure::Failure;
 use super::prompt_lines::Line;
 use super::prompts;
 use super::settle::{Input, Model};
-use super::solve::{ScheduleRepricer, stored_bytes};
+use super::solve::{ScheduleRepricer, fixed_as, stored_bytes};
 use crate::cost::rates::Rates;
 use crate::engine::open::{Packed, RunJob, footprint};
 use crate::machine::os;
 use crate::machine::price::Pricer;
-use crate::plan::{Plan, PlanBudget, cpu_compute_share_percent};
+use crate::plan::{Plan, PlanBudget};
 use crate::planner::changes::Changes;
 use crate::planner::{self, CompressMode, Fixed, Job, PlanRequest};
 use crate::policy::{DeviceKind, Policy, show_percent};
@@ -176,13 +176,13 @@ pub fn refuse_outgrown(shrunk: &Shrunk) -> Result<(), Failure> {
 pub fn without_pins(shrunk: &Shrunk) -> Result<Plan, Failure> {
     let policy = shrunk.plan.to_policy().map_err(Failure::failed)?;
     let free = free_bytes()?;
+    let planned = shrunk.plan.policy.as_ref();
+    let planned = planned.expect("a plan that tells its policy has one");
     let same = Fixed {
-        percent: Some(policy.shares.percent()),
-        cpu_compute_share: Some(cpu_compute_share_percent(&policy.shares.weights) / 100.0),
-        gpu_batch_size: Some(policy.gpu_batch_size),
-        num_gpu_batches: Some(policy.num_gpu_batches),
-        cpu_cache_compute: Some(policy.cpu_cache_compute),
-        ..formats_of(&policy)
+        cpu_compute_share: Some(planned.cpu_compute_share_percent / 100.0),
+        cpu_cache_compute: Some(planned.cpu_cache_compute),
+        compute: planned.compute,
+        ..fixed_as(planned)
     };
     let unpinned = |fixed: Fixed| Fixed {
         pin_weight: Some(false),

@@ -343,11 +343,11 @@ impl<'a> LayerBuilder<'a> {
         if !self.gpu {
             return;
         }
-        let pinned = self.policy.pin_weight && self.rates.takes(Buffer::Weights);
-        for (home, pinned) in [
-            (WeightHome::CpuShip, pinned),
-            (WeightHome::DiskShip, self.rates.takes(Buffer::Ring)),
+        for (home, dram) in [
+            (WeightHome::CpuShip, Buffer::Weights),
+            (WeightHome::DiskShip, Buffer::Ring),
         ] {
+            let pinned = self.is_locked(dram);
             let index = home as usize;
             let pieces = self.pieces(matrix, home);
             let up_s = pieces.count * self.rates.link_s(Lane::CpuToGpu, pieces.bytes, pinned);

@@ -58,6 +58,12 @@ impl LayerBuilder<'_> {
         step.sequences() * step.context * record
     }
 
+    /// Whether copies take a buffer of DRAM straight.
+    pub(super) fn is_locked(&self, buffer: Buffer) -> bool {
+        let wanted = buffer != Buffer::Weights || self.policy.pin_weight;
+        wanted && self.rates.takes(buffer)
+    }
+
     /// Adds copies to a lane; returns their seconds.
     pub(super) fn copy(&self, work: &mut Work, lane: Lane, copies: &Copies) -> Affine {
         let of = |value: f64| {
@@ -65,7 +71,7 @@ impl LayerBuilder<'_> {
                 .home
                 .map_or(constant(value), |home| share(home, value))
         };
-        let pinned = self.rates.takes(copies.dram);
+        let pinned = self.is_locked(copies.dram);
         let one_s = self.rates.link_s(lane, copies.part * copies.bytes, pinned);
         let seconds = of(copies.count * one_s / copies.part);
         let bytes = of(copies.count * copies.bytes);
@@ -213,11 +219,11 @@ impl LayerBuilder<'_> {
             work.dram_bytes.coef[home as usize] += bytes;
         }
         let per_byte = |home: WeightHome| {
-            let pinned = match home.tier() {
-                Tier::Disk => self.rates.takes(Buffer::EmbeddingStage),
-                _ => self.policy.pin_weight && self.rates.takes(Buffer::Weights),
+            let dram = match home.tier() {
+                Tier::Disk => Buffer::EmbeddingStage,
+                _ => Buffer::Weights,
             };
-            self.rates.link_s(Lane::CpuToGpu, run, pinned) / run
+            self.rates.link_s(Lane::CpuToGpu, run, self.is_locked(dram)) / run
         };
         let away = WeightHome::ALL
             .into_iter()

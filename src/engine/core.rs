@@ -45,6 +45,12 @@ impl RunFacts {
         self.footprint.spill.cache * u64::from(self.block.kv_tokens.disk > 0)
     }
 
+    /// Whether copies take a buffer of DRAM straight.
+    pub fn is_locked(&self, buffer: Buffer) -> bool {
+        let wanted = buffer != Buffer::Weights || self.policy.pin_weight;
+        wanted && !self.unlocked.has(buffer)
+    }
+
     /// File and offset of a panel of the token table.
     pub fn looked_up(&self, panel: usize) -> (FileId, u64) {
         match self.own.looked_up(&self.placement, panel) {

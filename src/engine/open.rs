@@ -14,7 +14,7 @@ use crate::cost::spill::OwnRows;
 use crate::machine::MachineError;
 use crate::machine::arena::Region;
 use crate::machine::cpu::kernels::MAX_HEAD_SIZE;
-use crate::machine::cuda::{GpuChoice, GpuPlaces};
+use crate::machine::cuda::{GpuChoice, GpuPlaces, NO_BF16};
 use crate::machine::disk::DiskFile;
 use crate::machine::ops::FileId;
 use crate::machine::price::Pricer;
@@ -165,8 +165,7 @@ pub fn start(job: &RunJob, loading: &mut dyn Loading) -> Result<Started, EngineE
         gpu: (job.device == DeviceKind::Cuda).then(places),
     })?;
     if !job.policy.compress_weight && !machine.multiplies(job.model.dtype) {
-        let why = "this GPU multiplies no bf16: take a checkpoint in fp16 or fp32, --compress-weight 1, or --device cpu".into();
-        return Err(MachineError::Gpu(why).into());
+        return Err(MachineError::Gpu(NO_BF16.into()).into());
     }
     // A relay is made smaller instead.
     let refused = |buffer: &Buffer| {

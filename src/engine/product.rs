@@ -261,24 +261,20 @@ impl Core<'_> {
         let half_offset = half as u64 * embedding_piece_bytes(panel);
         let bytes = run.len() as u64 * panel;
         let mut sent = None;
-        let locked = [Buffer::Weights, Buffer::EmbeddingStage].map(|b| !self.facts.unlocked.has(b));
-        let (mut at, mut ready, pinned) = match self.dram_panel(index, run.start) {
-            Some(at) => {
-                let pinned = self.facts.policy.pin_weight && locked[0];
-                (at, Fences::none(), pinned)
-            }
+        let (mut at, mut ready, source) = match self.dram_panel(index, run.start) {
+            Some(at) => (at, Fences::none(), Buffer::Weights),
             None => {
                 let memory =
                     self.layout.buffer(Tier::Cpu, Buffer::EmbeddingStage).offset + half_offset;
                 let free = self.embedding_sent[half];
                 let (at, ready) = self.read_panels((run.start, bytes), memory, &free);
-                (at, ready, locked[1])
+                (at, ready, Buffer::EmbeddingStage)
             }
         };
         if self.compute == Tier::Gpu {
             let to = self.layout.buffer(Tier::Gpu, Buffer::EmbeddingStage).offset + half_offset;
             let up = Op::Copy {
-                pinned,
+                pinned: self.facts.is_locked(source),
                 pieces: vec![Copy2d::flat(at, to, bytes)],
             };
             let free = self.embedding_done[half];

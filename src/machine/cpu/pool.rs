@@ -6,7 +6,6 @@
 use crate::machine::os;
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
-use std::ops::{Deref, DerefMut};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -150,8 +149,7 @@ impl Shared {
         let body = || {
             // SAFETY: scratch[thread] belongs to this thread while it is inside the job, and the
             // caller of `run` waits inside it until every thread has left, so `work` is alive.
-            let (work, scratch) =
-                unsafe { (&*job.work, floats_mut(&mut *self.scratch[thread].get())) };
+            let (work, scratch) = unsafe { (&*job.work, floats(&mut *self.scratch[thread].get())) };
             while let Some(part) = self.take(thread) {
                 work(part, scratch);
             }
@@ -218,12 +216,7 @@ impl Shared {
     }
 }
 
-fn floats(lines: &[Line]) -> &[f32] {
-    // SAFETY: a Line is sixteen f32 without padding.
-    unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), lines.len() * 16) }
-}
-
-fn floats_mut(lines: &mut [Line]) -> &mut [f32] {
+fn floats(lines: &mut [Line]) -> &mut [f32] {
     // SAFETY: a Line is sixteen f32 without padding.
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 16) }
 }
@@ -242,16 +235,10 @@ pub struct Pool {
 /// What one caller keeps from a run for the next, as whoever had it before left it.
 pub struct Kept<'a>(MutexGuard<'a, Vec<Line>>);
 
-impl Deref for Kept<'_> {
-    type Target = [f32];
-    fn deref(&self) -> &[f32] {
-        floats(&self.0)
-    }
-}
-
-impl DerefMut for Kept<'_> {
-    fn deref_mut(&mut self) -> &mut [f32] {
-        floats_mut(&mut self.0)
+impl Kept<'_> {
+    /// `KEPT_FLOATS` for each thread.
+    pub fn floats(&mut self) -> &mut [f32] {
+        floats(&mut self.0)
     }
 }
 
@@ -294,7 +281,7 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// `KEPT_FLOATS` for each thread, until it is dropped.
+    /// Nobody else's until it is dropped.
     pub fn keep(&self) -> Kept<'_> {
         Kept(self.kept.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -54,7 +54,7 @@ fn is_refusal(status: Status) -> bool {
     )
 }
 
-const NO_BF16: &str =
+pub const NO_BF16: &str =
     "this GPU multiplies no bf16; take a checkpoint in fp16 or fp32, or --device cpu";
 
 /// Rows of activations that cuBLAS is warmed up with, and the square of weights.

@@ -83,9 +83,8 @@ impl Copies {
             let (host, _, stride, _) = self.ends(piece);
             self.pinned.contains(host, reach(piece, stride))
         };
-        let all = locked(&both);
-        let alike = all == locked(run) && all == locked(piece);
-        (alike && (all || both.is_flat())).then_some(both)
+        let apart = !locked(run) && !locked(piece) && both.is_flat();
+        (locked(&both) || apart).then_some(both)
     }
 
     /// (host address, device address, host stride, device stride) of a piece.

@@ -17,6 +17,7 @@ mod timeline;
 mod toolkit;
 
 pub use api::{DeviceFacts, fault};
+pub use blas::NO_BF16;
 
 use super::MachineError;
 use super::arena::Region;
@@ -108,10 +109,12 @@ fn counted<T>(look: impl FnOnce() -> T) -> T {
 
 /// Compiles what is not kept yet, so that a run does not hold what the compiler does beside its own memory.
 pub fn compile_kernels(choice: &GpuChoice) -> Result<(), MachineError> {
-    let facts =
-        presence::find_gpu(choice.index).map_err(|error| MachineError::Gpu(error.to_string()))?;
-    let target = target(choice, &facts)?;
+    let target = target(choice, &found(choice)?)?;
     modules::compile_missing(&target).map_err(MachineError::Gpu)
+}
+
+fn found(choice: &GpuChoice) -> Result<DeviceFacts, MachineError> {
+    presence::find_gpu(choice.index).map_err(|error| MachineError::Gpu(error.to_string()))
 }
 
 fn target<'a>(choice: &'a GpuChoice, facts: &DeviceFacts) -> Result<Target<'a>, MachineError> {
@@ -129,8 +132,7 @@ fn resident_bytes() -> u64 {
 impl Gpu {
     /// Context, kernels, cuBLAS and the device's arena: everything that can be missing is missing now.
     pub fn open(choice: &GpuChoice, places: GpuPlaces) -> Result<Gpu, MachineError> {
-        let facts = presence::find_gpu(choice.index)
-            .map_err(|error| MachineError::Gpu(error.to_string()))?;
+        let facts = found(choice)?;
         nvml::about_to_open(&facts.bus_id);
         let before = resident_bytes();
         let context = Context::new(choice.index).map_err(no_context)?;

@@ -197,13 +197,13 @@ fn names<'a>(patterns: &'a [&str], words: &'a [&str]) -> impl Iterator<Item = St
     patterns.iter().flat_map(of_pattern)
 }
 
-/// Keeps an image of every source of which there is none.
+/// Keeps an image of every source of which there is none; a damaged one is found when it is loaded.
 pub fn compile_missing(target: &Target) -> Result<(), String> {
     let code = Code::of(target.capability, &known_to_compiler());
     for source in &SOURCES {
         let text = source.text();
         let path = image_path((source, &text), target, code);
-        if kept(&path).is_none() {
+        if !path.exists() {
             keep((&path, target), &compile(source.name, &text, code)?);
         }
     }
@@ -219,17 +219,14 @@ fn load_or_compile(
     let text = source.text();
     let path = image_path((source, &text), target, code);
     let load = |image: &[u8]| -> Result<Module, CudaError> { Module::load(context, image) };
-    if let Some(module) = kept(&path).and_then(|image| load(&image).ok()) {
+    let kept = std::fs::read(&path).ok().and_then(|file| whole(&file));
+    if let Some(module) = kept.and_then(|image| load(&image).ok()) {
         return Ok(module);
     }
     let image = compile(source.name, &text, code)?;
     let module = load(&image).map_err(|e| format!("{}: {e}", source.name))?;
     keep((&path, target), &image);
     Ok(module)
-}
-
-fn kept(path: &Path) -> Option<Vec<u8>> {
-    std::fs::read(path).ok().and_then(|file| whole(&file))
 }
 
 /// A full or read-only disk costs a second next time, nothing else.

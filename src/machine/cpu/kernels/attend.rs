@@ -49,6 +49,7 @@ pub struct AttendArgs<'a> {
 pub fn attend(pool: &Pool, isa: Isa, args: AttendArgs) {
     check(&args);
     let mut kept = pool.keep();
+    let kept = kept.floats();
     let cut = Cut::new(&args, pool.threads(), kept.len());
     let out = Shared::new(args.out);
     let problem = Problem {
@@ -61,7 +62,7 @@ pub fn attend(pool: &Pool, isa: Isa, args: AttendArgs) {
         ldo: args.ldo,
     };
     let shape = (args.heads, args.head_size);
-    let states = States::new(&mut kept, shape);
+    let states = States::new(kept, shape);
     let parts = args.items.iter().map(|item| cut.parts_of(item)).sum();
     pool.run_with_scratch(parts, &|part, scratch| {
         let (mut index, mut number) = (part, 0);
