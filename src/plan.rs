@@ -201,6 +201,9 @@ pub struct RunnerUp {
 pub struct Explain {
     /// One line on 4-bit, where the plan is lossless and 4-bit would be faster.
     pub four_bit: Option<String>,
+    /// One line where bf16 products were asked for and exact ones are as fast.
+    #[serde(default)]
+    pub exact: Option<String>,
     /// Where lossy settings were needed: the loud line.
     pub warning: Option<String>,
     /// How far the closed form is from the replay that the estimate is, and why where it is far.

@@ -14,6 +14,7 @@ use common::*;
 use loadmaster::cost::affine::{GROUPS, share_vector, shares_from};
 use loadmaster::cost::estimate::{EstimateInput, estimate};
 use loadmaster::cost::rates::Rates;
+use loadmaster::dtype::{Arithmetic, Compute, Dtype};
 use loadmaster::plan::{MOST_SEQUENCES, Plan, PlanBudget};
 use loadmaster::planner::changes::twice_as_fast;
 use loadmaster::planner::realise::{Built, Realiser};
@@ -38,6 +39,32 @@ fn a_plan_fits_its_budget_and_reads_back_unchanged() {
         assert!(!made.is_edited());
         let again = plan(&setting.request()).unwrap();
         assert_eq!(again, made, "plans are deterministic");
+    }
+}
+
+#[test]
+fn bf16_products_that_are_no_faster_than_exact_ones_are_told() {
+    let mut setting = cpu(opt_1_3b(), 8 * GIB, Workload::uniform(8, 128, 16));
+    let told = |setting: &Setting, compute| {
+        let mut request = setting.request();
+        request.fixed.compute = compute;
+        plan(&request).unwrap().explain.exact
+    };
+    // Not measured: taken to be as fast as fp32.
+    let same = told(&setting, Compute::Bf16);
+    assert!(same.unwrap().contains("without --compute bf16"));
+    assert_eq!(told(&setting, Compute::Exact), None);
+    for (factor, words) in [(4.0, Some("times as fast")), (0.5, None)] {
+        let mut narrow = setting.profile.cpu.gemm["f16"].clone();
+        narrow.points.iter_mut().for_each(|point| point.3 *= factor);
+        let table = Arithmetic::Bf16.table_name(Dtype::F16);
+        setting.profile.cpu.gemm.insert(table, narrow);
+        let told = told(&setting, Compute::Bf16);
+        let right = match words {
+            Some(words) => told.is_some_and(|told| told.contains(words)),
+            None => told.is_none(),
+        };
+        assert!(right, "{factor}");
     }
 }
 

@@ -30,6 +30,7 @@ pub fn show_plan(plan: &Plan, explain: bool) -> String {
     parts.extend(plan.explain.closed_form.clone().filter(|_| explain));
     parts.extend(what_if(plan).filter(|_| explain));
     parts.extend(plan.explain.four_bit.clone());
+    parts.extend(plan.explain.exact.clone());
     if plan.feasible {
         parts.push(format!(
             "next: {}\ncheck: {}",

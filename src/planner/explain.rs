@@ -7,7 +7,8 @@ use crate::planner::parallel::in_parallel;
 use crate::planner::realise::Realised;
 use crate::planner::search::{search, search_in};
 use crate::planner::space::{Candidate, Space};
-use crate::planner::{CompressMode, Found, PlanRequest, closed_form, speed};
+use crate::planner::{CompressMode, Found, PlanRequest, closed_form, figures_of, speed};
+use crate::policy::{Compute, Policy};
 use crate::tier::{Lane, Tier};
 use crate::units::GIB;
 use std::cmp::Ordering;
@@ -22,6 +23,7 @@ const CLOSED_FORM_WITHIN_PERCENT: f64 = 3.0;
 pub fn explain(request: &PlanRequest, space: &Space, (found, rungs): (&Found, &[Rung])) -> Explain {
     Explain {
         four_bit: four_bit(request, rungs, found),
+        exact: exact(space, found),
         warning: warning(request, found),
         closed_form: request.repricer.map(|_| beside_closed_form(space, found)),
         beside_ladder: beside_ladder(rungs, found),
@@ -139,6 +141,25 @@ fn four_bit(request: &PlanRequest, rungs: &[Rung], found: &Found) -> Option<Stri
     Some(format!(
         "4-bit {what} would be {:.1} times as fast ({then:.2} tok/s) and is not lossless: --compress {flag}",
         then / now,
+    ))
+}
+
+/// Where bf16 products, which change results, are no faster here than exact ones: processors without them.
+fn exact(space: &Space, found: &Found) -> Option<String> {
+    let chosen = &found.chosen.realised;
+    let mut policy = chosen.policy.clone();
+    if std::mem::take(&mut policy.compute) != Compute::Bf16 {
+        return None;
+    }
+    let speed_of = |policy: &Policy| speed(&figures_of(space, policy, chosen.candidate.slots()));
+    let (now, then) = (speed_of(&chosen.policy), speed_of(&policy));
+    let gain = match then / now {
+        gain if gain >= WORTH_SAYING => format!("would be {gain:.1} times as fast"),
+        gain if gain >= 1.0 => "is as fast".to_owned(),
+        _ => return None,
+    };
+    Some(format!(
+        "without --compute bf16, which changes results, this {gain} here"
     ))
 }
 

@@ -273,11 +273,16 @@ pub fn price(request: &PlanRequest, space: &Space, realised: &Realised) -> Figur
 
 /// The closed form's figures of a realised policy.
 pub fn closed_form(space: &Space, realised: &Realised) -> Figures {
+    figures_of(space, &realised.policy, realised.candidate.slots())
+}
+
+/// The same of any policy with so many sequences in a block.
+fn figures_of(space: &Space, policy: &Policy, slots: usize) -> Figures {
     estimate(&EstimateInput {
         model: space.model,
-        workload: &space.workload(realised.candidate.slots()),
+        workload: &space.workload(slots),
         rates: &space.rates,
-        policy: &realised.policy,
+        policy,
         host: space.host,
         budget: space.budget,
     })

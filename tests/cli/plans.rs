@@ -2,6 +2,7 @@
 
 use crate::harness::{Ended, Home, golden};
 use loadmaster::plan::Plan;
+use loadmaster::profile::compiled_in;
 
 fn planned() -> Home {
     let home = Home::new();
@@ -205,6 +206,27 @@ fn dram_that_plays_a_gpu_is_no_other_dram() {
     // What if that machine had a larger one?
     let other = budget("--gpu-mem 64GiB --cpu-mem 2GiB");
     assert_eq!(other, [Some(64 * gib), Some(2 * gib)]);
+}
+
+#[test]
+fn a_machine_with_this_cpu_and_a_gpu_that_is_not_here_is_another_machine() {
+    let home = planned();
+    let t4 = compiled_in("t4-gcp").expect("compiled in");
+    let cpu_of = |text: &str| {
+        let line = text.lines().find(|line| line.starts_with("cpu = "));
+        line.expect("a cpu").to_owned()
+    };
+    let saved = std::fs::read_dir(home.path("profiles")).expect("saved");
+    let own = saved.map(|file| std::fs::read_to_string(file.expect("a file").path()));
+    let own = own.last().expect("a profile").expect("text");
+    home.write("node.toml", &t4.replacen(&cpu_of(t4), &cpu_of(&own), 1));
+    let device = |flags: &str| {
+        let words = format!("plan --model opt-125m --profile node.toml --json {flags}");
+        let plan = home.run(&words).good().document();
+        (plan["device"].clone(), plan["budget"]["gpu_bytes"].is_u64())
+    };
+    assert_eq!(device(""), ("cuda:0".into(), true));
+    assert_eq!(device("--device cpu"), ("cpu".into(), false));
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use super::panel::{CODES_AT, GROUP_BYTES, UNIT_BYTES, UNIT_INPUTS, UNITS_ACROSS};
 use super::simd::{Body, LANES, Simd, load_first};
-use super::tile::{Finish, TILE_ROWS, Tile, ask_for_sums, own_sums, reload, save};
+use super::tile::{Finish, TILE_ROWS, Tile, begin, save};
 use crate::dtype::{PANEL_ROWS, Q4_GROUP};
 
 /// The largest code of an activation.
@@ -171,12 +171,7 @@ impl Product<'_> {
         let mut sums = [[V::splat(0.0); NV]; MR];
         // SAFETY: the caller's.
         unsafe {
-            if !self.tile.fresh {
-                ask_for_sums::<V, MR, NV>(&self.tile, column);
-                reload::<V, MR, NV>(&self.tile, column, &mut sums);
-            } else {
-                own_sums::<V, MR, NV>(&self.tile, column);
-            }
+            begin::<V, MR, NV>(&self.tile, column, &mut sums);
             for g in 0..self.tile.inputs.div_ceil(Q4_GROUP) {
                 let ints = self.integers::<V, MR, NV>(g, column);
                 self.add::<V, MR, NV>(&mut sums, &ints, (g, column));

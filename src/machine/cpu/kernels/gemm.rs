@@ -8,7 +8,7 @@ use super::matrix_products::CODES_ROWS;
 use super::panel::{Bf16, Element, F16, F32, Kept, Narrowed, Pairs, Panel, Q4, Weights, Widened};
 use super::shared::Shared;
 use super::simd::{Body, Simd};
-use super::tile::{Ahead, Finish, TALL_ROWS, TILE_ROWS, Tile, multiply};
+use super::tile::{Ahead, Finish, Sums, TALL_ROWS, TILE_ROWS, Tile, multiply};
 use crate::dtype::{Arithmetic, Dtype, PANEL_ROWS, Q4_GROUP, panels};
 use crate::machine::cpu::pool::Pool;
 use std::ops::Range;
@@ -26,12 +26,16 @@ const BLOCK_WORDS: usize = PANEL_ROWS * BLOCK_INPUTS;
 const X_BYTES: usize = 4 * BLOCK_ROWS * (BLOCK_INPUTS + PAD);
 /// Bytes of x as codes of one block.
 const CODES_BYTES: usize = X_BYTES / 2;
-/// Up to here every tile converts the weights itself: cheaper than writing them out once.
+/// Up to here every tile converts the weights itself: cheaper than writing them out once. With narrow registers,
+/// whose tiles are low and walk over a panel four times, up to two tiles, where conversion is cheap.
 const DIRECT_ROWS: usize = 2 * TALL_ROWS;
+const NARROW_DIRECT_ROWS: usize = 2 * TILE_ROWS;
 /// How far ahead of the products a stream of weights is asked for, and one of 4-bit weights, whose products
 /// take less time for as many bytes.
 const AHEAD_BYTES: usize = 4096;
 const CODES_AHEAD_BYTES: usize = 6 * 1024;
+/// With narrow registers, which ask for it at the pace of several walks.
+const NARROW_AHEAD_BYTES: usize = 2 * AHEAD_BYTES;
 
 const _: () = assert!(
     4 * BLOCK_WORDS + X_BYTES <= 4 * crate::machine::cpu::pool::SCRATCH_FLOATS
@@ -181,6 +185,16 @@ impl Body for Part<'_> {
     }
 }
 
+/// Up to how many rows every tile converts weights of this format.
+#[inline(always)]
+fn direct_rows<V: Simd, P: Panel>() -> usize {
+    match (V::WIDE, P::CHEAP) {
+        (true, _) => DIRECT_ROWS,
+        (false, true) => NARROW_DIRECT_ROWS,
+        (false, false) => 0,
+    }
+}
+
 /// Inputs of a block that fits for so few rows, in words: a multiple of the 4-bit group.
 #[inline(always)]
 fn deepest(rows: usize) -> usize {
@@ -291,11 +305,15 @@ impl<'a> Part<'a> {
             first_input: inputs.start,
             keep: std::ptr::null_mut(),
         };
+        let ahead = match V::WIDE || self.rows.len() == 1 {
+            true => AHEAD_BYTES,
+            false => NARROW_AHEAD_BYTES,
+        };
         let tile = Tile {
             x: x.start,
             x_stride: x.stride,
             ahead: Ahead {
-                from: at.wrapping_add(P::bytes_of(inputs.start) + AHEAD_BYTES),
+                from: at.wrapping_add(P::bytes_of(inputs.start) + ahead),
                 step: P::bytes_of(Q4_GROUP) * if P::PAIRED { 2 } else { 1 } / Q4_GROUP,
             },
             ..self.tile(panel, self.rows.start, self.rows.len(), inputs)
@@ -310,7 +328,7 @@ impl<'a> Part<'a> {
         for panel in self.panels.clone() {
             let stored = self.stored(panel, inputs.start);
             let tall = V::WIDE && (!P::WIDE || self.rows.len() <= TALL_ROWS);
-            if V::WIDE && self.rows.len() <= DIRECT_ROWS {
+            if self.rows.len() <= direct_rows::<V, P>() {
                 let tiles = (stored, x, if tall { TALL_ROWS } else { TILE_ROWS });
                 self.tiles::<V, P, P>(panel, &inputs, P::AHEAD, tiles);
             } else if P::WIDE {
@@ -451,7 +469,7 @@ impl<'a> Part<'a> {
             out_stride: p.ldo,
             columns,
             inputs: inputs.len(),
-            fresh: inputs.start == 0,
+            sums: Sums::of(inputs.start),
             ahead: Ahead::nothing(p.x.as_ptr()),
         }
     }

@@ -21,6 +21,9 @@ pub(super) const UNIT_INPUTS: usize = 8;
 /// Units beside each other for the same inputs.
 pub(super) const UNITS_ACROSS: usize = PANEL_ROWS / LANES;
 
+/// Inputs of a panel of halves in one slice for narrow registers: 4 KiB.
+const HALVES_SLICE: usize = 32;
+
 /// Which nibble of its word, the lowest first, holds the code of input `k` of a unit.
 #[inline(always)]
 pub(super) fn nibble_of(k: usize) -> usize {
@@ -120,6 +123,17 @@ pub(super) struct Weights {
     pub keep: *mut f32,
 }
 
+impl Weights {
+    /// From an input further on; not for panels that keep.
+    #[inline(always)]
+    pub(super) fn beyond(self, inputs: usize) -> Weights {
+        Weights {
+            first_input: self.first_input + inputs,
+            ..self
+        }
+    }
+}
+
 /// A panel in some format.
 pub(super) trait Panel {
     /// Inputs that one source covers at most.
@@ -135,6 +149,12 @@ pub(super) trait Panel {
     const WIDE: bool;
     /// Writes what it reads to where `Weights` say.
     const KEEPS: bool = false;
+    /// Brought into the registers' format by an instruction or two: narrow registers, too, do that for each
+    /// of a few tiles.
+    const CHEAP: bool = false;
+    /// Inputs that narrow registers, which walk over a panel several times, take at a time: as many as stay in
+    /// the first cache. Those that are far apart already gain nothing, sums would only be put down more often.
+    const SLICE: usize = usize::MAX;
     /// Bytes that `inputs` inputs (whole segments) take.
     fn bytes_of(inputs: usize) -> usize;
     type At<V: Simd, const NV: usize>: Source<V, NV>;
@@ -173,6 +193,12 @@ impl<E: Element> Panel for E {
     const PAIRED: bool = false;
     const AHEAD: usize = E::BYTES;
     const WIDE: bool = E::BYTES == 4;
+    const CHEAP: bool = true;
+    const SLICE: usize = if E::BYTES == 4 {
+        usize::MAX
+    } else {
+        HALVES_SLICE
+    };
     type At<V: Simd, const NV: usize> = Plain<E>;
     #[inline(always)]
     fn bytes_of(inputs: usize) -> usize {
@@ -199,6 +225,7 @@ impl<E: Element> Panel for Narrowed<E> {
     const PAIRED: bool = true;
     const AHEAD: usize = 2 * E::AHEAD;
     const WIDE: bool = false;
+    const SLICE: usize = E::SLICE;
     type At<V: Simd, const NV: usize> = Plain<E>;
     #[inline(always)]
     fn bytes_of(inputs: usize) -> usize {
@@ -305,6 +332,7 @@ impl Panel for Q4 {
     const PAIRED: bool = false;
     const AHEAD: usize = 1;
     const WIDE: bool = false;
+    const SLICE: usize = Q4_GROUP;
     type At<V: Simd, const NV: usize> = Group<V, NV>;
     #[inline(always)]
     fn bytes_of(inputs: usize) -> usize {

@@ -6,7 +6,7 @@ use super::kv::KvFormat;
 use super::math::exp;
 use super::panel::{Element, Weights, Widened};
 use super::simd::{LANES, Simd, store_first};
-use super::tile::{Ahead, Finish, TILE_ROWS, Tile, multiply};
+use super::tile::{Ahead, Finish, Sums, TILE_ROWS, Tile, multiply};
 use crate::dtype::PANEL_ROWS;
 use crate::machine::cpu::pool::SCRATCH_FLOATS;
 
@@ -185,7 +185,7 @@ fn score<V: Simd>(part: &Part, carved: &mut Carved, chunk: Chunk) {
             out_stride: TILE_QUERIES,
             columns: chunk.vectors * LANES,
             inputs: part.problem.head_size,
-            fresh: true,
+            sums: Sums::Fresh,
             ahead: Ahead::nothing(carved.rows.as_ptr()),
         };
         // SAFETY: the scratch was carved for a whole chunk and a whole tile.
@@ -301,7 +301,7 @@ fn add_values<V: Simd>(part: &Part, carved: &mut Carved, chunk: Chunk) {
                 out_stride: width,
                 columns: (width - element).min(PANEL_ROWS),
                 inputs: chunk.keys,
-                fresh: false,
+                sums: Sums::Away,
                 ahead: Ahead::nothing(carved.rows.as_ptr()),
             };
             // SAFETY: the scratch was carved for a whole chunk and a whole tile.

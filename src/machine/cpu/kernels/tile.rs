@@ -6,6 +6,7 @@ use super::panel::{Panel, Source, Weights};
 use super::simd::{Body, LANES, Simd, load_first, store_first};
 use crate::dtype::PANEL_ROWS;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Rows of x in a full tile: 6 × 4 sums leave registers for four weights and one broadcast.
 pub(super) const TILE_ROWS: usize = 6;
@@ -35,10 +36,30 @@ pub(super) struct Tile {
     /// Output columns that exist, at most 64.
     pub columns: usize,
     pub inputs: usize,
-    /// Sums start at zero, else at what `out` holds.
-    pub fresh: bool,
+    pub sums: Sums,
     /// What to ask for meanwhile.
     pub ahead: Ahead,
+}
+
+/// Where a tile's sums begin.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sums {
+    /// At zero.
+    Fresh,
+    /// At what `out` has held for a while: it has left the first caches.
+    Away,
+    /// At what `out` was given just now.
+    AtHand,
+}
+
+impl Sums {
+    /// Of the block of inputs that begins there.
+    pub(super) fn of(first_input: usize) -> Sums {
+        match first_input {
+            0 => Sums::Fresh,
+            _ => Sums::Away,
+        }
+    }
 }
 
 /// Memory to ask for while multiplying: at each step (one input, or a pair) the panel's AHEAD lines, `step`
@@ -48,6 +69,22 @@ pub(super) struct Tile {
 pub(super) struct Ahead {
     pub from: *const u8,
     pub step: usize,
+}
+
+impl Tile {
+    /// The product of some of its inputs, those before it done just now.
+    #[inline(always)]
+    fn slice<P: Panel>(self, inputs: &Range<usize>) -> Tile {
+        let steps = inputs.start / if P::PAIRED { 2 } else { 1 };
+        let from = self.ahead.from.wrapping_add(steps * self.ahead.step);
+        Tile {
+            x: self.x.wrapping_add(steps * self.x_step),
+            inputs: inputs.len(),
+            sums: if steps == 0 { self.sums } else { Sums::AtHand },
+            ahead: Ahead { from, ..self.ahead },
+            ..self
+        }
+    }
 }
 
 impl Ahead {
@@ -60,24 +97,20 @@ impl Ahead {
         }
     }
 
-    /// The share of one of the two walks of a tall tile over the panel.
+    /// The share of one of several walks over the panel: memory is asked at an even pace.
     #[inline(always)]
-    fn half(self, walk: usize, steps: usize) -> Ahead {
-        let step = self.step / 2;
+    fn share(self, (walk, walks): (usize, usize), steps: usize) -> Ahead {
+        let step = self.step / walks;
         Ahead {
             from: self.from.wrapping_add(walk * steps * step),
             step,
         }
     }
 
+    /// Of as many walks as take so many vectors of columns each.
     #[inline(always)]
-    fn ask<V: Simd, P: Panel, const MR: usize>(&self, step: usize) {
-        let lines = if MR > TILE_ROWS {
-            P::AHEAD.div_ceil(2)
-        } else {
-            P::AHEAD
-        };
-        for line in 0..lines {
+    fn ask<V: Simd, P: Panel, const NV: usize>(&self, step: usize) {
+        for line in 0..P::AHEAD.div_ceil(PANEL_ROWS / (NV * LANES)) {
             V::prefetch(self.from.wrapping_add(step * self.step + line * 64));
         }
     }
@@ -163,7 +196,7 @@ impl<P: Panel> Body for Product<'_, P> {
             if V::WIDE && rows > TILE_ROWS {
                 let steps = tile.inputs / if P::PAIRED { 2 } else { 1 };
                 for walk in 0..tile.columns.div_ceil(2 * LANES) {
-                    let ahead = tile.ahead.half(walk, steps);
+                    let ahead = tile.ahead.share((walk, 2), steps);
                     tall::<V, P>(
                         Tile { ahead, ..tile },
                         rows,
@@ -186,11 +219,34 @@ impl<P: Panel> Body for Product<'_, P> {
             if rows == 1 {
                 return fixed::<V, P, 1, 4>(tile, weights, 0, finish);
             }
-            let mut tile = tile;
-            for column in (0..tile.columns).step_by(LANES) {
-                by_rows::<V, P, 1>(tile, rows, weights, column, finish);
-                // The first columns' products asked for all.
-                tile.ahead = Ahead::nothing(tile.x);
+            narrow::<V, P>(tile, rows, weights, finish);
+        }
+    }
+}
+
+/// Sixteen registers hold the sums of 16 columns, of two rows those of 32: a panel is walked over several
+/// times, a slice of inputs at a time that stays in the first cache meanwhile.
+#[inline(always)]
+unsafe fn narrow<V: Simd, P: Panel>(tile: Tile, rows: usize, weights: Weights, finish: Finish) {
+    let across = if rows == 2 { 2 * LANES } else { LANES };
+    for from in (0..tile.inputs).step_by(P::SLICE) {
+        let some = from..(from.saturating_add(P::SLICE)).min(tile.inputs);
+        let (slice, weights) = (tile.slice::<P>(&some), weights.beyond(from));
+        let steps = some.len() / if P::PAIRED { 2 } else { 1 };
+        let finish = match some.end == tile.inputs {
+            true => finish,
+            false => Finish::NOTHING,
+        };
+        for column in (0..tile.columns).step_by(across) {
+            let walk = (column / across, PANEL_ROWS / across);
+            let ahead = slice.ahead.share(walk, steps);
+            let slice = Tile { ahead, ..slice };
+            // SAFETY: the caller's; a slice is inside its tile.
+            unsafe {
+                match rows {
+                    2 => fixed::<V, P, 2, 2>(slice, weights, column, finish),
+                    _ => by_rows::<V, P, 1>(slice, rows, weights, column, finish),
+                }
             }
         }
     }
@@ -248,20 +304,12 @@ unsafe fn fixed<V: Simd, P: Panel, const MR: usize, const NV: usize>(
     let mut sums = [[V::splat(0.0); NV]; MR];
     // SAFETY: the caller's.
     unsafe {
-        if !tile.fresh {
-            ask_for_sums::<V, MR, NV>(&tile, column);
-            reload::<V, MR, NV>(&tile, column, &mut sums);
-        } else {
-            own_sums::<V, MR, NV>(&tile, column);
-        }
+        begin::<V, MR, NV>(&tile, column, &mut sums);
         let mut done = 0;
         while done < tile.inputs {
             let some = P::SEGMENT.min(tile.inputs - done);
             let source = P::at::<V, NV>(weights, done, column);
-            let mut rest = tile;
-            rest.x = tile.x.add(done * tile.x_step);
-            rest.inputs = some;
-            rest.ahead.from = tile.ahead.from.wrapping_add(done * tile.ahead.step);
+            let rest = tile.slice::<P>(&(done..done + some));
             products::<V, P, MR, NV>(&mut sums, rest, &source);
             done += some;
         }
@@ -280,7 +328,7 @@ unsafe fn products<V: Simd, P: Panel, const MR: usize, const NV: usize>(
     unsafe {
         if P::PAIRED {
             for k in 0..tile.inputs / 2 {
-                tile.ahead.ask::<V, P, MR>(k);
+                tile.ahead.ask::<V, P, NV>(k);
                 pair::<V, _, MR, NV>(sums, &tile, source, (k, true));
             }
             if tile.inputs % 2 == 1 {
@@ -291,7 +339,7 @@ unsafe fn products<V: Simd, P: Panel, const MR: usize, const NV: usize>(
         let whole = tile.inputs / P::STEP * P::STEP;
         for k in (0..whole).step_by(P::STEP) {
             for phase in 0..P::STEP {
-                tile.ahead.ask::<V, P, MR>(k + phase);
+                tile.ahead.ask::<V, P, NV>(k + phase);
                 step::<V, _, MR, NV>(sums, &tile, source, (k + phase, phase));
             }
         }
@@ -349,9 +397,25 @@ fn width(tile: &Tile, column: usize, j: usize) -> usize {
     tile.columns.saturating_sub(column + j * LANES).min(LANES)
 }
 
-/// Asks for the sums of the tile below, which come next: they have left the first caches since.
+/// Sums as the tile says, and their lines on the way.
 #[inline(always)]
-pub(super) fn ask_for_sums<V: Simd, const MR: usize, const NV: usize>(tile: &Tile, column: usize) {
+pub(super) unsafe fn begin<V: Simd, const MR: usize, const NV: usize>(
+    tile: &Tile,
+    column: usize,
+    sums: &mut [[V::F; NV]; MR],
+) {
+    match tile.sums {
+        Sums::Fresh => return own_sums::<V, MR, NV>(tile, column),
+        Sums::Away => ask_for_sums::<V, MR, NV>(tile, column),
+        Sums::AtHand => {}
+    }
+    // SAFETY: the caller's.
+    unsafe { reload::<V, MR, NV>(tile, column, sums) }
+}
+
+/// Asks for the sums of the tile below, which come next.
+#[inline(always)]
+fn ask_for_sums<V: Simd, const MR: usize, const NV: usize>(tile: &Tile, column: usize) {
     for i in MR..2 * MR {
         for j in 0..NV {
             let at = i * tile.out_stride + column + j * LANES;
@@ -362,7 +426,7 @@ pub(super) fn ask_for_sums<V: Simd, const MR: usize, const NV: usize>(tile: &Til
 
 /// Brings the lines of the sums here while they are being computed.
 #[inline(always)]
-pub(super) fn own_sums<V: Simd, const MR: usize, const NV: usize>(tile: &Tile, column: usize) {
+fn own_sums<V: Simd, const MR: usize, const NV: usize>(tile: &Tile, column: usize) {
     for i in 0..MR {
         for j in 0..NV {
             let at = i * tile.out_stride + column + j * LANES;
@@ -372,7 +436,7 @@ pub(super) fn own_sums<V: Simd, const MR: usize, const NV: usize>(tile: &Tile, c
 }
 
 #[inline(always)]
-pub(super) unsafe fn reload<V: Simd, const MR: usize, const NV: usize>(
+unsafe fn reload<V: Simd, const MR: usize, const NV: usize>(
     tile: &Tile,
     column: usize,
     sums: &mut [[V::F; NV]; MR],
