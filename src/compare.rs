@@ -2,7 +2,7 @@
 //! person sees are the door's.
 
 use crate::cost::figures::Figures;
-use crate::report::RunReport;
+use crate::report::{LineCounts, RunOutcome, RunReport};
 use crate::tier::{Lane, PerLane, PerTier, Tier};
 use serde::Serialize;
 
@@ -24,6 +24,8 @@ pub struct Errors {
 pub struct ComparedRun {
     pub report: String,
     pub plan_id: String,
+    pub outcome: RunOutcome,
+    pub lines: LineCounts,
     pub predicted: Figures,
     pub measured: Figures,
     pub error_percent: Errors,
@@ -33,6 +35,7 @@ pub struct ComparedRun {
 pub struct Comparison {
     pub schema: &'static str,
     pub runs: Vec<ComparedRun>,
+    /// Over runs that were not interrupted: what those did not come to is not in their figures.
     pub mean_abs_error_percent: Errors,
     pub worst_abs_error_percent: Errors,
 }
@@ -44,7 +47,11 @@ impl Comparison {
             .into_iter()
             .map(|(name, report)| compare_one(name, report))
             .collect();
-        let errors: Vec<Errors> = runs.iter().map(|r| r.error_percent).collect();
+        let errors: Vec<Errors> = runs
+            .iter()
+            .filter(|r| r.outcome != RunOutcome::Interrupted)
+            .map(|r| r.error_percent)
+            .collect();
         let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
         let worst = |values: &[f64]| values.iter().copied().fold(0.0, f64::max);
         Comparison {
@@ -61,6 +68,8 @@ fn compare_one(report: String, run: RunReport) -> ComparedRun {
     ComparedRun {
         report,
         plan_id: run.plan.id,
+        outcome: run.outcome,
+        lines: run.lines,
         predicted: run.repriced,
         measured: run.measured,
         error_percent,

@@ -169,6 +169,9 @@ pub struct WeightBytes {
 #[serde(deny_unknown_fields)]
 pub struct PlanSetup {
     pub pack_s: f64,
+    /// Weights into memory, and files of the run's own written out.
+    #[serde(default)]
+    pub load_s: f64,
     pub store_bytes: u64,
     pub spill_bytes: u64,
 }

@@ -114,7 +114,7 @@ mod tests {
         "profile": {"name": "", "measured_at": ""},
         "budget": {"gpu_bytes": null, "cpu_bytes": 1, "disk_bytes": 1},
         "policy": null, "placement": null, "estimate": null,
-        "setup": {"pack_s": 0.0, "store_bytes": 0, "spill_bytes": 0},
+        "setup": {"pack_s": 0.0, "load_s": 0.0, "store_bytes": 0, "spill_bytes": 0},
         "missing_bytes": {"gpu": null, "cpu": null, "disk": null}, "enough_bytes": null,
         "ladder": [], "runners_up": [],
         "explain": {"four_bit": null, "warning": null, "what_if": []}}"#;

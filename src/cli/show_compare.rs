@@ -2,6 +2,7 @@
 
 use crate::compare::{ComparedRun, Comparison, roofline};
 use crate::cost::figures::{Figures, LaneFigures};
+use crate::report::RunOutcome;
 use crate::tier::{Lane, Tier};
 use crate::units::{show_bytes, show_seconds};
 use comfy_table::{CellAlignment, Table, presets};
@@ -15,8 +16,13 @@ pub fn show(comparison: &Comparison) -> String {
             &comparison.mean_abs_error_percent,
             &comparison.worst_abs_error_percent,
         );
+        let cut_short = |run: &&ComparedRun| run.outcome == RunOutcome::Interrupted;
+        let without = match comparison.runs.iter().filter(cut_short).count() {
+            0 => String::new(),
+            count => format!(", {count} that were interrupted left out"),
+        };
         text += &format!(
-            "{} runs: mean error of throughput {}, worst {}\n",
+            "{} runs{without}: mean error of throughput {}, worst {}\n",
             comparison.runs.len(),
             figure(mean.throughput),
             figure(worst.throughput)
@@ -82,10 +88,22 @@ fn show_run(run: &ComparedRun) -> String {
     let part = roofline(m).map_or(String::new(), |(lane, part)| {
         format!("; {part:.2} of the roofline of {}", lane.name())
     });
+    let how = how_it_ended(run);
     format!(
-        "Predicted against measured ({}, plan {})\n{table}\n{binding}{part}\n",
+        "Predicted against measured ({}, plan {}{how})\n{table}\n{binding}{part}\n",
         run.report, run.plan_id
     )
+}
+
+/// Of a run that did not do all its lines, how many it did.
+fn how_it_ended(run: &ComparedRun) -> String {
+    let word = match run.outcome {
+        RunOutcome::Done => return String::new(),
+        RunOutcome::Interrupted => "interrupted",
+        RunOutcome::Failed => "failed",
+    };
+    let (done, all) = (run.lines.ok, run.lines.total);
+    format!("; {word}: {done} of {all} lines done")
 }
 
 fn lane_text(lane: &LaneFigures) -> String {

@@ -143,11 +143,12 @@ fn estimate_lines(plan: &Plan, policy: &PlanPolicy, estimate: &Figures) -> Strin
         ),
         format!("busy: {}", lanes.collect::<Vec<_>>().join(", ")),
         format!(
-            "blocks of {} x {} sequences; whole job {}, {} of it packing; writes {}",
+            "blocks of {} x {} sequences; whole job {}, {} of it packing, {} loading; writes {}",
             policy.gpu_batch_size,
             policy.num_gpu_batches,
-            show_seconds(estimate.total_s + plan.setup.pack_s),
+            show_seconds(estimate.total_s + plan.setup.pack_s + plan.setup.load_s),
             show_seconds(plan.setup.pack_s),
+            show_seconds(plan.setup.load_s),
             show_bytes(written)
         ),
     ]

@@ -14,10 +14,13 @@ use crate::planner::shortfall::shortfall;
 use crate::planner::{CompressMode, Found, PlanRequest, Space};
 use crate::policy::{Compute, Policy};
 use crate::tier::PerTier;
+use crate::units::MIB;
 use crate::workload::Workload;
 
 /// Where a plan goes by default. Who knows better what was typed says so in its place.
 const PLAN_FILE: &str = "plan.toml";
+/// What packing and loading read and write at a time.
+const SETUP_BLOCK_BYTES: f64 = 4.0 * MIB as f64;
 
 /// A plan that fits.
 pub fn feasible(request: &PlanRequest, space: &Space, found: &Found) -> Plan {
@@ -156,10 +159,9 @@ fn placement(policy: &Policy, placement: &Placement, realised: &PlanPolicy) -> P
 fn setup(space: &Space, footprint: &Footprint, compress: bool) -> PlanSetup {
     let store = footprint.store_bytes as f64;
     let source = space.model.weights_bytes(false) as f64;
-    let block = crate::units::MIB as f64 * 4.0;
     let steps = [
-        space.rates.disk_read_s(source, block),
-        space.rates.disk_write_s(store, block, true),
+        space.rates.disk_read_s(source, SETUP_BLOCK_BYTES),
+        space.rates.disk_write_s(store, SETUP_BLOCK_BYTES, true),
         source / space.rates.pack_bytes_per_s(compress),
     ];
     let there = space.host.unpacked || space.stored_bytes[usize::from(compress)] > 0;
@@ -169,9 +171,25 @@ fn setup(space: &Space, footprint: &Footprint, compress: bool) -> PlanSetup {
         } else {
             steps.into_iter().fold(0.0, f64::max)
         },
+        load_s: load_s(space, footprint, compress),
         store_bytes: footprint.store_bytes,
         spill_bytes: footprint.spill.total(),
     }
+}
+
+/// What is at home in memory is read once, from the store or, packed as it comes, from its source; files of the
+/// run's own are written out before the first pass.
+fn load_s(space: &Space, footprint: &Footprint, compress: bool) -> f64 {
+    let source = space.model.weights_bytes(false) as f64;
+    let all_bytes = space.model.weights_bytes(compress);
+    let resident = all_bytes.saturating_sub(footprint.disk_weights_bytes) as f64;
+    let weights_s = match space.host.unpacked {
+        true => (space.rates.disk_read_s(source, SETUP_BLOCK_BYTES))
+            .max(source / space.rates.pack_bytes_per_s(compress)),
+        false => space.rates.disk_read_s(resident, SETUP_BLOCK_BYTES),
+    };
+    let spill = footprint.spill.total() as f64;
+    weights_s + space.rates.disk_write_s(spill, SETUP_BLOCK_BYTES, true)
 }
 
 /// The policy as flags of `run` and `plan`.

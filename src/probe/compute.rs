@@ -32,6 +32,8 @@ const FEW_ROWS: usize = 4;
 pub const MAX_SEQUENCES: usize = 40;
 /// A product that takes longer than this is not measured with more rows: its time grows evenly.
 const LONG_S: f64 = 0.5;
+/// Nor are products of bf16 with more, where no instruction makes them: they would take most of the probe.
+const EMULATED_ROWS: usize = 64;
 
 /// Formats and ways to multiply that are measured; what is not, is priced by what stands in for it.
 pub fn products() -> impl Iterator<Item = (Dtype, Arithmetic)> {
@@ -180,7 +182,8 @@ impl ComputeArea {
         let mut long = None;
         for point in &mut self.gemm {
             let matrix = (point.format, point.arithmetic, point.inputs, point.outputs);
-            if long == Some(matrix) {
+            let emulated = point.arithmetic == Arithmetic::Bf16 && !bench.isa.has_bf16();
+            if long == Some(matrix) || (emulated && point.rows > EMULATED_ROWS) {
                 continue;
             }
             let seconds = product(bench, point)?;

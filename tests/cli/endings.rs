@@ -81,6 +81,13 @@ fn interrupted_by(signal: &str) {
     );
     let left = std::fs::read_dir(home.path("spill")).map_or(0, Iterator::count);
     assert_eq!(left, 0, "spill files are gone");
+    let shown = home.run("compare report.json report.json").good().stdout;
+    let told = format!("; interrupted: {} of 200 lines done)", lines.len());
+    assert!(shown.contains(&told), "{shown}");
+    assert!(
+        shown.contains("2 that were interrupted left out"),
+        "{shown}"
+    );
 }
 
 #[test]

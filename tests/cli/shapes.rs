@@ -43,7 +43,7 @@ fn assert_plan(plan: &Value) {
     );
     assert_keys(&plan["profile"], "name measured_at");
     assert_keys(&plan["budget"], "gpu_bytes cpu_bytes disk_bytes");
-    assert_keys(&plan["setup"], "pack_s store_bytes spill_bytes");
+    assert_keys(&plan["setup"], "pack_s load_s store_bytes spill_bytes");
     assert_keys(&plan["missing_bytes"], TIERS);
     let rows = plan["ladder"].as_array().expect("a ladder");
     assert!(!rows.is_empty());

@@ -3,17 +3,26 @@
 //! other. So an output depends on its own row of x and of the weights only, whatever the split.
 
 use super::panel::{CODES_AT, GROUP_BYTES, UNIT_BYTES, UNIT_INPUTS, UNITS_ACROSS};
-use super::simd::{Body, LANES, Simd, load_first};
+use super::simd::{Body, CODES_TOGETHER, LANES, Simd, load_first};
 use super::tile::{Finish, TILE_ROWS, Tile, begin, save};
 use crate::dtype::{PANEL_ROWS, Q4_GROUP};
+use std::ops::Range;
 
 /// The largest code of an activation.
 const LARGEST: f32 = 127.0;
 /// A group with nothing larger counts as zeros: its scale could not be inverted.
 const NOTHING: f32 = 1e-30;
+/// Groups in one slice for narrow registers: 9 KiB, which stay in the first cache while they are walked over.
+const SLICE_GROUPS: usize = 2;
 
 /// A group's scale, and its scale times the sum of its codes.
 pub(super) type Scale = [f32; 2];
+
+/// Whether a tile of so many rows and vectors of columns goes over a panel in several walks that compute longer
+/// than memory takes.
+const fn in_slices(rows: usize, vectors: usize) -> bool {
+    rows > 1 && vectors == 1
+}
 
 /// Quantises one row: value = code × scale. A group with an infinity or not-a-number gets a scale that
 /// is not a number.
@@ -88,7 +97,16 @@ impl Quantised {
     }
 }
 
-/// Multiplies `rows` (1 to 6) rows of x with the groups at `group`; `tile` says where the sums are and
+/// Rows of x in a tile: sums in halves of words take a register for their product besides.
+#[inline(always)]
+pub(super) const fn tile_rows<V: Simd>() -> usize {
+    match V::HALVES && !V::WIDE {
+        true => 4,
+        false => TILE_ROWS,
+    }
+}
+
+/// Multiplies `rows` (1 to `tile_rows`) rows of x with the groups at `group`; `tile` says where the sums are and
 /// what to ask for meanwhile.
 /// # Safety
 /// All of them point to what they describe, for `tile.inputs` inputs.
@@ -160,23 +178,72 @@ impl Product<'_> {
 
     #[inline(always)]
     unsafe fn across<V: Simd, const MR: usize, const NV: usize>(&self) {
-        for column in (0..self.tile.columns).step_by(NV * LANES) {
-            // SAFETY: the caller's.
-            unsafe { self.fixed::<V, MR, NV>(column) };
+        let all = 0..self.tile.inputs.div_ceil(Q4_GROUP);
+        // Where several walks bring the weights from memory they do so at an even pace, a slice after the other.
+        let slice = match in_slices(MR, NV) && self.tile.ahead.step > 0 {
+            true => SLICE_GROUPS,
+            false => all.end.max(1),
+        };
+        for first in all.clone().step_by(slice) {
+            let groups = first..(first + slice).min(all.end);
+            for column in (0..self.tile.columns).step_by(NV * LANES) {
+                // SAFETY: the caller's.
+                unsafe { self.fixed::<V, MR, NV>(&groups, column) };
+            }
         }
     }
 
+    /// Some groups, the first ones or those after what was added just now.
     #[inline(always)]
-    unsafe fn fixed<V: Simd, const MR: usize, const NV: usize>(&self, column: usize) {
+    unsafe fn fixed<V: Simd, const MR: usize, const NV: usize>(
+        &self,
+        groups: &Range<usize>,
+        column: usize,
+    ) {
         let mut sums = [[V::splat(0.0); NV]; MR];
+        let tile = Tile {
+            sums: self.tile.sums.at(groups.start),
+            ..self.tile
+        };
+        let finish = match groups.end * Q4_GROUP >= tile.inputs {
+            true => self.finish,
+            false => Finish::NOTHING,
+        };
         // SAFETY: the caller's.
         unsafe {
-            begin::<V, MR, NV>(&self.tile, column, &mut sums);
-            for g in 0..self.tile.inputs.div_ceil(Q4_GROUP) {
+            begin::<V, MR, NV>(&tile, column, &mut sums);
+            for g in groups.clone() {
                 let ints = self.integers::<V, MR, NV>(g, column);
                 self.add::<V, MR, NV>(&mut sums, &ints, (g, column));
             }
-            save::<V, MR, NV>(&self.tile, column, &sums, self.finish);
+            save::<V, MR, NV>(&tile, column, &sums, finish);
+        }
+    }
+
+    /// Asks for what lies ahead of an eighth of a group: the first walk for all of it, narrow ones for a
+    /// quarter each.
+    #[inline(always)]
+    fn ask<V: Simd, const MR: usize, const NV: usize>(
+        &self,
+        (g, octet): (usize, usize),
+        column: usize,
+    ) {
+        const EIGHTH_LINES: usize = GROUP_BYTES / 64 / (Q4_GROUP / UNIT_INPUTS) + 1;
+        const SHARE_BYTES: usize = GROUP_BYTES / (Q4_GROUP / UNIT_INPUTS) / UNITS_ACROSS;
+        let share = in_slices(MR, NV);
+        if self.tile.ahead.step == 0 || (column > 0 && !share) {
+            return;
+        }
+        let (at, lines) = match share {
+            true => {
+                let share = column / LANES * (Q4_GROUP / UNIT_INPUTS) + octet;
+                (share * SHARE_BYTES, SHARE_BYTES.div_ceil(64))
+            }
+            false => (octet * EIGHTH_LINES * 64, EIGHTH_LINES),
+        };
+        for line in 0..lines {
+            let ahead = g * GROUP_BYTES + at + line * 64;
+            V::prefetch(self.tile.ahead.from.wrapping_add(ahead));
         }
     }
 
@@ -188,43 +255,68 @@ impl Product<'_> {
         g: usize,
         column: usize,
     ) -> [[V::I; NV]; MR] {
-        const LINES: usize = GROUP_BYTES / 64 / (Q4_GROUP / UNIT_INPUTS) + 1;
+        const UNITS: usize = Q4_GROUP / UNIT_INPUTS;
+        let together = match V::HALVES {
+            true => CODES_TOGETHER * 4 / UNIT_INPUTS,
+            false => UNITS,
+        };
         let mut ints = [[V::splat_word(0); NV]; MR];
-        // SAFETY: whole groups are stored, and x is filled up to whole groups.
-        unsafe {
-            let units = self.group.add(g * GROUP_BYTES + CODES_AT);
-            let x = self.x.codes.add(g * Q4_GROUP);
-            for octet in 0..Q4_GROUP / UNIT_INPUTS {
-                if column == 0 && self.tile.ahead.step > 0 {
-                    for line in 0..LINES {
-                        let ahead = g * GROUP_BYTES + (octet * LINES + line) * 64;
-                        V::prefetch(self.tile.ahead.from.wrapping_add(ahead));
-                    }
+        for first in (0..UNITS).step_by(together) {
+            let mut sums = ints;
+            for i in 0..MR {
+                for j in 0..NV {
+                    sums[i][j] = V::begin_codes(ints[i][j]);
                 }
-                let mut words = [V::splat_word(0); NV];
-                for (j, words) in words.iter_mut().enumerate() {
-                    let unit = octet * UNITS_ACROSS + column / LANES + j;
-                    *words = V::load_words(units.add(unit * UNIT_BYTES));
-                }
-                for half in 0..2 {
-                    let mut codes = words;
-                    for codes in codes.iter_mut() {
-                        *codes = match half {
-                            0 => V::low_nibbles(*codes),
-                            _ => V::high_nibbles(*codes),
-                        };
-                    }
-                    for i in 0..MR {
-                        let four = x.add(i * self.x.stride + octet * UNIT_INPUTS + 4 * half);
-                        let four = V::splat_word(u32::from_le(four.cast::<u32>().read_unaligned()));
-                        for j in 0..NV {
-                            ints[i][j] = V::dot_bytes(ints[i][j], codes[j], four);
-                        }
-                    }
+            }
+            for octet in first..first + together {
+                self.ask::<V, MR, NV>((g, octet), column);
+                // SAFETY: the caller's.
+                unsafe { self.eight_inputs::<V, MR, NV>(&mut sums, (g, octet), column) };
+            }
+            for i in 0..MR {
+                for j in 0..NV {
+                    ints[i][j] = V::code_sums(ints[i][j], sums[i][j]);
                 }
             }
         }
         ints
+    }
+
+    /// Those of one unit of each vector of rows.
+    #[allow(clippy::needless_range_loop)] // plain indices keep every sum in its register
+    #[inline(always)]
+    unsafe fn eight_inputs<V: Simd, const MR: usize, const NV: usize>(
+        &self,
+        sums: &mut [[V::I; NV]; MR],
+        (g, octet): (usize, usize),
+        column: usize,
+    ) {
+        // SAFETY: whole groups are stored, and x is filled up to whole groups.
+        unsafe {
+            let units = self.group.add(g * GROUP_BYTES + CODES_AT);
+            let x = self.x.codes.add(g * Q4_GROUP);
+            let mut words = [V::splat_word(0); NV];
+            for (j, words) in words.iter_mut().enumerate() {
+                let unit = octet * UNITS_ACROSS + column / LANES + j;
+                *words = V::load_words(units.add(unit * UNIT_BYTES));
+            }
+            for half in 0..2 {
+                let mut codes = words;
+                for codes in codes.iter_mut() {
+                    *codes = match half {
+                        0 => V::low_nibbles(*codes),
+                        _ => V::high_nibbles(*codes),
+                    };
+                }
+                for i in 0..MR {
+                    let four = x.add(i * self.x.stride + octet * UNIT_INPUTS + 4 * half);
+                    let four = V::splat_word(u32::from_le(four.cast::<u32>().read_unaligned()));
+                    for j in 0..NV {
+                        sums[i][j] = V::dot_codes(sums[i][j], codes[j], four);
+                    }
+                }
+            }
+        }
     }
 
     /// sums += integers × (scale of weights × scale of x) + minimum × sum of x.

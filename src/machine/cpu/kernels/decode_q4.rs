@@ -7,7 +7,7 @@ use super::attend::Part;
 use super::decode::{Ahead, BLOCK, Block, Carved, ROWS_TOGETHER};
 use super::kv::KvFormat;
 use super::q4::{CODE_BYTES, ROUNDER, Reader};
-use super::simd::{LANES, Simd};
+use super::simd::{CODES_TOGETHER, LANES, Simd};
 use crate::dtype::{Q4_GROUP, Q4_GROUP_BYTES};
 use std::ops::Range;
 
@@ -252,7 +252,9 @@ unsafe fn group_dots<V: Simd>(
     at: usize,
     x: *const u8,
 ) -> [i32; ROWS_TOGETHER] {
-    let (mut high, mut low) = (V::splat_word(0), V::splat_word(0));
+    const { assert!(2 * CODE_BYTES / QUARTER_BYTES <= CODES_TOGETHER) };
+    let none = V::splat_word(0);
+    let (mut high, mut low) = (V::begin_codes(none), V::begin_codes(none));
     for half in 0..CODE_BYTES / QUARTER_BYTES {
         let from = at + half * QUARTER_BYTES;
         // SAFETY: the caller's.
@@ -265,13 +267,13 @@ unsafe fn group_dots<V: Simd>(
             ]);
             let plane = |plane: usize| x.add(plane * CODE_BYTES + half * QUARTER_BYTES);
             let (lows, highs) = (V::low_nibbles(words), V::high_nibbles(words));
-            high = V::dot_bytes(high, lows, V::splat_quarter(plane(0)));
-            low = V::dot_bytes(low, lows, V::splat_quarter(plane(1)));
-            high = V::dot_bytes(high, highs, V::splat_quarter(plane(2)));
-            low = V::dot_bytes(low, highs, V::splat_quarter(plane(3)));
+            high = V::dot_codes(high, lows, V::splat_quarter(plane(0)));
+            low = V::dot_codes(low, lows, V::splat_quarter(plane(1)));
+            high = V::dot_codes(high, highs, V::splat_quarter(plane(2)));
+            low = V::dot_codes(low, highs, V::splat_quarter(plane(3)));
         }
     }
-    V::sum_quarters(high, low)
+    V::sum_quarters(V::code_sums(none, high), V::code_sums(none, low))
 }
 
 /// As many lines as four rows of a head take.

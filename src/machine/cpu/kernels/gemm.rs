@@ -1,6 +1,6 @@
 //! Matrix products with packed weights: how the work is cut and blocked. The inner loop is tile.rs.
 
-use super::codes::{Scale, multiply_codes};
+use super::codes::{Scale, multiply_codes, tile_rows};
 use super::copies::{BlockOfX, PAD, Rows};
 use super::cut::{BLOCK_ROWS, Cut, Grain};
 use super::isa::Isa;
@@ -18,6 +18,8 @@ pub use super::tile::Activation;
 /// Inputs of one block in f32: 64 rows of weights of it are 128 KiB, 240 of x 480 KiB, at home in an L2 of
 /// 1 MiB. Half of that costs 2 %: sums are put down and taken up twice as often. A multiple of the 4-bit group.
 const BLOCK_INPUTS: usize = 512;
+/// With narrow registers, whose tiles walk over a block four times: what lies in an L2 of 512 KiB beside neighbours.
+const NARROW_INPUTS: usize = BLOCK_INPUTS / 2;
 /// Inputs of one block in bf16, for which the same holds.
 const PAIR_INPUTS: usize = 2 * BLOCK_INPUTS;
 /// Words of a block of weights at the beginning of the scratch; behind it lies x.
@@ -213,7 +215,11 @@ impl<'a> Part<'a> {
             return;
         }
         let fused = rows <= TILE_ROWS;
-        let block = if fused { deepest(rows) } else { BLOCK_INPUTS };
+        let block = match (fused, V::WIDE) {
+            (true, _) => deepest(rows),
+            (false, true) => BLOCK_INPUTS,
+            (false, false) => NARROW_INPUTS,
+        };
         for from in (0..inputs).step_by(block) {
             let some = from..(from + block).min(inputs);
             let x = self
@@ -271,7 +277,7 @@ impl<'a> Part<'a> {
             let x = x.codes::<V>(scales, codes);
             for panel in self.panels.clone() {
                 let group = self.panel_at(panel, from);
-                let count = self.rows.len().div_ceil(TILE_ROWS);
+                let count = self.rows.len().div_ceil(tile_rows::<V>());
                 for t in 0..count {
                     let first = self.rows.len() * t / count;
                     let rows = self.rows.len() * (t + 1) / count - first;

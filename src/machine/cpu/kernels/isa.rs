@@ -56,6 +56,15 @@ impl Isa {
         }
     }
 
+    /// Products of bf16 have an instruction of their own.
+    pub fn has_bf16(self) -> bool {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Dot | Level::Amx => true,
+            _ => false,
+        }
+    }
+
     /// All that this machine has, the scalar twins first.
     pub fn available() -> Vec<Isa> {
         #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]

@@ -6,6 +6,8 @@ use half::{bf16, f16};
 
 /// Lanes of a vector on every path, whatever the register width.
 pub const LANES: usize = 16;
+/// Products of two codes of at most 15 and bytes of at least -128 that are added up in 16 bits.
+pub(super) const CODES_TOGETHER: usize = 8;
 
 /// Work that is compiled once per instruction set. `run` and all it calls are `inline(always)`:
 /// what is not inlined into x86.rs's `call_…` would be compiled without their features. So no
@@ -28,6 +30,8 @@ pub(super) trait Simd: Copy + 'static {
     type Unit: Unit;
     /// Vectors that one row of a register tile spans: 4 with thirty-two wide registers, else 1.
     const WIDE: bool;
+    /// Products of codes have no instruction of their own: their sums are kept in halves of words for a while.
+    const HALVES: bool;
 
     /// Runs the body as a function of its own: its code exists once, however many call it.
     fn apart<B: Body>(body: B) -> B::Out;
@@ -86,6 +90,11 @@ pub(super) trait Simd: Copy + 'static {
     fn high_nibbles(words: Self::I) -> Self::I;
     /// sum + the four products of unsigned bytes (at most 15) and signed bytes in each word.
     fn dot_bytes(sum: Self::I, codes: Self::I, x: Self::I) -> Self::I;
+    /// The same for up to `CODES_TOGETHER` products in a row, which `code_sums` brings to the sum that they began
+    /// with: in between, `HALVES` says, they may be kept apart. Else the sum itself goes on.
+    fn begin_codes(total: Self::I) -> Self::I;
+    fn dot_codes(sum: Self::I, codes: Self::I, x: Self::I) -> Self::I;
+    fn code_sums(total: Self::I, sum: Self::I) -> Self::I;
     /// Signed words as f32.
     fn from_ints(a: Self::I) -> Self::F;
     /// To the nearest integer, halves to even; for numbers of at most eight bits.
@@ -178,6 +187,7 @@ impl Simd for Scalar {
     type Meanings = (Lanes, Lanes);
     type Unit = Twin;
     const WIDE: bool = false;
+    const HALVES: bool = false;
 
     #[inline(never)]
     fn apart<B: Body>(body: B) -> B::Out {
@@ -262,6 +272,15 @@ impl Simd for Scalar {
             let dot: i32 = bytes.map(|(c, x)| c as i32 * (x as i8) as i32).sum();
             sum[i].wrapping_add(dot as u32)
         })
+    }
+    fn begin_codes(total: [u32; LANES]) -> [u32; LANES] {
+        total
+    }
+    fn dot_codes(sum: [u32; LANES], codes: [u32; LANES], x: [u32; LANES]) -> [u32; LANES] {
+        Self::dot_bytes(sum, codes, x)
+    }
+    fn code_sums(_total: [u32; LANES], sum: [u32; LANES]) -> [u32; LANES] {
+        sum
     }
     fn from_ints(a: [u32; LANES]) -> Lanes {
         a.map(|word| word as i32 as f32)

@@ -60,6 +60,15 @@ impl Sums {
             _ => Sums::Away,
         }
     }
+
+    /// Of a slice of that block, so many steps behind its beginning.
+    #[inline(always)]
+    pub(super) fn at(self, step: usize) -> Sums {
+        match step {
+            0 => self,
+            _ => Sums::AtHand,
+        }
+    }
 }
 
 /// Memory to ask for while multiplying: at each step (one input, or a pair) the panel's AHEAD lines, `step`
@@ -80,7 +89,7 @@ impl Tile {
         Tile {
             x: self.x.wrapping_add(steps * self.x_step),
             inputs: inputs.len(),
-            sums: if steps == 0 { self.sums } else { Sums::AtHand },
+            sums: self.sums.at(steps),
             ahead: Ahead { from, ..self.ahead },
             ..self
         }

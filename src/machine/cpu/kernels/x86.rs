@@ -181,6 +181,7 @@ impl<const BYTES: bool, const PAIRS: bool> Simd for Avx512<BYTES, PAIRS> {
     type Meanings = __m512;
     type Unit = Amx;
     const WIDE: bool = true;
+    const HALVES: bool = !BYTES;
 
     words! {
         fn splat(value: f32) -> __m512 = _mm512_set1_ps(value);
@@ -240,6 +241,18 @@ impl<const BYTES: bool, const PAIRS: bool> Simd for Avx512<BYTES, PAIRS> {
                 sum,
                 _mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)),
             )
+        };
+        fn begin_codes(total: __m512i) -> __m512i =
+            if BYTES { total } else { _mm512_setzero_si512() };
+        fn dot_codes(sum: __m512i, codes: __m512i, x: __m512i) -> __m512i = if BYTES {
+            _mm512_dpbusd_epi32(sum, codes, x)
+        } else {
+            _mm512_add_epi16(sum, _mm512_maddubs_epi16(codes, x))
+        };
+        fn code_sums(total: __m512i, sum: __m512i) -> __m512i = if BYTES {
+            sum
+        } else {
+            _mm512_add_epi32(total, _mm512_madd_epi16(sum, _mm512_set1_epi16(1)))
         };
         fn from_ints(a: __m512i) -> __m512 = _mm512_cvtepi32_ps(a);
         fn to_ints(a: __m512) -> __m512i = _mm512_cvtps_epi32(a);

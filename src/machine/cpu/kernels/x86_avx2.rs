@@ -109,6 +109,20 @@ unsafe fn dot_bytes8(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
     }
 }
 
+/// Two products in each half of a word, of at most 15 × 128 each.
+#[inline(always)]
+unsafe fn dot_codes8(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
+    // SAFETY: AVX2, by the caller.
+    unsafe { _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x)) }
+}
+
+/// Both halves of each word, added to it.
+#[inline(always)]
+unsafe fn code_sums8(total: __m256i, sum: __m256i) -> __m256i {
+    // SAFETY: AVX2, by the caller.
+    unsafe { _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1))) }
+}
+
 /// The low halves of sixteen words.
 #[inline(always)]
 unsafe fn low_halves(a: Words) -> __m256i {
@@ -136,6 +150,7 @@ impl<const BYTES: bool> Simd for Avx2<BYTES> {
     type Meanings = (Pair, Pair);
     type Unit = Twin;
     const WIDE: bool = false;
+    const HALVES: bool = !BYTES;
 
     #[inline(always)]
     fn meanings(scale: Pair, minimum: Pair) -> (Pair, Pair) {
@@ -185,6 +200,18 @@ impl<const BYTES: bool> Simd for Avx2<BYTES> {
             )
         } else {
             (dot_bytes8(sum.0, codes.0, x.0), dot_bytes8(sum.1, codes.1, x.1))
+        };
+        fn begin_codes(total: Words) -> Words =
+            if BYTES { total } else { (_mm256_setzero_si256(), _mm256_setzero_si256()) };
+        fn dot_codes(sum: Words, codes: Words, x: Words) -> Words = if BYTES {
+            Self::dot_bytes(sum, codes, x)
+        } else {
+            (dot_codes8(sum.0, codes.0, x.0), dot_codes8(sum.1, codes.1, x.1))
+        };
+        fn code_sums(total: Words, sum: Words) -> Words = if BYTES {
+            sum
+        } else {
+            (code_sums8(total.0, sum.0), code_sums8(total.1, sum.1))
         };
         fn from_ints(a: Words) -> Pair = (_mm256_cvtepi32_ps(a.0), _mm256_cvtepi32_ps(a.1));
         fn to_ints(a: Pair) -> Words = (_mm256_cvtps_epi32(a.0), _mm256_cvtps_epi32(a.1));
