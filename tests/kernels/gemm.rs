@@ -149,24 +149,36 @@ fn as_multiplied(x: &[f32], arithmetic: Arithmetic) -> Vec<f32> {
 
 fn product(case: &Case, random: &mut Random) {
     let ((rows, inputs), m) = (case.shape, case.m);
+    let values = random.values(rows * inputs);
+    let (ldx, ldo) = (inputs + random.below(5), rows + random.below(5));
+    let (x, bias) = (random.values(m * ldx), random.values(rows));
+    product_of(case, &values, (&x, ldx), (&bias, ldo));
+}
+
+/// On every instruction set the twin's bits, and near the sums in f64.
+fn product_of(
+    case: &Case,
+    values: &[f32],
+    (x, ldx): (&[f32], usize),
+    (bias, ldo): (&[f32], usize),
+) {
+    let ((rows, inputs), m) = (case.shape, case.m);
     let from = if case.format == Dtype::Q4 {
         Dtype::F16
     } else {
         case.format
     };
-    let packed = pack(&random.values(rows * inputs), case.shape, from, case.format);
-    let (ldx, ldo) = (inputs + random.below(5), rows + random.below(5));
-    let (x, bias) = (random.values(m * ldx), random.values(rows));
+    let packed = pack(values, case.shape, from, case.format);
     let [found, by_unit] = same_as_twins(|pool, isa| {
         let mut out = vec![7.0; m * ldo];
-        let bias = case.bias.then_some(&bias[..]);
+        let bias = case.bias.then_some(bias);
         let (format, activation) = (case.format, case.activation);
         let weights = &packed.bytes;
         gemm(
             pool,
             isa,
             GemmArgs {
-                x: &x,
+                x,
                 ldx,
                 m,
                 inputs,
@@ -190,7 +202,7 @@ fn product(case: &Case, random: &mut Random) {
         assert_eq!(found, by_unit, "the unit's order of sums is for bf16 alone");
     }
     for found in [found, by_unit] {
-        close_to_exact(case, (&x, ldx), (&weights, &bias), (&floats(&found), ldo));
+        close_to_exact(case, (x, ldx), (&weights, bias), (&floats(&found), ldo));
     }
 }
 
@@ -260,6 +272,33 @@ fn products_are_right_and_the_same_everywhere() {
                 &mut random,
             );
         }
+    }
+}
+
+/// All codes but one of a group are 15, all of x 127 or all -127: what is summed up in fewer bits must hold them.
+#[test]
+fn the_largest_codes_overflow_nothing() {
+    let (rows, inputs) = (70, 320);
+    let element = |i: usize| if i.is_multiple_of(64) { -1.0 } else { 1.0 };
+    let values: Vec<f32> = (0..rows * inputs).map(element).collect();
+    for m in [1, 2, 3, 4, 5, 7, 13, 64] {
+        let sign = |i: usize| {
+            if (i / inputs).is_multiple_of(2) {
+                3.0
+            } else {
+                -3.0
+            }
+        };
+        let x: Vec<f32> = (0..m * inputs).map(sign).collect();
+        let case = Case {
+            m,
+            shape: (rows, inputs),
+            format: Dtype::Q4,
+            arithmetic: Arithmetic::Int8,
+            bias: false,
+            activation: Activation::None,
+        };
+        product_of(&case, &values, (&x, inputs), (&[], rows));
     }
 }
 

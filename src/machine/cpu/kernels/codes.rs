@@ -230,11 +230,11 @@ impl Product<'_> {
     ) {
         const EIGHTH_LINES: usize = GROUP_BYTES / 64 / (Q4_GROUP / UNIT_INPUTS) + 1;
         const SHARE_BYTES: usize = GROUP_BYTES / (Q4_GROUP / UNIT_INPUTS) / UNITS_ACROSS;
-        let share = in_slices(MR, NV);
-        if self.tile.ahead.step == 0 || (column > 0 && !share) {
+        let shared = in_slices(MR, NV);
+        if self.tile.ahead.step == 0 || (column > 0 && !shared) {
             return;
         }
-        let (at, lines) = match share {
+        let (at, lines) = match shared {
             true => {
                 let share = column / LANES * (Q4_GROUP / UNIT_INPUTS) + octet;
                 (share * SHARE_BYTES, SHARE_BYTES.div_ceil(64))

@@ -88,12 +88,12 @@ pub(super) trait Simd: Copy + 'static {
     /// Words of four bytes: the low, and the high nibble of each.
     fn low_nibbles(words: Self::I) -> Self::I;
     fn high_nibbles(words: Self::I) -> Self::I;
-    /// sum + the four products of unsigned bytes (at most 15) and signed bytes in each word.
-    fn dot_bytes(sum: Self::I, codes: Self::I, x: Self::I) -> Self::I;
-    /// The same for up to `CODES_TOGETHER` products in a row, which `code_sums` brings to the sum that they began
-    /// with: in between, `HALVES` says, they may be kept apart. Else the sum itself goes on.
+    /// Where up to `CODES_TOGETHER` products of codes in a row begin, in a form of the path's own: with `HALVES` at
+    /// nothing, in halves of words, else at `total` itself.
     fn begin_codes(total: Self::I) -> Self::I;
+    /// sum + the four products of unsigned bytes (at most 15) and signed bytes in each word.
     fn dot_codes(sum: Self::I, codes: Self::I, x: Self::I) -> Self::I;
+    /// `total`, at which they began, and their sum.
     fn code_sums(total: Self::I, sum: Self::I) -> Self::I;
     /// Signed words as f32.
     fn from_ints(a: Self::I) -> Self::F;
@@ -266,18 +266,15 @@ impl Simd for Scalar {
     fn high_nibbles(words: [u32; LANES]) -> [u32; LANES] {
         words.map(|word| word >> 4 & 0x0f0f_0f0f)
     }
-    fn dot_bytes(sum: [u32; LANES], codes: [u32; LANES], x: [u32; LANES]) -> [u32; LANES] {
+    fn begin_codes(total: [u32; LANES]) -> [u32; LANES] {
+        total
+    }
+    fn dot_codes(sum: [u32; LANES], codes: [u32; LANES], x: [u32; LANES]) -> [u32; LANES] {
         std::array::from_fn(|i| {
             let bytes = codes[i].to_le_bytes().into_iter().zip(x[i].to_le_bytes());
             let dot: i32 = bytes.map(|(c, x)| c as i32 * (x as i8) as i32).sum();
             sum[i].wrapping_add(dot as u32)
         })
-    }
-    fn begin_codes(total: [u32; LANES]) -> [u32; LANES] {
-        total
-    }
-    fn dot_codes(sum: [u32; LANES], codes: [u32; LANES], x: [u32; LANES]) -> [u32; LANES] {
-        Self::dot_bytes(sum, codes, x)
     }
     fn code_sums(_total: [u32; LANES], sum: [u32; LANES]) -> [u32; LANES] {
         sum

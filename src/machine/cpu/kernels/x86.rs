@@ -234,14 +234,6 @@ impl<const BYTES: bool, const PAIRS: bool> Simd for Avx512<BYTES, PAIRS> {
             _mm512_and_si512(words, _mm512_set1_epi32(0x0f0f_0f0f));
         fn high_nibbles(words: __m512i) -> __m512i =
             _mm512_and_si512(_mm512_srli_epi32::<4>(words), _mm512_set1_epi32(0x0f0f_0f0f));
-        fn dot_bytes(sum: __m512i, codes: __m512i, x: __m512i) -> __m512i = if BYTES {
-            _mm512_dpbusd_epi32(sum, codes, x)
-        } else {
-            _mm512_add_epi32(
-                sum,
-                _mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)),
-            )
-        };
         fn begin_codes(total: __m512i) -> __m512i =
             if BYTES { total } else { _mm512_setzero_si512() };
         fn dot_codes(sum: __m512i, codes: __m512i, x: __m512i) -> __m512i = if BYTES {

@@ -100,15 +100,6 @@ unsafe fn dot_pairs8(sum: __m256, x: __m256i, w: __m256i) -> __m256 {
     }
 }
 
-#[inline(always)]
-unsafe fn dot_bytes8(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
-    // SAFETY: AVX2, by the caller.
-    unsafe {
-        let pairs = _mm256_maddubs_epi16(codes, x);
-        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-    }
-}
-
 /// Two products in each half of a word, of at most 15 × 128 each.
 #[inline(always)]
 unsafe fn dot_codes8(sum: __m256i, codes: __m256i, x: __m256i) -> __m256i {
@@ -193,18 +184,13 @@ impl<const BYTES: bool> Simd for Avx2<BYTES> {
             _mm256_srli_epi32::<4>(words.0),
             _mm256_srli_epi32::<4>(words.1),
         ));
-        fn dot_bytes(sum: Words, codes: Words, x: Words) -> Words = if BYTES {
+        fn begin_codes(total: Words) -> Words =
+            if BYTES { total } else { (_mm256_setzero_si256(), _mm256_setzero_si256()) };
+        fn dot_codes(sum: Words, codes: Words, x: Words) -> Words = if BYTES {
             (
                 _mm256_dpbusd_avx_epi32(sum.0, codes.0, x.0),
                 _mm256_dpbusd_avx_epi32(sum.1, codes.1, x.1),
             )
-        } else {
-            (dot_bytes8(sum.0, codes.0, x.0), dot_bytes8(sum.1, codes.1, x.1))
-        };
-        fn begin_codes(total: Words) -> Words =
-            if BYTES { total } else { (_mm256_setzero_si256(), _mm256_setzero_si256()) };
-        fn dot_codes(sum: Words, codes: Words, x: Words) -> Words = if BYTES {
-            Self::dot_bytes(sum, codes, x)
         } else {
             (dot_codes8(sum.0, codes.0, x.0), dot_codes8(sum.1, codes.1, x.1))
         };
