@@ -180,13 +180,10 @@ impl Target {
                 let profile = named_profile(name, &offload_dir)?;
                 let key = ProfileKey::of_this_machine(&offload_dir, threads, Isa::detect().name());
                 let mut foreign = profile.machine.cpu != key.cpu;
-                if let Some(planned) = profile.gpu.as_ref().filter(|_| !foreign) {
-                    let own = LocalGpu::asked(&limits.device)?;
-                    foreign = wants_gpu(&limits.device)
-                        && own
-                            .as_ref()
-                            .is_none_or(|own| own.facts.name != planned.name);
-                    gpu = own.filter(|_| !foreign);
+                if !foreign && profile.gpu.is_some() {
+                    gpu = LocalGpu::asked(&limits.device)?;
+                    // The same CPU without the profile's GPU is another machine.
+                    foreign = gpu.is_none() && matches!(limits.device, DeviceChoice::Auto);
                 }
                 (profile, foreign, false)
             }
@@ -314,11 +311,6 @@ pub fn named_profile(name: &str, offload_dir: &Path) -> Result<HardwareProfile, 
         Failure::failed(format!("{name}: {e}"))
             .with_hint("`loadmaster probe -o FILE` measures this machine into a profile")
     })
-}
-
-/// Whether a profile's GPU is to be used, so that a machine without it is another one.
-fn wants_gpu(asked: &DeviceChoice) -> bool {
-    matches!(asked, DeviceChoice::Auto | DeviceChoice::Cuda { .. })
 }
 
 fn choose_device(
