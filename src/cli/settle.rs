@@ -240,7 +240,7 @@ pub fn own_profile(
     if let Some(profile) = probe::find_profile(offload_dir, &key) {
         return Ok((profile, false));
     }
-    talk.note("No profile of this machine yet: measuring it once (under a minute, at most 2 GiB written and removed).");
+    talk.note("No profile of this machine yet: measuring it once (about a minute, at most 2 GiB written and removed).");
     let profile = measure(offload_dir, (threads, cpu_mem_bytes, gpu), talk, stop)?;
     Ok((profile, true))
 }
